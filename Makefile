@@ -1,0 +1,42 @@
+# Everything a developer or CI runs. Each target installs into .venv first if that is needed.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c pass 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test soak check format bench docs clean install
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt launch/install.sh
+	@bash launch/install.sh "$(PYTHON)"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/vitgraft demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not soak"
+
+soak: $(STAMP)
+	$(BIN)/pytest -m soak
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)
+	$(BIN)/pytest tests/docs
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis runs

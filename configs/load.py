@@ -1,0 +1,218 @@
+"""Read a recipe: YAML plus ``--set`` overrides in, a validated :class:`Recipe` or one-line errors out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.schema import Recipe
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML alone reads ``1e-4`` as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
+    list("-+0123456789."),
+)
+# Integers must still be tried before floats.
+_Loader.yaml_implicit_resolvers = {
+    first: sorted(pairs, key=lambda pair: pair[0].endswith("float"))
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def find_recipe(name: str) -> Path:
+    """The file a recipe's name stands for: a path, or a packaged recipe such as ``quickstart/detection``.
+
+    Raises:
+        ConfigError: there is no such file; names the nearest packaged recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    root = Path(str(resources.files("vitgraft.configs")))
+    packaged = root / (name if name.endswith(".yaml") else name + ".yaml")
+    if not path.is_absolute() and packaged.is_file():
+        return packaged
+    names = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
+    raise ConfigError(f"{name}: no such recipe file; packaged recipes: {', '.join(names)}")
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain YAML data (no objects), or a ConfigError that names the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}; fix the syntax"
+        ) from None
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        name: a path or the name of a packaged recipe.
+        overrides: ``a.b=value`` strings, the values in YAML.
+
+    Raises:
+        ConfigError: one line with file, key, value and remedy.
+    """
+    path = find_recipe(name)
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; this is not a recipe")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping with model, data and train; found {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    return validate_recipe(tree, str(path))
+
+
+def validate_recipe(tree: Any, where: str) -> Recipe:
+    """The typed recipe, or a ConfigError that names ``where``, key, value and remedy."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. --set train.optimizer.lr=1e-4")
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for depth, parent in enumerate(parents):
+        node = _child(node, parent, ".".join(parents[: depth + 1]), override)
+    value = parse_yaml(text, f"--set {key}")
+    if isinstance(node, list):
+        node[_index(node, leaf, key, override)] = value
+    elif isinstance(node, dict):
+        node[leaf] = value
+    else:
+        raise ConfigError(f"--set {override}: {'.'.join(parents)} is {node!r}, not a section; check the key")
+
+
+def _child(node: Any, key: str, path: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, path, override)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override}: {path} is inside {node!r}, which is not a section; check the key")
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _index(node: list[Any], key: str, path: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"--set {override}: {path} needs an index from 0 to {len(node) - 1}")
+    return int(key)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """The first error as one line; the number of further ones is appended."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    loc = _recipe_path(first["loc"])
+    key = ".".join(map(str, loc)) or "recipe"
+    value = first.get("input")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _keys_at(first["loc"][:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(_keys_at(first['loc'][:-1]))}"
+        message = f"unknown key (value {_short(value)}); {hint}"
+    elif first["type"] == "missing":
+        message = "missing; add this key"
+    elif first["type"] == "union_tag_invalid":
+        expected = first.get("ctx", {}).get("expected_tags", "")
+        tag = first.get("ctx", {}).get("tag", "")
+        near = difflib.get_close_matches(str(tag), re.findall(r"'([^']+)'", expected), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        key, message = f"{key}.name", f"{tag!r} is not one of {expected}{hint}"
+    elif first["type"] == "union_tag_not_found":
+        message = "the key 'name' is missing; say which one it is"
+    elif first["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, found {_short(value)}"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{where}: {key}: {message}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _recipe_path(loc: tuple[int | str, ...]) -> list[int | str]:
+    """A pydantic location without the tags of unions, i.e. as the user wrote the keys."""
+    path: list[int | str] = []
+    for model, part in _walk(loc):
+        if model is not None or isinstance(part, int):
+            path.append(part)
+    return path
+
+
+def _walk(loc: tuple[int | str, ...]) -> list[tuple[type[BaseModel] | None, int | str]]:
+    """Each part of a location with the section it is a key of; ``None`` for a union's tag."""
+    steps: list[tuple[type[BaseModel] | None, int | str]] = []
+    candidates: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        tagged = [m for m in candidates if m.model_fields.get("name") and m.model_fields["name"].default == part]
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+            steps.append((None, part))
+            continue
+        owner = candidates[0] if candidates else Recipe
+        if isinstance(part, str):
+            field = owner.model_fields.get(part)
+            candidates = _sections(field.annotation) if field is not None else []
+            steps.append((owner, part))
+        else:
+            steps.append((None, part))
+    return steps
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """The valid keys of the section at a location."""
+    candidates: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        tagged = [m for m in candidates if m.model_fields.get("name") and m.model_fields["name"].default == part]
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+        elif isinstance(part, str) and candidates and part in candidates[0].model_fields:
+            candidates = _sections(candidates[0].model_fields[part].annotation)
+    return sorted(candidates[0].model_fields) if candidates else []
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """All section classes that an annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType, list, dict):
+        return [section for part in typing.get_args(annotation) for section in _sections(part)]
+    return []

@@ -1,0 +1,101 @@
+"""The whole recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from vitgraft.configs.hashing import sha256_of
+from vitgraft.configs.schema.data import DataConfig
+from vitgraft.configs.schema.model import ModelConfig, SimplePyramidConfig, Task
+from vitgraft.configs.schema.section import NonNegative, Positive, Section
+from vitgraft.configs.schema.train import TrainConfig
+
+# Keys that may change when a run is resumed: where and how it runs, not what it computes.
+OPERATIONAL = (
+    "name",
+    "launch",
+    "evaluate",
+    "data.workers",
+    "data.prefetch",
+    "data.train.path",
+    "data.val",
+    "train.checkpoint",
+    "train.ledger",
+    "train.pictures",
+    "train.zero_stage",
+    "train.deterministic",
+    "train.activation_checkpointing",
+    "train.deepspeed",
+)
+
+
+class EvaluateConfig(Section):
+    """Evaluation of committed checkpoints."""
+
+    batch: Positive = 8
+    """Samples per forward pass and rank."""
+    every_checkpoints: Positive = 1
+    """Evaluate every so many committed checkpoints, and always the last."""
+
+
+class LaunchConfig(Section):
+    """Processes and devices of a run on this host."""
+
+    processes: Positive | None = None
+    """Ranks; ``null``: one for each GPU, or two on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Positive | None = None
+    """CPU threads of each rank; ``null``: the cores divided by the ranks. Bit-exact resume needs the same number."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port on which the ranks meet; 0: a free one."""
+
+
+class Recipe(Section):
+    """What a run is: validated before any process starts."""
+
+    name: str = "run"
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def task(self) -> Task:
+        """What the head does: detection, semantic or video."""
+        return self.model.head.task
+
+    @model_validator(mode="after")
+    def _combination(self) -> Recipe:
+        patch = self.model.backbone.patch_size
+        if patch is not None and any(side % patch for side in self.data.image_size):
+            raise ValueError(f"data.image_size {self.data.image_size} must be multiples of patch_size {patch}")
+        pyramid = next((a for a in self.model.adapter if isinstance(a, SimplePyramidConfig)), None)
+        if pyramid is not None and any(side % pyramid.strides[-1] for side in self.data.image_size):
+            raise ValueError(
+                f"data.image_size {self.data.image_size} must be multiples of the largest stride {pyramid.strides[-1]}"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that decide what is computed: a resumed run must agree in all of them."""
+        tree = self.model_dump(mode="json")
+        for key in OPERATIONAL:
+            *parents, leaf = key.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node.pop(leaf, None)
+        return tree
+
+    def identity_hash(self) -> str:
+        """SHA-256 of :meth:`identity`: the recipe hash of manifests."""
+        return sha256_of(self.identity())
+
+
+def possible_worlds(global_batch: int, accumulation: int, limit: NonNegative = 4096) -> list[int]:
+    """World sizes that can carry the global batch: it is cut by accumulation first, then over ranks."""
+    micro = global_batch // accumulation
+    return [world for world in range(1, min(micro, limit) + 1) if micro % world == 0]

@@ -1,0 +1,144 @@
+"""train: optimisation, parallelism, precision, schedule and checkpointing."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from vitgraft.configs.schema.section import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+class AdamWConfig(Section):
+    """AdamW with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat
+    betas: list[Fraction] = [0.9, 0.999]
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.05
+
+    @field_validator("betas")
+    @classmethod
+    def _two(cls, value: list[float]) -> list[float]:
+        if len(value) != 2:
+            raise ValueError(f"expected two numbers, e.g. [0.9, 0.999], not {value}")
+        return value
+
+
+class SGDConfig(Section):
+    """SGD with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: PositiveFloat
+    momentum: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+
+
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")]
+
+
+class ParamRule(Section):
+    """What holds for the parameters whose name the regular expression ``match`` finds; later rules win."""
+
+    match: str
+    lr_multiplier: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    frozen: bool | None = None
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class CosineSchedule(Section):
+    """Half a cosine from lr to ``final`` × lr."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup: Fraction = 0.05
+    """Share of the run's samples over which the learning rate rises linearly from 0."""
+    final: Fraction = 0.0
+
+
+class PolySchedule(Section):
+    """lr × (1 - progress) ** power."""
+
+    name: Literal["poly"] = "poly"
+    warmup: Fraction = 0.05
+    power: PositiveFloat = 1.0
+
+
+class StepSchedule(Section):
+    """lr × gamma at each milestone (shares of the run's samples)."""
+
+    name: Literal["step"] = "step"
+    warmup: Fraction = 0.05
+    milestones: list[Fraction] = [0.67, 0.92]
+    gamma: Fraction = 0.1
+
+
+ScheduleConfig = Annotated[CosineSchedule | PolySchedule | StepSchedule, Field(discriminator="name")]
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are committed and how many are kept."""
+
+    every_steps: Positive | None = None
+    """Commit every so many steps, and always at the end; ``null``: at the end only."""
+    keep_last: Positive = 3
+    """How many valid checkpoints are kept."""
+
+
+class TrainConfig(Section):
+    """One of the five axes: how the model is trained."""
+
+    seed: int = 0
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    """Length of the run: exactly one of ``epochs`` and ``steps``."""
+    global_batch: Positive
+    """Samples per optimizer step over all ranks and micro-steps."""
+    accumulation: Positive = 1
+    """Micro-steps per optimizer step."""
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = CosineSchedule()
+    clip_grad: NonNegativeFloat = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learning rate × rate ** (depth + 1 - layer) for the trunk's layers (BEiT's layer-wise decay)."""
+    param_groups: list[ParamRule] = []
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the exponential moving average of the weights; evaluation then uses the average."""
+    precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
+    """bf16: fp32 parameters under torch autocast; bf16_params: DeepSpeed's bf16 engine with fp32 masters (GPU)."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    deterministic: bool = False
+    """Deterministic kernels on CUDA (slower); on CPU runs are deterministic anyway."""
+    activation_checkpointing: Literal["none", "full", "offload"] = "none"
+    deepspeed: dict[str, Any] = {}
+    """A DeepSpeed dictionary laid over the rendered one; what vitgraft sets itself cannot be contradicted."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ledger: bool = False
+    """Write RUN/ledger: step, rank and entries of every batch."""
+    pictures: Annotated[int, Field(ge=0)] = 8
+    """How many pictures of predictions each evaluation writes."""
+
+    @model_validator(mode="after")
+    def _combination(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.global_batch % self.accumulation:
+            raise ValueError(f"global_batch {self.global_batch} must be a multiple of accumulation {self.accumulation}")
+        if self.precision == "bf16_params" and self.zero_stage == 0:
+            raise ValueError("precision bf16_params needs zero_stage 1, 2 or 3")
+        if self.activation_checkpointing == "offload" and self.precision == "bf16":
+            raise ValueError(
+                "activation_checkpointing offload does not work under autocast; use full, or precision fp32"
+            )
+        return self

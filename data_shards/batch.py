@@ -1,0 +1,67 @@
+"""A batch on its way from the loader to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    """One place in an epoch: which sample, and the how-manieth visit of it in this epoch."""
+
+    epoch: int
+    position: int
+    sample: int
+    repetition: int
+
+
+@dataclass
+class Truth:
+    """Ground truth of one sample in the coordinates of its own image, for evaluation and pictures.
+
+    ``key``: the sample's key in its shard. ``size``: (height, width) of the image as packed. ``value``: detection: the
+    list of annotations as packed; semantic: the label map, uint8 (height, width); video: the class id.
+    """
+
+    key: str
+    size: tuple[int, int]
+    value: Any
+
+
+@dataclass
+class Batch:
+    """One rank's share of a micro-step.
+
+    ``images``: (B, 3, H, W) or clips (B, 3, T, H, W), float32, normalised, zero beyond the valid part. ``sizes``: (B, 2)
+    int64, valid height and width of each. ``weights``: (B,) float32; 0 for a filler. ``targets``: detection: a list of
+    {boxes (N, 4) float32 xyxy, labels (N,) int64, masks (N, H, W) uint8}; semantic: (B, H, W) int64 with 255 ignored;
+    video: (B,) int64. ``truths``: in evaluation only.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    weights: Tensor
+    targets: Any
+    entries: list[Entry] = field(default_factory=list)
+    truths: list[Truth] = field(default_factory=list)
+
+    def _map(self, function: Any) -> Batch:
+        targets = self.targets
+        if isinstance(targets, Tensor):
+            targets = function(targets)
+        elif targets is not None:
+            targets = [{key: function(value) for key, value in target.items()} for target in targets]
+        return Batch(
+            function(self.images), function(self.sizes), function(self.weights), targets, self.entries, self.truths
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; copies from pinned memory do not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by torch's DataLoader."""
+        return self._map(lambda tensor: tensor.pin_memory())

@@ -1,0 +1,211 @@
+"""Batches prepared ahead by loader processes, in order, whatever happens to those processes.
+
+A window of requests slides over a process pool. Torch's DataLoader is not used because a worker that is killed makes it
+raise in the middle of whatever the training process is doing; here the pool is replaced and the window asked again, and
+since a batch is a pure function of its entries nothing changes. Workers come from a fork server: forking the training
+process itself, with the threads of DeepSpeed, gloo and CUDA, could copy a lock that nobody will release.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from vitgraft.configs.errors import DataError, TrainingError, VitgraftError
+from vitgraft.data_shards.batch import Batch
+from vitgraft.data_shards.dataset import EvalItem, PackedDataset
+from vitgraft.data_shards.plan import MicroBatch
+
+MAX_REPLACEMENTS = 3
+"""How often the pool is replaced for one and the same batch before giving up."""
+_PR_SET_PDEATHSIG = 1
+
+Index = MicroBatch | Sequence[int]
+
+_dataset: PackedDataset | None = None
+
+
+@dataclass
+class _Parcel:
+    """A result on its way between processes, in few tensors: each takes a file descriptor and shared memory.
+
+    Everything large is in tensors, which do not go through the pipe: a worker killed in the middle of a long write
+    would leave its reader waiting for the rest.
+    """
+
+    batch: Batch
+    counts: list[int] | None = None
+    errors: list[tuple[int, str]] | None = None
+    truths: Tensor | None = None
+
+    @classmethod
+    def pack(cls, result: Batch | EvalItem) -> _Parcel:
+        if isinstance(result, EvalItem):
+            truths = torch.frombuffer(bytearray(pickle.dumps(result.batch.truths)), dtype=torch.uint8)
+            return cls(replace(result.batch, truths=[]), errors=result.errors, truths=truths)
+        if not isinstance(result.targets, list):
+            return cls(result)
+        joined = {key: torch.cat([target[key] for target in result.targets]) for key in result.targets[0]}
+        return cls(replace(result, targets=joined), counts=[len(target["labels"]) for target in result.targets])
+
+    def unpack(self) -> Batch | EvalItem:
+        if self.truths is not None:
+            # Written by our own worker a moment ago; no file is read here.
+            truths = pickle.loads(self.truths.numpy().tobytes())
+            return EvalItem(replace(self.batch, truths=truths), self.errors or [])
+        if self.counts is None:
+            return self.batch
+        parts = {key: value.split(self.counts) for key, value in self.batch.targets.items()}
+        targets = [{key: parts[key][i] for key in parts} for i in range(len(self.counts))]
+        return replace(self.batch, targets=targets)
+
+
+def _start_worker(dataset: PackedDataset, owner: int) -> None:
+    """Runs first in each worker."""
+    global _dataset
+    # Graceful stops go to the rank, which ends its workers; a killed rank takes fork server and workers with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)
+    if not os.path.exists(f"/proc/{owner}"):
+        os._exit(1)
+    _dataset = dataset
+
+
+def _work(index: Index) -> _Parcel:
+    assert _dataset is not None
+    return _Parcel.pack(_dataset.produce(index))
+
+
+class Window:
+    """Results of ``dataset.produce`` for a sequence of indices, in order, prepared ahead in ``workers`` processes."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+        self._workers = dataset.config.workers
+        self._ahead = max(1, self._workers * dataset.config.prefetch)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, indices: Iterable[Index]) -> Generator[tuple[Index, Batch | EvalItem], None, None]:
+        """(index, result) pairs; closing the generator ends the processes.
+
+        Raises:
+            DataError: a sample of a training batch cannot be read.
+            TrainingError: workers keep dying over the same batch.
+        """
+        if not self._workers:
+            for index in indices:
+                yield index, self._dataset.produce(index)
+            return
+        source = iter(indices)
+        pending: deque[tuple[Index, Future[_Parcel]]] = deque()
+        try:
+            while True:
+                for index in islice(source, self._ahead - len(pending)):
+                    pending.append((index, self._submit(index)))
+                if not pending:
+                    return
+                result = self._first(pending)
+                yield pending.popleft()[0], result
+        finally:
+            self._end()
+
+    def _first(self, pending: deque[tuple[Index, Future[_Parcel]]]) -> Batch | EvalItem:
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                return pending[0][1].result().unpack()
+            except BrokenProcessPool:
+                self._end(broken=True)
+                again = [(index, self._submit(index)) for index, _ in pending]
+                pending.clear()
+                pending.extend(again)
+            except VitgraftError as error:
+                # Without the worker's traceback: the line says what is wrong with the data.
+                raise error from None
+        raise TrainingError(
+            f"{self._dataset.folder}: data workers died {MAX_REPLACEMENTS} times over the same batch, most likely for "
+            "lack of memory (also in /dev/shm); set data.workers or data.prefetch lower"
+        )
+
+    def _submit(self, index: Index) -> Future[_Parcel]:
+        if self._pool is None:
+            self._pool = self._start()
+        try:
+            return self._pool.submit(_work, index)
+        except BrokenProcessPool:
+            self._end(broken=True)
+            self._pool = self._start()
+            return self._pool.submit(_work, index)
+
+    def _start(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("forkserver")
+        # The server imports torch and this package once; its workers then start in milliseconds.
+        context.set_forkserver_preload([__name__])
+        return ProcessPoolExecutor(self._workers, context, _start_worker, (self._dataset, os.getpid()))
+
+    def _end(self, broken: bool = False) -> None:
+        """End the workers, after what they are at; a broken pool's at once, as they would wait for ever."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        if broken:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pinned(batch: Batch) -> Batch:
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def train_batches(dataset: PackedDataset, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Batch]]:
+    """Batches of training in the order of ``micro_batches``, in pinned memory where there is CUDA.
+
+    The generator's ``close()`` ends its processes.
+
+    Raises:
+        DataError: a sample cannot be read; names shard and sample.
+        TrainingError: loader processes keep dying.
+    """
+    for index, result in Window(dataset).run(micro_batches):
+        yield cast(MicroBatch, index), _pinned(cast(Batch, result))
+
+
+def eval_batches(
+    dataset: PackedDataset,
+    indices: Sequence[int],
+    batch_size: int,
+    on_error: Callable[[int, str], None] | None = None,
+) -> Iterator[Batch]:
+    """Batches of evaluation with truths, in the order of ``indices``; targets are ``None``.
+
+    Args:
+        on_error: called with (sample, one-line reason) for every sample that cannot be read, before its batch is
+            yielded. Such a sample has weight 0 in it; ``None``: the first one raises.
+
+    Raises:
+        DataError: a sample cannot be read and there is no ``on_error``.
+        TrainingError: loader processes keep dying.
+    """
+    chunks = (list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
+    for _, result in Window(dataset).run(chunks):
+        item = cast(EvalItem, result)
+        for sample, message in item.errors:
+            if on_error is None:
+                raise DataError(message)
+            on_error(sample, message)
+        yield _pinned(item.batch)

@@ -1,0 +1,175 @@
+"""What a packed data set is: a folder of tar shards, their indices, and one manifest that a reader trusts.
+
+DIR/manifest.json       written last: its presence means that packing finished
+DIR/shard-000000.tar    samples one after the other, the members of a sample next to each other
+DIR/shard-000000.idx    little-endian uint64: byte offset of each sample, then the end of the last (n + 1 numbers)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.hashing import sha256_of
+from vitgraft.configs.schema.section import NonNegative, Positive, Section
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
+IGNORE = 255
+"""Label of pixels that count neither in the loss nor in the metrics."""
+
+Kind = Literal["detection", "semantic", "video"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Shard(Section):
+    """One tar file and its index."""
+
+    name: Annotated[str, Field(pattern=r"^shard-\d{6,9}\.tar$")]
+    samples: Positive
+    bytes: Positive
+    sha256: Sha256
+    index_sha256: Sha256
+
+    @property
+    def index_name(self) -> str:
+        """File name of the shard's index."""
+        return self.name.removesuffix(".tar") + ".idx"
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index: one uint64 for each sample and one for the end."""
+        return 8 * (self.samples + 1)
+
+
+class Manifest(Section):
+    """The content of a packed data set.
+
+    ``classes``: names, by class id. ``category_ids``: detection only: the ids that the classes had in the COCO file.
+    ``source``: how it was packed (for people; it does not decide the fingerprint).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    kind: Kind
+    classes: list[str]
+    category_ids: list[int] | None = None
+    samples: NonNegative
+    shards: list[Shard]
+    source: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: Sha256
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        total = sum(shard.samples for shard in self.shards)
+        if total != self.samples:
+            raise ValueError(f"samples is {self.samples}, but the shards hold {total}")
+        if self.category_ids is not None and len(self.category_ids) != len(self.classes):
+            raise ValueError(f"{len(self.category_ids)} category_ids for {len(self.classes)} classes")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+        expected = fingerprint_of(self.kind, self.classes, self.category_ids, self.shards)
+        if self.fingerprint != expected:
+            raise ValueError("fingerprint does not fit the content: the manifest was edited")
+        return self
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard, in order: what :class:`~vitgraft.data_shards.plan.EpochPlan` needs."""
+        return [shard.samples for shard in self.shards]
+
+
+def fingerprint_of(kind: Kind, classes: list[str], category_ids: list[int] | None, shards: list[Shard]) -> str:
+    """SHA-256 (hex) over everything that decides what a training run reads."""
+    content = [[shard.name, shard.samples, shard.sha256] for shard in shards]
+    return sha256_of({"kind": kind, "classes": classes, "category_ids": category_ids, "shards": content})
+
+
+def make_manifest(
+    kind: Kind, classes: list[str], category_ids: list[int] | None, shards: list[Shard], source: dict[str, Any]
+) -> Manifest:
+    """The manifest of these shards, with totals and fingerprint filled in."""
+    return Manifest(
+        kind=kind,
+        classes=classes,
+        category_ids=category_ids,
+        samples=sum(shard.samples for shard in shards),
+        shards=shards,
+        source=source,
+        fingerprint=fingerprint_of(kind, classes, category_ids, shards),
+    )
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """The manifest as JSON text."""
+    return json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Read manifest JSON.
+
+    Raises:
+        DataError: not JSON, another schema, unknown or inconsistent content; names ``where``.
+    """
+    match = re.match(rb'\s*\{\s*"schema"\s*:\s*(\d+)', text)
+    if match and int(match.group(1)) != SCHEMA:
+        raise DataError(
+            f"{where}: manifest schema {match.group(1).decode()}, expected {SCHEMA}; "
+            "read it with the vitgraft version that wrote it, or pack again"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"])) or "manifest"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{where}: {key}: {reason}; pack the data set again") from None
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """Read a data set's manifest and check that every file it names is there in full (sizes, not hashes).
+
+    Raises:
+        DataError: the folder or manifest is missing or damaged, or a shard or index is missing or has another size.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; pack a data set with: vitgraft shards pack FORMAT --out DIR")
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: no {MANIFEST}, so this is not a packed data set, or packing was interrupted; pack it again"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+    manifest = parse_manifest(text, str(path))
+    for shard in manifest.shards:
+        _check_size(folder / shard.name, shard.bytes)
+        _check_size(folder / shard.index_name, shard.index_bytes)
+    return manifest
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        found = os.stat(path).st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, though {MANIFEST} lists it; copy it again or pack again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+    if found != expected:
+        raise DataError(
+            f"{path}: {found} bytes, expected {expected} (truncated or changed); copy it again or pack again, "
+            "then check with: vitgraft shards verify DIR"
+        )

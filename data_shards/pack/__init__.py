@@ -1,0 +1,1 @@
+"""Packing: COCO, label maps, video lists and the built-in digits into shards."""

@@ -1,0 +1,235 @@
+"""Pack a COCO instances file and its images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.decode import image_format, image_size
+from vitgraft.data_shards.manifest import Manifest
+from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, read_bytes, read_json
+from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+
+TOLERANCE = 1.0
+"""Boxes may stick out of the image by this many pixels and are then clipped; more is an error."""
+
+
+@dataclass
+class CocoImage:
+    """One image of a checked annotations file, its annotations in the form that is packed."""
+
+    path: Path
+    metadata: dict[str, Any]
+
+
+@dataclass
+class CocoSet:
+    """A checked annotations file. ``degenerate``: ids of annotations left out because their box has no area."""
+
+    classes: list[str]
+    category_ids: list[int]
+    images: list[CocoImage]
+    degenerate: list[int]
+
+
+def pack_coco(
+    images: Path,
+    annotations: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    samples_per_shard: int = 1000,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Check everything, then pack. Classes are numbered from 0 by ascending category id.
+
+    Images without annotations are kept. An annotation without segmentation keeps ``segmentation: null``; its mask in
+    training is then its box. Degenerate boxes are left out and listed in the manifest's ``source``.
+
+    Args:
+        images: the folder to which ``file_name`` is relative.
+        annotations: the instances JSON.
+
+    Raises:
+        DataError: one line that names file and annotation; nothing was written.
+    """
+    content = read_coco(images, annotations)
+    source = {
+        "packer": "coco",
+        "images": str(images),
+        "annotations": str(annotations),
+        "degenerate_boxes_left_out": content.degenerate,
+    }
+    writer = DatasetWriter(
+        out,
+        "detection",
+        content.classes,
+        category_ids=content.category_ids,
+        source=source,
+        total=len(content.images),
+        overwrite=overwrite,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
+    with writer:
+        for image in content.images:
+            extension = image_format(image.path, str(image.path))
+            writer.add({extension: read_bytes(image.path)}, image.metadata)
+    return writer.result()
+
+
+def read_coco(images: Path, annotations: Path) -> CocoSet:
+    """Read and check an instances file against the images' headers.
+
+    Raises:
+        DataError: one line that names file and annotation.
+    """
+    check_folder(images)
+    tree = read_json(annotations)
+    where = str(annotations)
+    if not isinstance(tree, dict) or not isinstance(tree.get("annotations"), list):
+        raise DataError(f"{where}: expected a COCO instances file with images, annotations and categories")
+    categories = _by_id(tree, "categories", where)
+    listed = _by_id(tree, "images", where)
+    if not listed:
+        raise DataError(f"{where}: the data set is empty: no images are listed; check the file")
+    ids = sorted(categories)
+    classes = [str(categories[i].get("name", "")) for i in ids]
+    check_classes(classes, where)
+    found = {i: CocoImage(*_image(images, entry, where)) for i, entry in sorted(listed.items())}
+    degenerate: list[int] = []
+    numbers = {category: number for number, category in enumerate(ids)}
+    for annotation in _by_id(tree, "annotations", where).values():
+        _annotate(annotation, found, numbers, degenerate, where)
+    return CocoSet(classes, ids, list(found.values()), degenerate)
+
+
+def _by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, Any]]:
+    entries = tree.get(key)
+    if not isinstance(entries, list):
+        raise DataError(f"{where}: no list {key!r}; expected a COCO instances file")
+    found: dict[int, dict[str, Any]] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
+            raise DataError(f"{where}: {key}: {str(entry)[:80]} has no integer id; fix the file")
+        if entry["id"] in found:
+            raise DataError(f"{where}: {key}: id {entry['id']} occurs twice; make ids unique")
+        found[entry["id"]] = entry
+    return found
+
+
+def _image(images: Path, entry: dict[str, Any], where: str) -> tuple[Path, dict[str, Any]]:
+    path = inside(images, entry.get("file_name"), f"{where}: image {entry['id']}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such image, though {where} lists it (id {entry['id']}); check --images")
+    height, width = image_size(path, str(path))
+    if (entry.get("height"), entry.get("width")) != (height, width):
+        raise DataError(
+            f"{path}: image {entry['id']} is {width}x{height} pixels (width x height), {where} says "
+            f"{entry.get('width')}x{entry.get('height')}; the annotations belong to another version of it"
+        )
+    keys = {"image_id": entry["id"], "file_name": entry["file_name"], "height": height, "width": width}
+    return path, {**keys, "annotations": []}
+
+
+def _annotate(
+    annotation: dict[str, Any],
+    images: Mapping[int, CocoImage],
+    numbers: Mapping[int, int],
+    degenerate: list[int],
+    where: str,
+) -> None:
+    """Check one annotation and add it to its image."""
+    where = f"{where}: annotation {annotation['id']}"
+    image = images.get(annotation.get("image_id", -1))
+    if image is None:
+        raise DataError(f"{where}: image_id {annotation.get('image_id')} is not among the images; fix the file")
+    if annotation.get("category_id") not in numbers:
+        raise DataError(
+            f"{where}: category_id {annotation.get('category_id')} is not among the categories "
+            f"({', '.join(map(str, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); fix the file"
+        )
+    metadata = image.metadata
+    box = _box(annotation.get("bbox"), metadata, where)
+    if box is None:
+        degenerate.append(annotation["id"])
+        return
+    rle = _rle(annotation.get("segmentation"), metadata["height"], metadata["width"], where)
+    area = annotation.get("area")
+    metadata["annotations"].append(
+        {
+            "id": annotation["id"],
+            "bbox": box,
+            "class": numbers[annotation["category_id"]],
+            "area": float(area) if area is not None and _number(area) else box[2] * box[3],
+            "iscrowd": int(bool(annotation.get("iscrowd", 0))),
+            "segmentation": rle,
+        }
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _box(box: Any, metadata: dict[str, Any], where: str) -> list[float] | None:
+    """The box inside the image, or ``None`` when it has no area."""
+    if not isinstance(box, list) or len(box) != 4 or not all(_number(v) for v in box):
+        raise DataError(f"{where}: bbox {str(box)[:80]}; expected four numbers [x, y, width, height]")
+    x, y, w, h = (float(v) for v in box)
+    if w <= 0 or h <= 0:
+        return None
+    height, width = metadata["height"], metadata["width"]
+    if min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE:
+        raise DataError(
+            f"{where}: bbox {box} reaches out of {metadata['file_name']} ({width}x{height} pixels) by more than "
+            f"{TOLERANCE:g} pixel; boxes are [x, y, width, height] in pixels"
+        )
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + w, float(width)), min(y + h, float(height))
+    if right <= left or bottom <= top:
+        return None
+    # A box that lies inside keeps its exact numbers: x + w - x would round.
+    inside_image = (left, top) == (x, y) and x + w <= width and y + h <= height
+    return [x, y, w, h] if inside_image else [left, top, right - left, bottom - top]
+
+
+def _rle(segmentation: Any, height: int, width: int, where: str) -> dict[str, Any] | None:
+    """Polygons or run lengths as compressed run lengths; ``None`` stays ``None``."""
+    from pycocotools import mask as coco_mask
+
+    if segmentation is None or segmentation == []:
+        return None
+    try:
+        if isinstance(segmentation, list):
+            if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
+                raise ValueError("a polygon needs at least three points x, y")
+            if not all(_number(v) for p in segmentation for v in p):
+                raise ValueError("a polygon holds something that is not a number")
+            _near_image([v for p in segmentation for v in p], height, width)
+            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        else:
+            counts, size = segmentation["counts"], list(segmentation["size"])
+            if size != [height, width]:
+                raise ValueError(f"size {size}, image {[height, width]}")
+            if isinstance(counts, list):
+                if not all(isinstance(v, int) and v >= 0 for v in counts) or sum(counts) != height * width:
+                    raise ValueError(f"run lengths add up to {sum(counts)}, the image has {height * width} pixels")
+                rle = coco_mask.frPyObjects(segmentation, height, width)
+            else:
+                rle = {"size": size, "counts": counts.encode("ascii")}
+                coco_mask.decode(rle)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: segmentation cannot be read: {error}; expected polygons or run lengths") from None
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def _near_image(values: list[float], height: int, width: int) -> None:
+    """Far-away points make pycocotools walk (and allocate) every pixel of the polygon's outline."""
+    reach = 4 * max(height, width)
+    if min(values) < -reach or max(values) > reach + max(height, width):
+        raise ValueError("a polygon reaches far out of the image")

@@ -1,0 +1,232 @@
+"""The order of samples: pure functions of (data fingerprint, seed, epoch), the same at every world size.
+
+An epoch is a list of entries (sample, repetition). It is never held in memory: shards are permuted and grouped into
+blocks of some sixteen, and a block is shuffled when a position inside it is asked for. So opening costs O(shards), any
+position can be reached at once, and a stretch of the epoch touches few files.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.hashing import seed_of
+from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.data_shards.batch import Entry
+
+SHARDS_PER_BLOCK = 16
+_CACHED_BLOCKS = 2
+
+Integers = npt.NDArray[np.int64]
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The splitmix64 finaliser (Steele, Lea & Flood, OOPSLA 2014) of each uint64: a bijection that scrambles well."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def permutation(key: int, length: int) -> Integers:
+    """A permutation of 0..length-1 decided by ``key`` alone, whatever the version of numpy.
+
+    Its random generators may change their streams; sorting hashes cannot.
+    """
+    with np.errstate(over="ignore"):
+        hashes = splitmix64(splitmix64(np.arange(length, dtype=np.uint64)) ^ np.uint64(key))
+    return np.argsort(hashes, kind="stable").astype(np.int64)
+
+
+class EpochPlan:
+    """The entries of one epoch, by position.
+
+    Each (sample, repetition) has exactly one position. All repetitions of a sample lie in one block, one in each pass
+    over it, so that they are spread and their shard is opened once.
+
+    Args:
+        fingerprint: of the packed data set.
+        shard_sizes: samples of each shard.
+        seed, epoch: decide the order together with the fingerprint.
+        repeats: visits of each sample in an epoch.
+        shuffle: false: samples in the order of packing.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        shard_sizes: Sequence[int],
+        seed: int,
+        epoch: int,
+        repeats: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if repeats < 1:
+            raise ConfigError(f"data.train.repeats is {repeats}; give at least 1")
+        self.epoch, self.repeats, self.shuffle = epoch, repeats, shuffle
+        self._identity = (fingerprint, seed, epoch)
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._sizes = sizes
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        count = len(sizes)
+        order = permutation(seed_of("shards", *self._identity), count) if shuffle else np.arange(count, dtype=np.int64)
+        # Equal blocks: a short last one would be shuffled less than the others.
+        self._blocks = np.array_split(order, max(1, -(-count // SHARDS_PER_BLOCK)))
+        lengths = [int(sizes[block].sum()) * repeats for block in self._blocks]
+        self._ends: Integers = np.cumsum(np.asarray(lengths, dtype=np.int64))
+        self._cache: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def entry(self, position: int) -> Entry:
+        """The entry at ``position`` (0 to len - 1; IndexError otherwise)."""
+        return self.entries(position, position + 1)[0]
+
+    def entries(self, start: int, stop: int) -> list[Entry]:
+        """The entries at positions start..stop-1 (IndexError when any lies outside)."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"positions {start}..{stop} outside the epoch of {len(self)} entries")
+        found: list[Entry] = []
+        position = start
+        while position < stop:
+            block = int(np.searchsorted(self._ends, position, side="right"))
+            end = int(self._ends[block])
+            samples, repetitions = self._block(block)
+            first = end - len(samples)
+            upto = min(stop, end)
+            part = slice(position - first, upto - first)
+            pairs = zip(samples[part].tolist(), repetitions[part].tolist(), strict=True)
+            found += [Entry(self.epoch, position + i, sample, rep) for i, (sample, rep) in enumerate(pairs)]
+            position = upto
+        return found
+
+    def _block(self, block: int) -> tuple[Integers, Integers]:
+        """Samples and repetitions of one block, in order."""
+        if block in self._cache:
+            self._cache.move_to_end(block)
+            return self._cache[block]
+        ranges = [np.arange(self._starts[s], self._starts[s] + self._sizes[s]) for s in self._blocks[block].tolist()]
+        samples = np.concatenate(ranges).astype(np.int64) if ranges else np.zeros(0, dtype=np.int64)
+        passes = [
+            samples[permutation(seed_of("block", *self._identity, block, repetition), len(samples))]
+            if self.shuffle
+            else samples
+            for repetition in range(self.repeats)
+        ]
+        order = np.concatenate(passes), np.repeat(np.arange(self.repeats, dtype=np.int64), len(samples))
+        self._cache[block] = order
+        if len(self._cache) > _CACHED_BLOCKS:
+            self._cache.popitem(last=False)
+        return order
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's share of one micro-step.
+
+    ``entries``: this rank's; empty: the rank runs a zero-weight filler. ``micro_count``: entries of the micro-step over
+    all ranks. ``step_count``: entries of the step over all ranks and micro-steps.
+    """
+
+    step: int
+    micro: int
+    epoch: int
+    entries: tuple[Entry, ...]
+    micro_count: int
+    step_count: int
+
+
+def steps_per_epoch(epoch_size: int, global_batch: int) -> int:
+    """Steps of an epoch; the last may be short."""
+    return -(-epoch_size // global_batch)
+
+
+def samples_before(step: int, epoch_size: int, global_batch: int) -> int:
+    """Entries consumed by all steps before ``step``, over all epochs."""
+    epoch, within = divmod(step, steps_per_epoch(epoch_size, global_batch))
+    return epoch * epoch_size + within * global_batch
+
+
+def data_state(step: int, *, fingerprint: str, seed: int, epoch_size: int, global_batch: int) -> dict[str, Any]:
+    """Everything a resumed run must know about data before ``step``: {fingerprint, seed, epoch, cursor}.
+
+    ``cursor`` is the position in ``epoch`` of the next entry. The same at every world size and worker count.
+    """
+    epoch, within = divmod(step, steps_per_epoch(epoch_size, global_batch))
+    return {"fingerprint": fingerprint, "seed": seed, "epoch": epoch, "cursor": within * global_batch}
+
+
+def micro_batches(
+    plans: Callable[[int], EpochPlan],
+    *,
+    epoch_size: int,
+    first_step: int,
+    last_step: int,
+    global_batch: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of the steps first_step..last_step-1.
+
+    Slot i of a step's G slots belongs to micro-step i // (G / accumulation), and there to rank
+    (i % (G / accumulation)) // (G / accumulation / world). An epoch's last step may leave its later slots empty.
+
+    Args:
+        plans: the plan of an epoch, by its number.
+        epoch_size: entries of an epoch (``len`` of every plan).
+
+    Raises:
+        ConfigError: the world cannot carry the global batch; lists the worlds that can.
+    """
+    worlds = possible_worlds(global_batch, accumulation)
+    if world not in worlds:
+        raise ConfigError(
+            f"world size {world} cannot carry global_batch {global_batch} with accumulation {accumulation}; "
+            f"possible worlds: {', '.join(map(str, worlds))}"
+        )
+    if epoch_size < 1:
+        raise ConfigError("the data set is empty; pack at least one sample")
+    return _cut(plans, epoch_size, first_step, last_step, global_batch, accumulation, rank, world)
+
+
+def _cut(
+    plans: Callable[[int], EpochPlan],
+    epoch_size: int,
+    first_step: int,
+    last_step: int,
+    global_batch: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+) -> Iterator[MicroBatch]:
+    per_epoch = steps_per_epoch(epoch_size, global_batch)
+    per_micro = global_batch // accumulation
+    per_rank = per_micro // world
+    plan: EpochPlan | None = None
+    for step in range(first_step, last_step):
+        epoch, within = divmod(step, per_epoch)
+        if plan is None or plan.epoch != epoch:
+            plan = plans(epoch)
+        start = within * global_batch
+        valid = min(global_batch, epoch_size - start)
+        for micro in range(accumulation):
+            first = micro * per_micro
+            low = min(first + rank * per_rank, valid)
+            high = min(first + (rank + 1) * per_rank, valid)
+            yield MicroBatch(
+                step=step,
+                micro=micro,
+                epoch=epoch,
+                entries=tuple(plan.entries(start + low, start + high)),
+                micro_count=min(max(valid - first, 0), per_micro),
+                step_count=valid,
+            )

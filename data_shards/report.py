@@ -1,0 +1,187 @@
+"""Verify and inspect a packed data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.hashing import sha256_file
+from vitgraft.data_shards.decode import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    check_annotations,
+    decode_image,
+    decode_json,
+    decode_label,
+    decode_masks,
+    image_size,
+    probe_video,
+)
+from vitgraft.data_shards.manifest import IGNORE, Manifest, read_manifest
+from vitgraft.data_shards.stream import RawSample, ShardReader
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class VerifyReport:
+    """What :func:`verify` found.
+
+    ``bad_files``: a line for each shard or index whose bytes changed. ``bad_samples``: reasons by key.
+    """
+
+    folder: Path
+    manifest: Manifest
+    bad_files: list[str] = field(default_factory=list)
+    bad_samples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No damage at all."""
+        return not self.bad_files and not self.bad_samples
+
+
+def verify(folder: Path | str, progress: Progress | None = None) -> VerifyReport:
+    """Hash every file against the manifest and decode every sample.
+
+    Raises:
+        DataError: there is no readable manifest, or a file is missing or of another size.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    report = VerifyReport(folder, manifest)
+    for shard in manifest.shards:
+        for name, expected in ((shard.name, shard.sha256), (shard.index_name, shard.index_sha256)):
+            found = _hash(folder / name)
+            if found != expected:
+                report.bad_files.append(f"{folder / name}: SHA-256 {found[:12]}, expected {expected[:12]}")
+    reader = ShardReader(folder, manifest)
+    for sample in range(len(reader)):
+        try:
+            check_sample(reader.read(sample), manifest)
+        except DataError as error:
+            report.bad_samples[reader.key(sample)] = str(error)
+        if progress is not None:
+            progress(sample + 1, len(reader))
+    reader.close()
+    return report
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+
+
+def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
+    """Decode everything in a sample; returns its metadata.
+
+    Raises:
+        DataError: something in it is damaged or does not fit together.
+    """
+    metadata = decode_json(raw.first(("json",)), raw.where)
+    expected = metadata.get("height"), metadata.get("width")
+    if manifest.kind == "video":
+        facts = probe_video(raw.first(VIDEO_EXTENSIONS), raw.where)
+        if facts["frames"] != metadata.get("frames"):
+            raise DataError(f"{raw.where}: {facts['frames']} frames, expected {metadata.get('frames')}; pack again")
+        label = metadata.get("label")
+        if not isinstance(label, int) or not 0 <= label < len(manifest.classes):
+            raise DataError(f"{raw.where}: label {label!r} of {len(manifest.classes)} classes; pack again")
+        found = (facts["height"], facts["width"])
+    else:
+        image = decode_image(raw.first(IMAGE_EXTENSIONS), raw.where)
+        found = (image.shape[1], image.shape[2])
+    if found != expected:
+        raise DataError(f"{raw.where}: (height, width) {found}, metadata says {expected}; pack again")
+    if manifest.kind == "detection":
+        annotations = check_annotations(metadata, len(manifest.classes), raw.where)
+        decode_masks(annotations, (found[0], found[1]), raw.where)
+    elif manifest.kind == "semantic":
+        label_map = decode_label(raw.first(("label.png",)), raw.where)
+        wrong = (label_map != IGNORE) & (label_map >= len(manifest.classes))
+        if tuple(label_map.shape) != found or bool(wrong.any()):
+            raise DataError(f"{raw.where}: label map of another size or with an unknown class id; pack again")
+    return metadata
+
+
+@dataclass
+class InspectReport:
+    """Statistics of a data set.
+
+    ``class_counts``: detection: instances; semantic: pixels; video: clips, by class name. ``sizes``: how many images
+    have each (height, width). ``unlabelled``: detection: images without annotations; semantic: ignored pixels.
+    ``unreadable``: samples left out of the statistics.
+    """
+
+    manifest: Manifest
+    class_counts: dict[str, int]
+    sizes: dict[tuple[int, int], int]
+    unlabelled: int
+    unreadable: dict[str, str]
+    pictures: list[Path]
+
+
+def inspect(
+    folder: Path | str, draw: int = 0, out: Path | None = None, progress: Progress | None = None
+) -> InspectReport:
+    """Count classes and sizes; draw the first ``draw`` samples with their labels as PNGs into ``out``.
+
+    Raises:
+        DataError: there is no readable manifest.
+    """
+    from vitgraft.data_shards.draw import draw_sample
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    counts: Counter[int] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    unlabelled = 0
+    unreadable: dict[str, str] = {}
+    pictures: list[Path] = []
+    reader = ShardReader(folder, manifest)
+    for sample in range(len(reader)):
+        try:
+            raw = reader.read(sample)
+            found, size, without = _statistics(raw, manifest)
+            if sample < draw and out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                pictures.append(out / f"{raw.key}.png")
+                draw_sample(raw, manifest).save(pictures[-1])
+        except DataError as error:
+            unreadable[reader.key(sample)] = str(error)
+            continue
+        counts.update(found)
+        sizes[size] += 1
+        unlabelled += without
+        if progress is not None:
+            progress(sample + 1, len(reader))
+    reader.close()
+    named = {name: counts[number] for number, name in enumerate(manifest.classes)}
+    return InspectReport(manifest, named, dict(sizes.most_common()), unlabelled, unreadable, pictures)
+
+
+def _statistics(raw: RawSample, manifest: Manifest) -> tuple[Counter[int], tuple[int, int], int]:
+    """Counts by class id, (height, width), and what is unlabelled, of one sample."""
+    metadata = decode_json(raw.first(("json",)), raw.where)
+    if manifest.kind == "detection":
+        annotations = check_annotations(metadata, len(manifest.classes), raw.where)
+        size = image_size(raw.first(IMAGE_EXTENSIONS), raw.where)
+        return Counter(int(item["class"]) for item in annotations), size, int(not annotations)
+    if manifest.kind == "semantic":
+        label = decode_label(raw.first(("label.png",)), raw.where)
+        values, numbers = torch.unique(label, return_counts=True)
+        found = Counter(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+        return found, (label.shape[0], label.shape[1]), found.pop(IGNORE, 0)
+    try:
+        size = int(metadata["height"]), int(metadata["width"])
+        return Counter([int(metadata["label"])]), size, 0
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{raw.where}: metadata lacks label, height or width; pack again") from None

@@ -1,0 +1,82 @@
+"""``vitgraft demo``: three tasks on the built-in digits, from packing to pictures, ending with one table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vitgraft.configs.errors import CheckpointError, ConfigError
+from vitgraft.configs.load import load_recipe
+from vitgraft.configs.schema import Recipe
+from vitgraft.data_shards.sources import ensure_digits
+from vitgraft.launch import training
+from vitgraft.launch.ui import Screen
+from vitgraft.trainer.checkpoint.read import resolve_checkpoint
+from vitgraft.trainer.tasks import make_task
+
+TASKS = ("detection", "semantic", "video")
+
+
+def run(out: Path, tasks: list[str] | None = None) -> None:
+    """Run the demo; a finished task is not trained again.
+
+    Raises:
+        ConfigError: an unknown task.
+        VitgraftError: whatever a run ends with.
+    """
+    chosen = tasks or list(TASKS)
+    unknown = next((task for task in chosen if task not in TASKS), None)
+    if unknown is not None:
+        raise ConfigError(f"--task {unknown}: no such task; choose from {', '.join(TASKS)}")
+    rows = []
+    for task in chosen:
+        recipe = load_recipe(f"quickstart/{task}")
+        with Screen(f"{task}: ") as screen:
+            for source in (recipe.data.train, recipe.data.val):
+                if source is not None:
+                    ensure_digits(source.path, screen.callback("pack"))
+            training.train(recipe, out / task, screen)
+        rows.append((task, recipe, out / task))
+    console = Console(soft_wrap=False, width=None)
+    console.print(_table(rows))
+
+
+def _table(rows: list[tuple[str, Recipe, Path]]) -> Table:
+    table = Table(title="vitgraft demo", show_lines=True)
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("time", justify="right")
+    table.add_column("where, and the command that opens it", overflow="fold")
+    for task, recipe, run_folder in rows:
+        checkpoint = resolve_checkpoint(run_folder)
+        result = run_folder / "results" / f"{checkpoint.path.name}.json"
+        if not result.is_file():
+            raise CheckpointError(f"{result}: missing; evaluate with: vitgraft evaluate {run_folder}")
+        evaluation = json.loads(result.read_text())
+        names = [name for name in make_task(recipe.task, []).primary if name in evaluation["metrics"]]
+        values = [f"{evaluation['metrics'][name]:.3f}" for name in names]
+        picture = result.with_suffix("") / evaluation["pictures"][0]
+        places = [
+            f"pictures     xdg-open {shlex.quote(str(picture))}",
+            f"checkpoint   vitgraft checkpoints list {shlex.quote(str(run_folder))}",
+            f"TensorBoard  tensorboard --logdir {shlex.quote(str(run_folder / 'tensorboard'))}",
+        ]
+        table.add_row(task, "\n".join(names), "\n".join(values), _minutes(run_folder), "\n".join(places))
+    return table
+
+
+def _minutes(run_folder: Path) -> str:
+    """How long the run's attempts took, by its event log."""
+    seconds, started = 0.0, None
+    for line in (run_folder / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "start":
+            started = event["time"]
+        elif started is not None:
+            seconds, started = seconds + event["time"] - started, None
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

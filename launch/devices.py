@@ -1,0 +1,56 @@
+"""What this host offers, found without importing torch (which takes seconds)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.recipe import possible_worlds
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many ranks run where, with how many CPU threads each."""
+
+    device: str
+    processes: int
+    threads: int
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that a process started here may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()])
+    if visible is None:
+        return present
+    return min(present, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+
+
+def place(recipe: Recipe, processes: int | None) -> Placement:
+    """Choose device, ranks and threads.
+
+    Raises:
+        ConfigError: no such device, or a world that cannot carry the global batch.
+    """
+    launch, gpus = recipe.launch, count_gpus()
+    if launch.device == "cuda" and gpus == 0:
+        raise ConfigError("launch.device: cuda, but no GPU is visible on this host; use device: auto or cpu")
+    device = "cpu" if launch.device == "cpu" or gpus == 0 else "cuda"
+    if recipe.train.precision == "bf16_params" and device == "cpu":
+        raise ConfigError("train.precision: bf16_params needs a GPU; use bf16, which runs on a CPU too")
+    wanted = processes or launch.processes or (gpus if device == "cuda" else 2)
+    if device == "cuda" and processes is None:
+        wanted = min(wanted, gpus)
+    if device == "cuda" and wanted > gpus:
+        raise ConfigError(f"--processes {wanted}: this host has {gpus} visible GPUs; one rank needs one GPU")
+    worlds = possible_worlds(recipe.train.global_batch, recipe.train.accumulation)
+    if wanted not in worlds:
+        raise ConfigError(
+            f"a world of {wanted} cannot carry global_batch {recipe.train.global_batch} with accumulation "
+            f"{recipe.train.accumulation}; possible worlds: {', '.join(map(str, worlds))}"
+        )
+    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // wanted)
+    return Placement(device, wanted, threads)

@@ -1,0 +1,197 @@
+"""Start the trainer's ranks on this host, watch them, and leave none behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.launch.devices import Placement
+from vitgraft.launch.run_dir import RunHandle
+from vitgraft.launch.ui import Screen
+from vitgraft.trainer.rank import PARENT_VARIABLE, THREADS_VARIABLE
+from vitgraft.trainer.report import PIPE_VARIABLE
+
+GRACE_AFTER_FAILURE_S = 5.0
+_LOST_PEERS = "lost the other ranks"
+
+
+def free_port(wanted: int) -> int:
+    """The wanted port, or a free one for 0.
+
+    Raises:
+        ConfigError: the wanted port is in use.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ConfigError(f"launch.port: {wanted}: {error.strerror}; choose another, or 0 for a free one") from None
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Gang:
+    """The ranks of one attempt."""
+
+    handle: RunHandle
+    placement: Placement
+    screen: Screen
+    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    errors: list[tuple[int, str]] = field(default_factory=list)
+    stopping: int | None = None
+
+    def run(self, port: int) -> None:
+        """Start, watch, end.
+
+        Raises:
+            VitgraftError: why the ranks ended, unless they finished; no rank lives then.
+        """
+        read, write = os.pipe()
+        old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for rank in range(self.placement.processes):
+                self.ranks.append(self._start(rank, port, write))
+            os.close(write)
+            write = -1
+            self._watch(read)
+        finally:
+            self.end()
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            os.close(read)
+            if write != -1:
+                os.close(write)
+
+    def end(self) -> None:
+        """Kill every rank that still lives, and its loader processes with it."""
+        for process in self.ranks:
+            if process.poll() is None:
+                process.kill()
+        for process in self.ranks:
+            process.wait()
+
+    def _start(self, rank: int, port: int, pipe: int) -> subprocess.Popen[bytes]:
+        handle, placement = self.handle, self.placement
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(placement.processes),
+            "LOCAL_SIZE": str(placement.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            THREADS_VARIABLE: str(placement.threads),
+            "DS_ACCELERATOR": placement.device,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",
+            PIPE_VARIABLE: str(pipe),
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        # The ranks of one host meet on the loopback; a host name that does not resolve must not matter.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        command = [sys.executable, "-m", "vitgraft.trainer.rank", "--run-dir", str(handle.path.resolve())]
+        command += ["--attempt", str(handle.attempt), "--device", placement.device]
+        if handle.resume is not None:
+            command += ["--resume", str(handle.resume.path.resolve())]
+        with self.log_path(rank).open("ab") as log:
+            # A session of its own: Ctrl-C on the terminal reaches the launcher alone, which stops the ranks in order.
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(pipe, handle.lock.fileno()),
+                start_new_session=True,
+            )
+
+    def log_path(self, rank: int) -> Path:
+        """RUN/logs/ROLE.HOST.ATTEMPT.log."""
+        name = f"trainer-{rank}.{os.uname().nodename}.{self.handle.attempt}.log"
+        return self.handle.path / "logs" / name
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping is not None and number == signal.SIGINT:
+            raise InterruptedRun("interrupted; the same command goes on from the last committed checkpoint")
+        self.stopping = number
+        self.screen.note("stopping behind a checkpoint at the end of this step; Ctrl-C again ends at once")
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    def _watch(self, pipe: int) -> None:
+        buffer = b""
+        failed_at: float | None = None
+        os.set_blocking(pipe, False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while any(process.poll() is None for process in self.ranks):
+                if selector.select(timeout=0.2):
+                    buffer = self._read(pipe, buffer)
+                if failed_at is None and any(process.poll() not in (None, 0) for process in self.ranks):
+                    failed_at = time.monotonic()
+                if failed_at is not None and time.monotonic() - failed_at > GRACE_AFTER_FAILURE_S:
+                    self.end()
+            self._read(pipe, buffer)
+        self._judge()
+
+    def _read(self, pipe: int, buffer: bytes) -> bytes:
+        try:
+            data = os.read(pipe, 1 << 16)
+        except BlockingIOError:
+            return buffer
+        *lines, rest = (buffer + data).split(b"\n")
+        for line in lines:
+            self._message(json.loads(line))
+        if not data:
+            time.sleep(0.05)  # every rank closed its end; they are about to exit
+        return rest
+
+    def _message(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "progress":
+            self.screen.progress(message["label"], message["done"], message["total"], message["facts"])
+        elif message["kind"] == "note":
+            self.screen.note(message["text"])
+        else:
+            self.errors.append((message["code"], message["text"]))
+
+    def _judge(self) -> None:
+        """Turn the ranks' ends into one error, the cause rather than its consequences."""
+        codes = [process.returncode for process in self.ranks]
+        if not any(codes):
+            return
+        if self.stopping == signal.SIGINT:
+            done = " behind a committed checkpoint" if all(code == PreemptedRun.exit_code for code in codes) else ""
+            raise InterruptedRun(f"interrupted{done}; the same command goes on from the last committed checkpoint")
+        causes = [(code, text) for code, text in self.errors if _LOST_PEERS not in text] or self.errors
+        killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGKILL]
+        for rank, code in enumerate(codes):
+            if code < 0 and not causes:
+                killed.append(rank)
+        if causes:
+            raise _error(*causes[0], self.log_path(0))
+        if killed:
+            number = signal.Signals(-codes[killed[0]]).name
+            raise TrainingError(
+                f"rank {killed[0]} was ended by {number} (out of memory?); its log: {self.log_path(killed[0])}"
+            )
+        rank = next(i for i, code in enumerate(codes) if code)
+        raise TrainingError(f"rank {rank} ended with code {codes[rank]}; its log: {self.log_path(rank)}")
+
+
+def _error(code: int, text: str, log: Path) -> VitgraftError:
+    error = VitgraftError(text if code not in (1, 5) else f"{text} (log: {log})")
+    error.exit_code = code
+    return error

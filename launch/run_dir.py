@@ -1,0 +1,166 @@
+"""The run directory before and between attempts: ownership, configuration, where to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from vitgraft.configs.errors import CheckpointError, ConfigError
+from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
+from vitgraft.configs.schema import Recipe
+from vitgraft.trainer.checkpoint.commit import all_step_names, set_aside, sweep
+from vitgraft.trainer.checkpoint.files import replace_text
+from vitgraft.trainer.checkpoint.layout import POINTER
+from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
+
+LOCK_PATIENCE_S = 20.0
+
+
+@dataclass
+class RunHandle:
+    """This attempt's hold on a run. ``lock`` stays open, and is passed on to the ranks: while one of them lives, nobody
+    else owns the run."""
+
+    path: Path
+    attempt: int
+    resume: Checkpoint | None
+    lock: IO[str]
+    notes: list[str]
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Append to RUN/events.jsonl."""
+        row = {"time": time.time(), "event": name, "attempt": self.attempt, **facts}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Give the run up."""
+        self.lock.close()
+
+
+def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
+    """Own the run directory, check the recipe against it and find where to go on.
+
+    Args:
+        resume: ``auto`` (the newest valid checkpoint, else the start), ``never`` (the start; old ones are set aside) or
+            the path of a checkpoint of this run.
+
+    Raises:
+        ConfigError: another process owns the run, or the recipe is another one.
+        CheckpointError: there are checkpoints, but no valid one.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _own(path)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {path}: cannot be written: {error.strerror}; choose another folder") from None
+    try:
+        sweep(path)
+        if resume != "never":
+            _check_recipe(path, recipe)
+        notes: list[str] = []
+        checkpoint = _where_to_go_on(path, resume, notes)
+        for folder in ("logs", "results", "checkpoints"):
+            (path / folder).mkdir(exist_ok=True)
+        replace_text(path / "config.yaml", dump_recipe(recipe))
+        return RunHandle(path, _next_attempt(path), checkpoint, lock, notes)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _own(path: Path) -> IO[str]:
+    """An exclusive lock; ranks of a killed attempt may hold it for a moment while they die."""
+    lock = (path / "lock").open("a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                owner = lock.read().strip()
+                lock.close()
+                raise ConfigError(f"{path}: owned by a running attempt ({owner}); wait for it or end it") from None
+            time.sleep(0.1)
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+    lock.flush()
+    return lock
+
+
+def _check_recipe(path: Path, recipe: Recipe) -> None:
+    config = path / "config.yaml"
+    if not config.is_file():
+        return
+    old = validate_recipe(parse_yaml(config.read_text(), str(config)), str(config))
+    difference = first_difference(old.identity(), recipe.identity())
+    if difference is not None:
+        key, before, now = difference
+        raise ConfigError(
+            f"{config}: {key} was {before!r}, now {now!r}; a resumed run keeps its model, data and optimisation: "
+            "use the old value, another --run-dir, or --resume never to start afresh"
+        )
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two trees differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(n for n in new if n not in old)]:
+            found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (key, old, new)
+
+
+def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | None:
+    names = all_step_names(path)
+    pointer = path / "checkpoints" / POINTER
+    if resume == "never":
+        if names:
+            folder = set_aside(path, names, "train --resume never")
+            notes.append(f"starting afresh; {len(names)} checkpoints moved to {folder}")
+        pointer.unlink(missing_ok=True)
+        return None
+    if resume != "auto":
+        chosen = resolve_checkpoint(Path(resume))
+        if chosen.run.resolve() != path.resolve():
+            raise CheckpointError(f"--resume {resume}: a checkpoint of another run ({chosen.run}); name one of {path}")
+        return _set_later_aside(path, names, chosen, f"train --resume {resume}", notes)
+    found, invalid = newest_valid(path)
+    if found is None:
+        if names or pointer.exists():
+            why = invalid[0][1] if invalid else f"{pointer} names one that is gone"
+            raise CheckpointError(
+                f"{path}: no valid checkpoint is left ({why}); restore one, or --resume never to start afresh"
+            )
+        return None
+    for bad, reason in invalid:
+        notes.append(f"WARNING {bad.name} is invalid: {reason}; going on from {found.path.name}")
+    return _set_later_aside(path, names, found, "invalid, found when resuming", notes)
+
+
+def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: str, notes: list[str]) -> Checkpoint:
+    """Later checkpoints are moved away, not overwritten."""
+    later = [name for name in names if name > chosen.path.name]
+    if later:
+        folder = set_aside(path, later, reason)
+        notes.append(f"{', '.join(later)} moved to {folder}")
+    return chosen
+
+
+def _next_attempt(path: Path) -> int:
+    events = path / "events.jsonl"
+    if not events.is_file():
+        return 1
+    from vitgraft.trainer.monitor_files import drop_torn_line
+
+    drop_torn_line(events)
+    return 1 + sum('"event": "start"' in line for line in events.read_text().splitlines())

@@ -1,0 +1,84 @@
+"""What the user sees: progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Screen:
+    """Shows labelled progress and notes on stderr; use as a context manager."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last_plain: dict[str, float] = {}
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def progress(self, label: str, done: int, total: int, facts: dict[str, Any] | None = None) -> None:
+        """Show that ``done`` of ``total`` is done."""
+        text = "  ".join(f"{name} {_short(value)}" for name, value in (facts or {}).items())
+        label = f"{self._prefix}{label}"
+        if self._bars is None:
+            self._plain(label, done, total, text)
+            return
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total, facts=text)
+        self._bars.update(self._tasks[label], completed=done, total=total, facts=text, visible=done < total)
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+        self._console.print(f"{self._prefix}{text}", markup=False)
+
+    def callback(self, label: str) -> Callable[[int, int], None]:
+        """A progress callback with a fixed label."""
+        return lambda done, total: self.progress(label, done, total)
+
+    def _plain(self, label: str, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last_plain.get(label, -PLAIN_INTERVAL_S) < PLAIN_INTERVAL_S:
+            return
+        self._last_plain[label] = now
+        print(f"{label} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""What is grafted on a trunk, and what makes maps of several strides from it."""

@@ -1,0 +1,1 @@
+"""Trunks: plain Vision Transformers behind one interface."""

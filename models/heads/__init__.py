@@ -1,0 +1,1 @@
+"""What reads the maps: losses by name in training, predictions otherwise."""

@@ -1,0 +1,96 @@
+"""A joint space-time transformer over the maps of a clip's frames, and one classifier for the clip.
+
+Each frame's map is pooled to a small grid of tokens; all tokens of all frames attend to each other (the joint attention
+of ViViT's model 1, arXiv 2103.15691, on a frozen or trained image trunk). Places have learned positions, frames
+sinusoids (arXiv 1706.03762, section 3.5), so a clip may have any number of frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vitgraft.configs.schema.model import VideoTransformerConfig
+from vitgraft.models.contract import Losses, LossTerm
+from vitgraft.models.registry import register
+
+
+@register("head", "video_transformer")
+class VideoTransformer(nn.Module):
+    """Logits for a clip. Maps of several strides are each pooled to the same grid, projected and added."""
+
+    def __init__(self, config: VideoTransformerConfig, *, channels: dict[int, int], num_classes: int) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.grid = config.grid
+        self.label_smoothing = config.label_smoothing
+        self.projections = nn.ModuleDict(
+            {str(stride): nn.Linear(channels[stride], width) for stride in sorted(channels)}
+        )
+        self.position = nn.Parameter(torch.empty(1, 1, config.grid**2, width))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.blocks = nn.Sequential(
+            *(
+                Block(width, config.num_heads, qkv_bias=True, proj_drop=config.dropout, attn_drop=config.dropout)
+                for _ in range(config.depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self,
+        maps: dict[int, Tensor],
+        sizes: Tensor,
+        canvas: tuple[int, int],
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Losses | Tensor:
+        """maps: {stride: (B, T, C, H/stride, W/stride)}; sizes and canvas are not needed.
+
+        With targets (B,) int64, the loss ``video`` with weights (B,) for each clip; without, logits (B, K) float32.
+        """
+        logits = self._logits(maps)
+        if targets is None:
+            return logits
+        with torch.autocast(logits.device.type, enabled=False):
+            wrong = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+            if weights is None:
+                weights = torch.ones_like(wrong)
+            return {"video": LossTerm((wrong * weights).sum(), weights.sum())}
+
+    def recompute_units(self) -> list[nn.Module]:
+        """Modules whose activations are worth recomputing: the blocks."""
+        return list(self.blocks)
+
+    def _logits(self, maps: dict[int, Tensor]) -> Tensor:
+        pooled = [
+            projection(_grid_tokens(maps[int(stride)], self.grid)) for stride, projection in self.projections.items()
+        ]
+        tokens = torch.stack(pooled).sum(0)
+        frames = sinusoids(tokens.shape[1], tokens.shape[3], tokens.device).to(tokens.dtype)
+        tokens = (tokens + self.position + frames[None, :, None]).flatten(1, 2)
+        clip = self.norm(self.blocks(tokens)).mean(1)
+        logits: Tensor = self.classifier(self.dropout(clip))
+        return logits.float()
+
+
+def _grid_tokens(frames: Tensor, grid: int) -> Tensor:
+    """(B, T, C, h, w) → (B, T, grid², C)."""
+    batch, length, channels = frames.shape[:3]
+    pooled = F.adaptive_avg_pool2d(frames.flatten(0, 1), grid)
+    return pooled.reshape(batch, length, channels, grid * grid).transpose(2, 3)
+
+
+def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
+    """Sines (even channels) and cosines (odd ones) of positions 0..length-1: (length, width) float32."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    angle = torch.arange(length, device=device)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :width]

@@ -1,0 +1,20 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of test data that ``VITGRAFT_TEST_DATA`` names; skips when it is unset, fails when it is missing."""
+    folder = os.environ.get("VITGRAFT_TEST_DATA")
+    if folder is None:
+        pytest.skip("VITGRAFT_TEST_DATA is not set")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"VITGRAFT_TEST_DATA={folder} is no folder")
+    return path

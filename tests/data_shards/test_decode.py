@@ -1,0 +1,227 @@
+"""Pixels as other decoders see them, frames by number, and clear errors for everything broken."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as torchvision_decode
+
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.schema.data import ClipConfig
+from vitgraft.data_shards import decode
+from vitgraft.data_shards.pack.digits import encode_clip
+
+
+def png(array: Any, mode: str | None = None) -> bytes:
+    stream = io.BytesIO()
+    image = Image.fromarray(array)
+    (image if mode is None else image.convert(mode)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_images_as_torchvision_decodes_them(test_data: Path) -> None:
+    for path in sorted((test_data / "camvid_mini" / "val").glob("*.png"))[:3]:
+        data = path.read_bytes()
+        theirs = torchvision_decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        assert torch.equal(decode.decode_image(data, "x"), theirs)
+        assert decode.image_size(path, "x") == tuple(theirs.shape[1:])
+
+
+def test_grey_palette_alpha_and_16_bit_become_rgb() -> None:
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    expected = torch.from_numpy(grey).expand(3, 3, 4)
+    for data in (png(grey), png(grey, "P"), png(grey, "LA"), png(grey.astype(np.uint16) * 256)):
+        assert torch.equal(decode.decode_image(data, "x"), expected)
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(stream, "JPEG", exif=exif)
+    assert decode.decode_image(stream.getvalue(), "x").shape == (3, 4, 8)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a" + b"\0" * 50])
+def test_no_image(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^set:7: broken image .* replace it$"):
+        decode.decode_image(data, "set:7")
+
+
+def test_a_cut_image_is_an_error_and_not_a_grey_area() -> None:
+    data = png(np.random.RandomState(0).randint(0, 255, (50, 50, 3)).astype(np.uint8))
+    with pytest.raises(DataError, match="broken image"):
+        decode.decode_image(data[: len(data) // 2], "x")
+
+
+def test_images_are_refused_by_their_header_when_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 99)
+    with pytest.raises(DataError, match="10x10 pixels, more than 99"):
+        decode.decode_image(png(np.zeros((10, 10), np.uint8)), "x")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.png: no such file"):
+        decode.decode_image(tmp_path / "none.png", str(tmp_path / "none.png"))
+
+
+def test_label_maps_of_every_usual_encoding() -> None:
+    ids = np.array([[0, 1, 2], [3, 255, 4]], dtype=np.uint8)
+    palette = Image.fromarray(ids, mode="P")
+    palette.putpalette([255 - i // 3 for i in range(768)])
+    stream = io.BytesIO()
+    palette.save(stream, "PNG")
+    for data in (png(ids), stream.getvalue(), png(ids.astype(np.uint16))):
+        assert torch.equal(decode.decode_label(data, "x"), torch.from_numpy(ids.astype(np.int32)))
+    assert decode.decode_label(png(np.full((2, 2), 999, np.uint16)), "x").unique().tolist() == [999]
+    with pytest.raises(DataError, match="mode RGB"):
+        decode.decode_label(png(np.zeros((2, 2, 3), np.uint8)), "x")
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"NaN"])
+def test_metadata_must_be_a_json_object(data: bytes) -> None:
+    with pytest.raises(DataError, match="set:1: metadata"):
+        decode.decode_json(data, "set:1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox": [0, 0, 1]},
+        {"bbox": [0, 0, float("nan"), 1]},
+        {"bbox": [0, 0, "x", 1]},
+        {"class": 2},
+        {"class": -1},
+        {"class": 0.5},
+        {"segmentation": {"size": [9, 9], "counts": "1"}},
+        {"segmentation": {"size": [4, 4]}},
+        {"segmentation": 5},
+    ],
+)
+def test_damaged_annotations(change: dict[str, Any]) -> None:
+    good = {"id": 1, "bbox": [0, 0, 2, 2], "class": 1, "segmentation": None}
+    decode.check_annotations({"height": 4, "width": 4, "annotations": [good]}, 2, "x")
+    with pytest.raises(DataError, match="annotations are damaged"):
+        decode.check_annotations({"height": 4, "width": 4, "annotations": [good | change]}, 2, "x")
+
+
+def test_masks_and_boxes_in_their_place() -> None:
+    from pycocotools import mask as coco_mask
+
+    truth = np.zeros((5, 6), dtype=np.uint8)
+    truth[1:4, 2:5] = 1
+    counts = coco_mask.encode(np.asfortranarray(truth))["counts"].decode()
+    items = [
+        {"id": 1, "bbox": [2, 1, 3, 3], "segmentation": {"size": [5, 6], "counts": counts}},
+        {"id": 2, "bbox": [2.0, 1.0, 3.0, 3.0], "segmentation": None},
+    ]
+    masks = decode.decode_masks(items, (5, 6), "x")
+    assert torch.equal(masks, torch.from_numpy(np.stack([truth, truth])))
+    items[0]["segmentation"] = {"size": [5, 6], "counts": "zzzzzzzz"}
+    with pytest.raises(DataError, match="annotation 1: damaged mask"):
+        decode.decode_masks(items, (5, 6), "x")
+
+
+def clip(frames: int = 8, sampling: str = "dense", stride: int = 4) -> ClipConfig:
+    return ClipConfig.model_validate({"frames": frames, "sampling": sampling, "stride": stride})
+
+
+def test_frames_of_evaluation() -> None:
+    assert decode.sample_frames(100, clip(4, stride=2), train=False) == [46, 48, 50, 52]
+    assert decode.sample_frames(7, clip(4, stride=2), train=False) == [0, 2, 4, 6]
+    assert decode.sample_frames(5, clip(4, stride=2), train=False) == [0, 2, 4, 4]
+    assert decode.sample_frames(12, clip(4, "uniform"), train=False) == [1, 4, 7, 10]
+    assert decode.sample_frames(2, clip(4, "uniform"), train=False) == [0, 1, 1, 1]
+    assert decode.sample_frames(1, clip(3), train=False) == [0, 0, 0]
+
+
+def test_frames_of_training_cover_what_they_may_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = [decode.sample_frames(10, clip(3, stride=3), True, generator) for _ in range(200)]
+    assert {tuple(frames) for frames in dense} == {(0, 3, 6), (1, 4, 7), (2, 5, 8), (3, 6, 9)}
+    uniform = [decode.sample_frames(9, clip(3, "uniform"), True, generator) for _ in range(300)]
+    for segment in range(3):
+        assert {frames[segment] for frames in uniform} == {3 * segment, 3 * segment + 1, 3 * segment + 2}
+
+
+def test_real_videos_against_recorded_facts(test_data: Path) -> None:
+    """Frame counts and mean colours of first, middle and last frame, recorded with an independent script."""
+    root = test_data / "video_clips"
+    facts = json.loads((root / "clips.json").read_text())
+    checked = 0
+    for fact in facts:
+        if fact["file"].endswith("corrupted.mp4"):
+            continue
+        path = root / fact["file"]
+        found = decode.probe_video(path, fact["file"])
+        assert found["frames"] == fact["frames_decoded_pyav"], fact["file"]
+        indices = [0, found["frames"] - 1]
+        means = decode.decode_frames(path.read_bytes(), indices, fact["file"]).float().mean((2, 3))
+        expected = torch.tensor([fact["mean_rgb_first"], fact["mean_rgb_last"]])
+        assert torch.allclose(means, expected, atol=0.05), fact["file"]
+        checked += 1
+    assert checked >= 19
+
+
+def test_headers_that_promise_a_frame_too_many(test_data: Path) -> None:
+    path = test_data / "video_clips" / "torchvision" / "TrumanShow_wave_f_nm_np1_fr_med_26.avi"
+    assert decode.probe_video(path, "x")["frames"] == 48
+    with pytest.raises(DataError, match=r"frame 48 cannot be decoded"):
+        decode.decode_frames(path, [47, 48], "x")
+
+
+def test_rotation_tags_are_applied(test_data: Path) -> None:
+    """The same keyboard filmed with the phone held in four ways: after rotation its letters stand upright."""
+    folder = test_data / "video_clips" / "decord"
+    shapes = {a: decode.decode_frames(folder / f"video_{a}.mov", [0], "x").shape[2:] for a in (0, 90, 180, 270)}
+    assert shapes == {0: (320, 568), 90: (568, 320), 180: (320, 568), 270: (568, 320)}
+    for angle, shape in shapes.items():
+        facts = decode.probe_video(folder / f"video_{angle}.mov", "x")
+        assert (facts["height"], facts["width"]) == tuple(shape)
+
+
+def test_rotation_goes_the_right_way(tmp_path: Path, test_data: Path) -> None:
+    """FFmpeg's own filter graph is the judge: transpose=clock for a tag of 90 degrees."""
+    import av
+    import av.filter
+
+    path = test_data / "video_clips" / "decord" / "video_90.mov"
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        graph = av.filter.Graph()
+        source = graph.add_buffer(template=container.streams.video[0])
+        turn, sink = graph.add("transpose", "clock"), graph.add("buffersink")
+        source.link_to(turn)
+        turn.link_to(sink)
+        graph.configure()
+        graph.push(frame)
+        expected = graph.pull().to_ndarray(format="rgb24")
+    ours = decode.decode_frames(path, [0], "x")[0].permute(1, 2, 0).numpy()
+    assert np.abs(ours.astype(int) - expected.astype(int)).mean() < 3
+
+
+def test_a_corrupted_video_is_one_line(test_data: Path) -> None:
+    path = test_data / "video_clips" / "decord" / "corrupted.mp4"
+    for read in (lambda: decode.probe_video(path, str(path)), lambda: decode.decode_frames(path, [9999], str(path))):
+        with pytest.raises(DataError, match=r"corrupted\.mp4: broken video .* replace it$"):
+            read()
+
+
+@pytest.mark.parametrize("data", [b"", b"no video", b"RIFF\0\0\0\0AVI LIST"])
+def test_no_video(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^set:3: .*video"):
+        decode.probe_video(data, "set:3")
+
+
+def test_frames_may_repeat_and_come_by_number() -> None:
+    frames = [np.full((32, 32, 3), 20 * i, dtype=np.uint8) for i in range(10)]
+    found = decode.decode_frames(encode_clip(frames, 10), [0, 3, 9, 9], "x").float().mean((1, 2, 3))
+    assert torch.allclose(found, torch.tensor([0.0, 60.0, 180.0, 180.0]), atol=4)

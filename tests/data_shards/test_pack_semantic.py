@@ -1,0 +1,128 @@
+"""Label maps in every usual encoding come out as class ids, or as one line that says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.decode import decode_label
+from vitgraft.data_shards.manifest import IGNORE
+from vitgraft.data_shards.pack.semantic import pack_semantic
+from vitgraft.data_shards.report import inspect, verify
+from vitgraft.data_shards.stream import ShardReader
+
+CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """images/a.png and labels/a.png of 4x3 pixels with ids 0, 1 and 255."""
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.zeros((3, 4, 3), dtype=np.uint8)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.array([[0, 0, 1, 1], [0, 1, 255, 1], [0, 0, 0, 0]], np.uint8)).save(
+        tmp_path / "labels" / "a.png"
+    )
+    return tmp_path
+
+
+def label_of(folder: Path, sample: int = 0) -> np.ndarray:
+    from vitgraft.data_shards.manifest import read_manifest
+
+    reader = ShardReader(folder, read_manifest(folder))
+    return decode_label(reader.read(sample).members["label.png"], "x").numpy()
+
+
+def test_camvid(test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "camvid_mini"
+    manifest = pack_semantic(root / "val", root / "valannot", tmp_path / "set", CAMVID, ignore=11)
+    assert (manifest.samples, manifest.classes) == (12, CAMVID)
+    paths = sorted((root / "valannot").glob("*.png"))
+    counts = np.zeros(256, dtype=np.int64)
+    for number, path in enumerate(paths):
+        theirs = np.asarray(Image.open(path))
+        assert np.array_equal(label_of(tmp_path / "set", number), np.where(theirs == 11, IGNORE, theirs))
+        counts += np.bincount(theirs.ravel(), minlength=256)
+    assert verify(tmp_path / "set").ok
+    report = inspect(tmp_path / "set", draw=1, out=tmp_path / "pictures")
+    assert list(report.class_counts.values()) == counts[:11].tolist()
+    assert report.unlabelled == counts[11]
+    assert report.sizes == {(360, 480): 12}
+    assert report.pictures[0].is_file()
+
+
+def test_without_saying_what_is_ignored_the_id_is_named(test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "camvid_mini"
+    with pytest.raises(DataError, match=r"\.png: label id 11 is none of the 11 classes"):
+        pack_semantic(root / "val", root / "valannot", tmp_path / "set", CAMVID)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_palette_images_are_read_as_indices(test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "seg_samples_small" / "palette_256x128"
+    (tmp_path / "gts").mkdir()
+    for image in (root / "imgs").iterdir():
+        label = next(path for path in (root / "gts").iterdir() if path.stem.startswith(image.stem.split(".")[0]))
+        (tmp_path / "gts" / f"{image.stem}.png").write_bytes(label.read_bytes())
+    pack_semantic(root / "imgs", tmp_path / "gts", tmp_path / "set", ["a", "b", "c", "d"])
+    assert set(np.unique(label_of(tmp_path / "set"))) <= {0, 1, 2, 3, IGNORE}
+
+
+def test_reduce_zero_as_for_ade20k(test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "ade20k_sample"
+    classes = [f"class{i}" for i in range(150)]
+    pack_semantic(root / "images", root / "annotations", tmp_path / "set", classes, reduce_zero=True)
+    for number, path in enumerate(sorted((root / "annotations").glob("*.png"))):
+        theirs = np.asarray(Image.open(path)).astype(int)
+        assert np.array_equal(label_of(tmp_path / "set", number), np.where(theirs == 0, 255, theirs - 1))
+
+
+def test_sixteen_bit_label_maps(pair: Path) -> None:
+    Image.fromarray(np.full((3, 4), 1, dtype=np.uint16)).save(pair / "labels" / "a.png")
+    pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y"])
+    assert label_of(pair / "set").tolist() == [[1] * 4] * 3
+    Image.fromarray(np.full((3, 4), 256, dtype=np.uint16)).save(pair / "labels" / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: label id 256"):
+        pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y"], overwrite=True)
+
+
+def test_255_is_always_ignored(pair: Path) -> None:
+    pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y"], ignore=1)
+    assert label_of(pair / "set").tolist() == [[0, 0, 255, 255], [0, 255, 255, 255], [0, 0, 0, 0]]
+
+
+def test_pairs_are_found_by_stem_also_in_folders(pair: Path) -> None:
+    for name in ("images", "labels"):
+        (pair / name / "town").mkdir()
+        (pair / name / "a.png").rename(pair / name / "town" / "b.png")
+    assert pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y"]).samples == 1
+
+
+def test_lonely_files_wrong_sizes_and_empty_sets(pair: Path) -> None:
+    def pack(classes: tuple[str, ...] = ("x", "y")) -> None:
+        pack_semantic(pair / "images", pair / "labels", pair / "set", list(classes))
+
+    with pytest.raises(DataError, match="label id 1 is none of the 1 classes"):
+        pack(("x",))
+    with pytest.raises(DataError, match="listed twice"):
+        pack(("x", "x"))
+    Image.new("RGB", (5, 3)).save(pair / "images" / "a.png")
+    with pytest.raises(DataError, match=r"labels/a\.png: 4x3 pixels, its image .* has 5x3"):
+        pack()
+    Image.new("RGB", (4, 3)).save(pair / "images" / "b.png")
+    with pytest.raises(DataError, match=r"b\.png: no label map"):
+        pack()
+    (pair / "images" / "a.png").unlink()
+    Image.new("L", (4, 3)).save(pair / "labels" / "b.png")
+    with pytest.raises(DataError, match=r"labels/a\.png: no image a"):
+        pack()
+    (pair / "images" / "b.png").unlink()
+    with pytest.raises(DataError, match="data set is empty"):
+        pack()
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        pack_semantic(pair / "images", pair / "nowhere", pair / "set", ["x"])
+    assert not (pair / "set").exists()

@@ -1,0 +1,112 @@
+"""Videos are packed as they are, with the frames that they really have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.manifest import Manifest
+from vitgraft.data_shards.pack.digits import encode_clip
+from vitgraft.data_shards.pack.video import pack_video
+from vitgraft.data_shards.report import inspect, verify
+from vitgraft.data_shards.stream import RawSample, ShardReader
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """a.mp4 and b.mp4 of five frames in a folder."""
+    frames = [np.full((32, 48, 3), 40 * i, dtype=np.uint8) for i in range(5)]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").write_bytes(encode_clip(frames, 10))
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "list.txt"
+    path.write_text(text)
+    return path
+
+
+def raws(folder: Path, manifest: Manifest) -> list[RawSample]:
+    reader = ShardReader(folder, manifest)
+    return [reader.read(i) for i in range(len(reader))]
+
+
+def test_real_videos(test_data: Path, tmp_path: Path) -> None:
+    root = test_data / "video_clips"
+    facts = [fact for fact in json.loads((root / "clips.json").read_text()) if fact.get("label")]
+    # The corrupted file has a label too; it has a test of its own.
+    facts = [fact for fact in facts if "corrupted" not in fact["file"]][:6]
+    listing = write(tmp_path, "".join(f"{fact['file']}, {fact['label']}\n" for fact in facts))
+    manifest = pack_video(listing, tmp_path / "set", root=root)
+    assert manifest.classes == sorted({fact["label"] for fact in facts})
+    for raw, fact in zip(raws(tmp_path / "set", manifest), facts, strict=True):
+        metadata = json.loads(raw.members["json"])
+        assert raw.members[Path(fact["file"]).suffix[1:]] == (root / fact["file"]).read_bytes()
+        assert metadata["frames"] == fact["frames_decoded_pyav"]
+        assert (metadata["width"], metadata["height"]) == (fact["width"], fact["height"])
+        assert manifest.classes[metadata["label"]] == fact["label"]
+        assert metadata["fps"] == pytest.approx(float(fact["fps"].split("/")[0]), rel=0.01)
+
+
+def test_a_corrupted_video_stops_or_is_listed(test_data: Path, clips: Path) -> None:
+    (clips / "bad.mp4").write_bytes((test_data / "video_clips" / "decord" / "corrupted.mp4").read_bytes())
+    listing = write(clips, "a.mp4 x\nbad.mp4 y\nb.mp4 x\n")
+    with pytest.raises(DataError, match=r"bad\.mp4: broken video"):
+        pack_video(listing, clips / "set")
+    assert not (clips / "set").exists()
+    manifest = pack_video(listing, clips / "set", on_error="skip")
+    assert manifest.samples == 2
+    assert len(manifest.source["skipped"]) == 1
+    assert "bad.mp4" in manifest.source["skipped"][0]
+    assert verify(clips / "set").ok
+    report = inspect(clips / "set", draw=1, out=clips / "pictures")
+    assert report.class_counts == {"x": 2, "y": 0}
+    assert report.pictures[0].is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "expected"),
+    [
+        ("a.mp4 wave\nb.mp4 run\n", None, (["run", "wave"], [1, 0])),
+        ("a.mp4,arm wrestling\n# note\n\nb.mp4 , run\n", None, (["arm wrestling", "run"], [0, 1])),
+        ("a.mp4 10\nb.mp4 9\n", None, (["9", "10"], [1, 0])),
+        ("a.mp4 1\nb.mp4 0\n", ["x", "y"], (["x", "y"], [1, 0])),
+        ("a.mp4 y\nb.mp4 x\n", ["x", "y", "z"], (["x", "y", "z"], [1, 0])),
+    ],
+)
+def test_lists(clips: Path, text: str, classes: list[str] | None, expected: Any) -> None:
+    manifest = pack_video(write(clips, text), clips / "set", classes=classes)
+    labels = [json.loads(raw.members["json"])["label"] for raw in raws(clips / "set", manifest)]
+    assert (manifest.classes, labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "data set is empty"),
+        ("# nothing\n", "data set is empty"),
+        ("a.mp4\n", r"list\.txt:1: 'a\.mp4'; expected PATH LABEL"),
+        ("a.mp4 x\nc.mp4 x\n", r"list\.txt:2: .*c\.mp4: no such video"),
+        ("../a.mp4 x\n", "leads out of"),
+        ("list.txt x\n", "expected a video of type"),
+        ("a.mp4 x\nb.mp4 unknown\n", r"list\.txt:2: label 'unknown' is none of the 2 classes"),
+    ],
+)
+def test_wrong_lists(clips: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        pack_video(write(clips, text), clips / "set", classes=["x", "y"])
+    assert not (clips / "set").exists()
+
+
+def test_a_list_that_is_no_text_or_missing(clips: Path) -> None:
+    (clips / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        pack_video(clips / "list.txt", clips / "set")
+    with pytest.raises(DataError, match=r"none\.txt: no such file"):
+        pack_video(clips / "none.txt", clips / "set")

@@ -1,0 +1,1 @@
+"""The roles that run after launch: train, checkpoint, evaluate; tasks and monitoring."""

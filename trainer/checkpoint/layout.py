@@ -1,0 +1,153 @@
+"""What a checkpoint is made of: names, ranges and the manifest. Pure: no files, no torch.
+
+A saved tensor is a named flat vector of float32; a shard is a safetensors file of ranges of such vectors. The key of a
+range is ``KIND|PARAMETER|START``: KIND is ``master`` (the weights), ``ema`` or the name of an optimizer state, START
+the index of its first element in the flattened parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vitgraft.configs.errors import CheckpointError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+BUFFERS = "buffers.safetensors"
+POINTER = "latest"
+MASTER = "master"
+EMA = "ema"
+
+_STEP = re.compile(r"^step-(\d{8,})$")
+
+
+class FileRecord(BaseModel):
+    """One file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class DataState(BaseModel):
+    """Where the run is in its data: the same at every world size and worker count (DESIGN 6.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fingerprint: str
+    seed: int
+    epoch: int
+    cursor: int
+
+
+class Normalisation(BaseModel):
+    """How images are prepared for the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: list[float]
+    std: list[float]
+    image_size: list[int]
+
+
+class Manifest(BaseModel):
+    """The contents of ``manifest.json``: what a reader trusts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA
+    run: str
+    attempt: int
+    step: int
+    samples: int
+    data: DataState
+    world: int
+    zero_stage: int
+    recipe_hash: str
+    classes: list[str]
+    normalisation: Normalisation
+    parameters: dict[str, list[int]]
+    """Trained parameters and their shapes."""
+    kinds: list[str]
+    """Vectors stored for every trained parameter: master, optimizer states, ema."""
+    scalars: dict[str, float]
+    """Scalar states of the optimizer, e.g. its step count."""
+    groups: list[dict[str, Any]]
+    """Hyper-parameters of each parameter group, with the names of its parameters."""
+    frozen: str | None
+    """SHA-256 of the blob with the frozen parameters, if any."""
+    code_version: str
+    created: float
+    files: list[FileRecord]
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step of a checkpoint's directory name, or ``None`` for any other name."""
+    match = _STEP.match(name)
+    return int(match.group(1)) if match else None
+
+
+def shard_name(rank: int) -> str:
+    """File name of one rank's shard."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def expected_files(world: int) -> list[str]:
+    """The files that a checkpoint of this world consists of: computed, never listed from a directory."""
+    return [BUFFERS, *(shard_name(rank) for rank in range(world))]
+
+
+def range_key(kind: str, name: str, start: int) -> str:
+    """The safetensors key of a range."""
+    return f"{kind}|{name}|{start}"
+
+
+def parse_range_key(key: str) -> tuple[str, str, int]:
+    """(kind, parameter, start) of a safetensors key.
+
+    Raises:
+        CheckpointError: the key is not of this format.
+    """
+    kind, _, rest = key.partition("|")
+    name, _, start = rest.rpartition("|")
+    if not (kind and name and start.isdigit()):
+        raise CheckpointError(f"key {key!r} is not KIND|PARAMETER|START: the file was not written by vitgraft")
+    return kind, name, int(start)
+
+
+def even_range(numel: int, rank: int, world: int) -> tuple[int, int]:
+    """The part of a vector that ``rank`` writes when all ranks hold all of it."""
+    size = math.ceil(numel / world)
+    return min(rank * size, numel), min((rank + 1) * size, numel)
+
+
+def intersections(ranges: list[tuple[int, int]], start: int, stop: int, what: str) -> list[tuple[int, int, int]]:
+    """Which pieces of the sorted ``ranges`` give [start, stop): (index, piece start, piece stop).
+
+    Raises:
+        CheckpointError: the ranges leave a gap.
+    """
+    pieces: list[tuple[int, int, int]] = []
+    position = start
+    for index, (low, high) in enumerate(ranges):
+        if high <= position or position >= stop:
+            continue
+        if low > position:
+            break
+        end = min(high, stop)
+        pieces.append((index, position, end))
+        position = end
+    if position < stop:
+        raise CheckpointError(f"{what}: elements {position} to {stop} are missing from the shards")
+    return pieces

@@ -1,0 +1,69 @@
+"""The DeepSpeed dictionary, rendered from the recipe. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.schema import Recipe
+
+# What vitgraft decides: a user's dictionary may repeat it but not contradict it.
+_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization.stage",
+    "bf16.enabled",
+    "fp16.enabled",
+    "torch_autocast.enabled",
+    "torch_autocast.dtype",
+    "optimizer",
+    "scheduler",
+)
+
+
+def render(recipe: Recipe, world: int) -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize`` at this world size.
+
+    Raises:
+        ConfigError: ``train.deepspeed`` contradicts the recipe.
+    """
+    train = recipe.train
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.global_batch // (train.accumulation * world),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip_grad,
+        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if train.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    elif train.precision == "bf16_params":
+        config["bf16"] = {"enabled": True}
+    for key in _OWNED:
+        _refuse_contradiction(key, _look_up(train.deepspeed, key), _look_up(config, key))
+    return _merge(config, train.deepspeed)
+
+
+def _refuse_contradiction(key: str, theirs: Any, ours: Any) -> None:
+    if theirs is not None and theirs != ours and not (theirs is False and ours is None):
+        says = f"the recipe gives {ours!r}" if ours is not None else "vitgraft sets this itself"
+        raise ConfigError(f"train.deepspeed.{key}: {theirs!r}, but {says}; remove the key and use the recipe's own")
+
+
+def _look_up(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,217 @@
+"""Evaluate committed checkpoints: the weights are read from the checkpoint's files, never from the trainer."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.hashing import sha256_of
+from vitgraft.configs.schema import Recipe
+from vitgraft.data_shards.batch import Batch
+from vitgraft.data_shards.dataset import PackedDataset
+from vitgraft.data_shards.loader import eval_batches
+from vitgraft.data_shards.sources import resolve_source
+from vitgraft.models.build import GraftedModel, build_model
+from vitgraft.trainer import comm
+from vitgraft.trainer.checkpoint.files import replace_text
+from vitgraft.trainer.checkpoint.layout import step_name
+from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
+from vitgraft.trainer.checkpoint.save import load_model
+from vitgraft.trainer.draw import beside, save_png, titled
+from vitgraft.trainer.tasks import Metric, make_task
+
+
+@dataclass
+class Evaluation:
+    """One evaluation: the content of RUN/results/step-N.json."""
+
+    step: int
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+    samples: int
+    unreadable: list[str]
+    seconds: float
+    pictures: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dict(self.__dict__)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision that the recipe trains in."""
+    if recipe.train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+class Evaluator:
+    """Holds the data set and one copy of the model; :meth:`run` takes one checkpoint after another.
+
+    Raises:
+        DataError: the data set's classes are not the checkpoint's (from :meth:`run`), or it is damaged.
+    """
+
+    def __init__(self, recipe: Recipe, classes: list[str], data: str, device: torch.device) -> None:
+        self.recipe, self.classes, self.device = recipe, classes, device
+        self.task = make_task(recipe.task, classes)
+        folder = resolve_source(data)
+        self.dataset = PackedDataset(folder, recipe.data, recipe.task, seed=recipe.train.seed, train=False)
+        if self.dataset.manifest.classes != classes:
+            raise DataError(_class_mismatch(str(folder), self.dataset.manifest.classes, classes))
+        size = recipe.data.image_size
+        model = build_model(recipe.model.without_weights(), num_classes=len(classes), image_size=(size[0], size[1]))
+        self.model: GraftedModel = model.to(device).eval()
+
+    def protocol(self) -> dict[str, Any]:
+        """How the figures come about: written beside them (DESIGN 6.8)."""
+        data = self.recipe.data
+        protocol = {
+            **self.task.protocol,
+            "data_fingerprint": self.dataset.manifest.fingerprint,
+            "samples": self.dataset.manifest.samples,
+            "input": f"resized to fit {data.image_size[0]}x{data.image_size[1]}, padded",
+            "weights": "ema" if self.recipe.train.ema is not None else "raw",
+            "precision": self.recipe.train.precision,
+        }
+        if self.recipe.task == "video":
+            clip = data.clip
+            step = f"stride {clip.stride}" if clip.sampling == "dense" else "uniform"
+            protocol["clip"] = f"{clip.frames} frames, {step}, 1 clip x 1 crop"
+        return protocol
+
+    def run(
+        self, checkpoint: Checkpoint, pictures: Path | None, count: int, progress: Callable[[int, int], None]
+    ) -> Evaluation | None:
+        """Evaluate one checkpoint; collective over the ranks, each taking every world-th sample.
+
+        Args:
+            pictures: folder for ``count`` pictures of the first samples; ``None``: none are written.
+            progress: called with samples done and all samples of this rank.
+
+        Returns:
+            The evaluation on rank 0, ``None`` on the others.
+        """
+        started = time.monotonic()
+        with checkpoint.reading():
+            load_model(
+                self.model, read_weights(checkpoint, ema=self.recipe.train.ema is not None), str(checkpoint.path)
+            )
+        metric = self.task.metric()
+        unreadable: list[str] = []
+        indices = list(range(comm.rank(), self.dataset.manifest.samples, comm.world()))
+        wanted = {index for index in indices if index < count} if pictures is not None else set()
+        if pictures is not None and comm.rank() == 0:
+            shutil.rmtree(pictures, ignore_errors=True)
+            pictures.mkdir(parents=True)
+        comm.barrier()
+        names = self._pass(metric, indices, unreadable, pictures, wanted, progress)
+        states = comm.gather((metric.state(), unreadable, names))
+        if comm.rank() != 0:
+            return None
+        metric.merge([state for state, _, _ in states])
+        return Evaluation(
+            step=checkpoint.step,
+            metrics=metric.compute(),
+            protocol=self.protocol(),
+            samples=self.dataset.manifest.samples,
+            unreadable=sorted(line for _, lines, _ in states for line in lines),
+            seconds=time.monotonic() - started,
+            pictures=sorted(name for _, _, names_ in states for name in names_),
+        )
+
+    def _pass(
+        self,
+        metric: Metric,
+        indices: list[int],
+        unreadable: list[str],
+        pictures: Path | None,
+        wanted: set[int],
+        progress: Callable[[int, int], None],
+    ) -> list[str]:
+        names: list[str] = []
+        done = 0
+        on_error = lambda _, message: unreadable.append(message)  # noqa: E731
+        for batch in eval_batches(self.dataset, indices, self.recipe.evaluate.batch, on_error=on_error):
+            on_device = batch.to(self.device)
+            with torch.no_grad(), autocast(self.recipe, self.device):
+                predictions = self.model(on_device.images, on_device.sizes)
+            metric.add(predictions, batch)
+            for position in range(len(batch.truths)):
+                index = indices[done + position]
+                if pictures is not None and index in wanted and batch.weights[position] > 0:
+                    name = f"{index:04d}.png"
+                    save_png(self._picture(predictions, batch, position), pictures / name)
+                    names.append(name)
+            done += len(batch.truths)
+            progress(done, len(indices))
+        return names
+
+    def _picture(self, predictions: Any, batch: Batch, position: int) -> torch.Tensor:
+        height, width = (int(v) for v in batch.sizes[position])
+        image = denormalise(batch.images[position], self.recipe)[..., :height, :width]
+        if image.dim() == 4:
+            image = image.transpose(0, 1)
+        truth = batch.truths[position]
+        result = self.task.result(predictions, position, (height, width), truth.size)
+        if self.recipe.task != "video":
+            image = torch.nn.functional.interpolate(image[None].float(), size=truth.size, mode="bilinear")[0].to(
+                torch.uint8
+            )
+        left = titled(self.task.draw_truth(image, truth), "ground truth")
+        return beside(left, titled(self.task.draw(image, result), "prediction"))
+
+
+def denormalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Normalised (3, …) float → uint8."""
+    shape = (3, *([1] * (images.dim() - 1)))
+    mean = torch.tensor(recipe.data.mean).view(shape)
+    std = torch.tensor(recipe.data.std).view(shape)
+    return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def evaluate_into_run(
+    evaluator: Evaluator, run: Path, checkpoint: Checkpoint, progress: Callable[[int, int], None]
+) -> Evaluation | None:
+    """Evaluate and write RUN/results/step-N.json and its pictures; collective."""
+    folder = run / "results" / step_name(checkpoint.step)
+    evaluation = evaluator.run(checkpoint, folder, evaluator.recipe.train.pictures, progress)
+    if evaluation is not None:
+        replace_text(
+            result_path(run, checkpoint.step),
+            to_json({**evaluation.as_json(), "id": evaluation_id(evaluator, checkpoint)}),
+        )
+    return evaluation
+
+
+def result_path(run: Path, step: int) -> Path:
+    """RUN/results/step-N.json."""
+    return run / "results" / f"{step_name(step)}.json"
+
+
+def evaluation_id(evaluator: Evaluator, checkpoint: Checkpoint) -> str:
+    """Names one (checkpoint, protocol): an evaluation with the same id need not be done again."""
+    files = [record.sha256 for record in checkpoint.manifest.files]
+    return sha256_of({"files": files, "protocol": evaluator.protocol()})
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON text."""
+    import json
+
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _class_mismatch(where: str, found: list[str], expected: list[str]) -> str:
+    for index, (theirs, ours) in enumerate(zip(found, expected, strict=False)):
+        if theirs != ours:
+            return f"{where}: class {index} is {theirs!r}, the model knows {ours!r}; use a data set with its classes"
+    return f"{where}: {len(found)} classes, the model was trained with {len(expected)}; use a data set with its classes"

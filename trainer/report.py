@@ -1,0 +1,50 @@
+"""What a rank tells its launcher: progress, notes and one-line errors, as JSON lines over a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from typing import Any
+
+from vitgraft.configs.errors import VitgraftError
+
+PIPE_VARIABLE = "VITGRAFT_REPORT_FD"
+_MAX_LINE = 4000  # below PIPE_BUF, so that lines of several ranks never mix
+
+
+class Reporter:
+    """Writes to the launcher's pipe; without one (a role run by hand) notes and errors go to stderr."""
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def from_environment(cls) -> Reporter:
+        """The launcher's pipe, if there is one."""
+        value = os.environ.get(PIPE_VARIABLE)
+        return cls(int(value) if value else None)
+
+    def progress(self, label: str, done: int, total: int, **facts: float | str) -> None:
+        """How far something is."""
+        self._send({"kind": "progress", "label": label, "done": done, "total": total, "facts": facts})
+
+    def note(self, text: str) -> None:
+        """One line that the user should see."""
+        self._send({"kind": "note", "text": text}, fallback=text)
+
+    def error(self, error: VitgraftError) -> None:
+        """Why this process ends."""
+        self._send({"kind": "error", "code": error.exit_code, "text": str(error)}, fallback=f"vitgraft: {error}")
+
+    def _send(self, message: dict[str, Any], fallback: str | None = None) -> None:
+        if self._descriptor is None:
+            if fallback is not None:
+                print(fallback, file=sys.stderr, flush=True)
+            return
+        if "text" in message:
+            message["text"] = message["text"][: _MAX_LINE // 2]
+        # A launcher that died takes this process with it in a moment; its closed pipe is no error of ours.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._descriptor, (json.dumps(message) + "\n").encode())

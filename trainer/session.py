@@ -1,0 +1,242 @@
+"""Everything that a rank needs before its first step: data, model, DeepSpeed engine, restored state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
+from vitgraft.configs.hashing import seed_of
+from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.train import AdamWConfig
+from vitgraft.data_shards.batch import Batch
+from vitgraft.data_shards.dataset import PackedDataset
+from vitgraft.data_shards.loader import train_batches
+from vitgraft.data_shards.plan import EpochPlan, MicroBatch, data_state, micro_batches, samples_before, steps_per_epoch
+from vitgraft.data_shards.sources import resolve_source
+from vitgraft.models.backbones.vit import layer_of
+from vitgraft.models.build import GraftedModel, build_model, parameter_counts
+from vitgraft.models.norms import convert_sync_batchnorm
+from vitgraft.models.recompute import apply_recompute
+from vitgraft.trainer import comm, param_groups
+from vitgraft.trainer.checkpoint.layout import DataState, Normalisation
+from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint, read_weights
+from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, load_model, store_frozen
+from vitgraft.trainer.deepspeed_config import render
+from vitgraft.trainer.report import Reporter
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the launcher tells a rank."""
+
+    run: Path
+    attempt: int
+    resume: Path | None
+    device: str
+
+
+@dataclass
+class Session:
+    """One attempt on one rank."""
+
+    recipe: Recipe
+    assignment: Assignment
+    device: torch.device
+    dataset: PackedDataset
+    engine: Any
+    state: TrainerState
+    facts: RunFacts
+    lr_multipliers: list[float]
+    first_step: int
+    last_step: int
+    reporter: Reporter
+
+    @property
+    def epoch_size(self) -> int:
+        """Entries of an epoch."""
+        return self.dataset.manifest.samples * self.recipe.data.train.repeats
+
+    def samples_at(self, step: int) -> int:
+        """Samples consumed before ``step``."""
+        return samples_before(step, self.epoch_size, self.recipe.train.global_batch)
+
+    def data_state(self, step: int) -> DataState:
+        """The global cursor before ``step``."""
+        manifest, train = self.dataset.manifest, self.recipe.train
+        state = data_state(
+            step,
+            fingerprint=manifest.fingerprint,
+            seed=train.seed,
+            epoch_size=self.epoch_size,
+            global_batch=train.global_batch,
+        )
+        return DataState(**state)
+
+    def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
+        """This rank's micro-batches from the first step to the last."""
+        manifest, train = self.dataset.manifest, self.recipe.train
+        repeats = self.recipe.data.train.repeats
+
+        def plan(epoch: int) -> EpochPlan:
+            return EpochPlan(manifest.fingerprint, manifest.shard_sizes, train.seed, epoch, repeats)
+
+        cut = micro_batches(
+            plan,
+            epoch_size=self.epoch_size,
+            first_step=self.first_step,
+            last_step=self.last_step,
+            global_batch=train.global_batch,
+            accumulation=train.accumulation,
+            rank=comm.rank(),
+            world=comm.world(),
+        )
+        return train_batches(self.dataset, cut)
+
+
+def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> Session:
+    """Build, distribute and restore.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError: one line each.
+    """
+    device = _device(assignment.device)
+    train = recipe.train
+    dataset = PackedDataset(
+        resolve_source(recipe.data.train.path), recipe.data, recipe.task, seed=train.seed, train=True
+    )
+    checkpoint = None if assignment.resume is None else open_checkpoint(assignment.resume)
+    classes = dataset.manifest.classes
+    comm.agree(
+        {
+            "run directory": str(assignment.run.resolve()),
+            "recipe": recipe.identity_hash(),
+            "data fingerprint": dataset.manifest.fingerprint,
+            "resumed step": None if checkpoint is None else checkpoint.step,
+        }
+    )
+    if checkpoint is not None:
+        _check_same_run(recipe, dataset, checkpoint)
+    # The same weights on all ranks, whatever the world size.
+    torch.manual_seed(seed_of("init", train.seed))
+    size = (recipe.data.image_size[0], recipe.data.image_size[1])
+    config = recipe.model if checkpoint is None else recipe.model.without_weights()
+    model = build_model(config, num_classes=len(classes), image_size=size)
+    groups = _group_parameters(recipe, model)
+    frozen = _load_or_store(model, assignment.run, checkpoint)
+    trainable, total = parameter_counts(model)
+    if comm.rank() == 0:
+        reporter.note(f"{trainable:,} of {total:,} parameters are trained; {dataset.manifest.samples:,} samples")
+    engine = _initialize(recipe, model.to(device), groups, device)
+    state = TrainerState(engine, train.ema)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    data = recipe.data
+    facts = RunFacts(
+        run=assignment.run,
+        attempt=assignment.attempt,
+        recipe_hash=recipe.identity_hash(),
+        classes=classes,
+        normalisation=Normalisation(mean=data.mean, std=data.std, image_size=data.image_size),
+        frozen=frozen,
+    )
+    epoch_size = dataset.manifest.samples * data.train.repeats
+    last_step = train.steps or (train.epochs or 0) * steps_per_epoch(epoch_size, train.global_batch)
+    return Session(
+        recipe=recipe,
+        assignment=assignment,
+        device=device,
+        dataset=dataset,
+        engine=engine,
+        state=state,
+        facts=facts,
+        lr_multipliers=[group.lr_multiplier for group in groups],
+        first_step=0 if checkpoint is None else checkpoint.step,
+        last_step=last_step,
+        reporter=reporter,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _check_same_run(recipe: Recipe, dataset: PackedDataset, checkpoint: Checkpoint) -> None:
+    manifest = checkpoint.manifest
+    if manifest.data.fingerprint != dataset.manifest.fingerprint:
+        raise DataError(
+            f"{recipe.data.train.path}: changed since {checkpoint.path.name} was written (fingerprint "
+            f"{dataset.manifest.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it or use a new run"
+        )
+    if manifest.recipe_hash != recipe.identity_hash():
+        raise CheckpointError(
+            f"{checkpoint.path}: written under another recipe (hash {manifest.recipe_hash[:12]}, this one "
+            f"{recipe.identity_hash()[:12]}); resume with RUN/config.yaml or start a new run"
+        )
+
+
+def _load_or_store(model: GraftedModel, run: Path, checkpoint: Checkpoint | None) -> str | None:
+    """Load all weights before DeepSpeed partitions them, or store what a new run freezes; returns the blob's hash."""
+    if checkpoint is not None:
+        with checkpoint.reading():
+            load_model(model, read_weights(checkpoint, ema=False), str(checkpoint.path))
+        return checkpoint.manifest.frozen
+    digest = store_frozen(run, model) if comm.rank() == 0 else None
+    return comm.gather(digest)[0]
+
+
+def _group_parameters(recipe: Recipe, model: GraftedModel) -> list[param_groups.Group]:
+    """Freeze by the rules, then group what is left."""
+    train = recipe.train
+    names = [name for name, _ in model.named_parameters()]
+    unmatched = param_groups.unmatched_rules(train, names)
+    if unmatched:
+        raise ConfigError(
+            f"train.param_groups: {unmatched[0]!r} matches no parameter; names look like {names[0]}, {names[-1]}"
+        )
+    frozen = param_groups.frozen_names(train, names)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    facts = [param_groups.ParameterFacts(n, p.dim()) for n, p in model.named_parameters() if p.requires_grad]
+    if not facts:
+        raise ConfigError("train.param_groups: every parameter is frozen; leave some to train")
+    depth = model.backbone.depth
+    return param_groups.make_groups(train, facts, lambda name: layer_of(name, depth), depth)
+
+
+def _initialize(recipe: Recipe, model: GraftedModel, groups: list[param_groups.Group], device: torch.device) -> Any:
+    import deepspeed
+
+    train = recipe.train
+    convert_sync_batchnorm(model, device, comm.world())
+    apply_recompute(model.recompute_units(), train.activation_checkpointing)
+    parameters = dict(model.named_parameters())
+    torch_groups: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": train.optimizer.lr * group.lr_multiplier,
+            "weight_decay": group.weight_decay,
+        }
+        for group in groups
+    ]
+    optimizer: torch.optim.Optimizer
+    if isinstance(train.optimizer, AdamWConfig):
+        betas = (train.optimizer.betas[0], train.optimizer.betas[1])
+        fused = device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            torch_groups, lr=train.optimizer.lr, betas=betas, eps=train.optimizer.eps, fused=fused
+        )
+    else:
+        optimizer = torch.optim.SGD(torch_groups, lr=train.optimizer.lr, momentum=train.optimizer.momentum)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=render(recipe, comm.world()))
+    return engine

@@ -1,0 +1,171 @@
+"""Detection and instance segmentation: COCO average precision on boxes and masks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.models.contract import DetectionPrediction, Predictions
+from vitgraft.models.heads.mask_rcnn import paste_masks
+from vitgraft.trainer.draw import draw_instances
+from vitgraft.trainer.tasks.base import Metric, Result
+
+DRAW_THRESHOLD = 0.5
+_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+class DetectionTask:
+    """Boxes, and masks where the head has them."""
+
+    primary = ["box_AP", "box_AP50", "mask_AP", "mask_AP50"]
+    protocol = {"metric": "COCO AP (pycocotools), IoU 0.50:0.05:0.95, 101 recall points, 100 detections per image"}
+
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+
+    def metric(self) -> Metric:
+        """An empty metric."""
+        return CocoMetric(self)
+
+    def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
+        """Detections by falling score: class, score, box xyxy and RLE mask in pixels of the image itself."""
+        prediction: DetectionPrediction = predictions[index]  # type: ignore[assignment]
+        height, width = size
+        scale = torch.tensor([width / valid[1], height / valid[0]] * 2)
+        boxes = prediction["boxes"].detach().cpu().float() * scale
+        boxes[:, 0::2].clamp_(0, width)
+        boxes[:, 1::2].clamp_(0, height)
+        rles: list[dict[str, Any] | None] = [None] * len(boxes)
+        if "masks" in prediction and len(boxes):
+            pasted = paste_masks(prediction["masks"].detach().cpu(), boxes, (height, width))
+            rles = [_encode(mask) for mask in pasted]
+        labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
+        return {
+            "height": height,
+            "width": width,
+            "detections": [
+                {"class": label, "name": self.classes[label], "score": score, "box": box, "mask": rle}
+                for label, score, box, rle in zip(labels, scores, boxes.tolist(), rles, strict=True)
+            ],
+        }
+
+    def draw(self, image: Tensor, result: Result) -> Tensor:
+        """Detections of score 0.5 and more."""
+        shown = [d for d in result["detections"] if d["score"] >= DRAW_THRESHOLD]
+        captions = [f"{d['name']} {d['score']:.2f}" for d in shown]
+        masks = [_decode(d["mask"]) for d in shown] if all(d["mask"] for d in shown) else None
+        return draw_instances(image, [d["box"] for d in shown], [d["class"] for d in shown], captions, masks)
+
+    def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
+        """All annotations but crowds."""
+        shown = [a for a in truth.value if not a["iscrowd"]]
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in shown)]
+        masks = [_decode(a["segmentation"]) for a in shown] if all(a["segmentation"] for a in shown) else None
+        labels = [a["class"] for a in shown]
+        return draw_instances(image, boxes, labels, [self.classes[label] for label in labels], masks)
+
+
+class CocoMetric:
+    """Box and mask AP by pycocotools."""
+
+    def __init__(self, task: DetectionTask) -> None:
+        self._task = task
+        self._records: list[tuple[Truth, Result]] = []
+
+    def add(self, predictions: Predictions, batch: Batch) -> None:
+        """Take in a batch; an unreadable sample has no detections, so its objects are missed."""
+        for index, truth in enumerate(batch.truths):
+            if batch.weights[index] == 0:
+                result: Result = {"height": truth.size[0], "width": truth.size[1], "detections": []}
+            else:
+                height, width = (int(v) for v in batch.sizes[index])
+                result = self._task.result(predictions, index, (height, width), truth.size)
+            if truth.value is None:  # the label cannot be read either: nothing to find
+                truth = replace(truth, value=[])
+            self._records.append((truth, result))
+
+    def state(self) -> list[tuple[Truth, Result]]:
+        """All records."""
+        return self._records
+
+    def merge(self, states: list[list[tuple[Truth, Result]]]) -> None:
+        """Union of the records, in the order of their keys."""
+        self._records = sorted((r for state in states for r in state), key=lambda record: record[0].key)
+
+    def compute(self) -> dict[str, float]:
+        """box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them."""
+        figures = {f"box_{k}": v for k, v in self._average_precision("bbox").items()}
+        annotations = [a for truth, _ in self._records for a in truth.value]
+        detections = [d for _, result in self._records for d in result["detections"]]
+        if all(a["segmentation"] for a in annotations) and all(d["mask"] for d in detections):
+            figures |= {f"mask_{k}": v for k, v in self._average_precision("segm").items()}
+        return figures
+
+    def _average_precision(self, kind: str) -> dict[str, float]:
+        truth, detections = self._coco_truth(kind), self._coco_detections()
+        if not detections:
+            return dict.fromkeys(_FIGURES, 0.0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            reference = COCO()
+            reference.dataset = truth
+            reference.createIndex()
+            evaluation = COCOeval(reference, reference.loadRes(detections), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return {name: float(value) for name, value in zip(_FIGURES, evaluation.stats[: len(_FIGURES)], strict=True)}
+
+    def _coco_truth(self, kind: str) -> dict[str, Any]:
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for image_id, (truth, _) in enumerate(self._records, start=1):
+            images.append({"id": image_id, "height": truth.size[0], "width": truth.size[1]})
+            for a in truth.value:
+                entry = {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": a["class"] + 1,
+                    "bbox": a["bbox"],
+                    "area": a["area"],
+                    "iscrowd": a["iscrowd"],
+                }
+                if kind == "segm":
+                    entry["segmentation"] = a["segmentation"]
+                annotations.append(entry)
+        categories = [{"id": i + 1, "name": name} for i, name in enumerate(self._task.classes)]
+        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+    def _coco_detections(self) -> list[dict[str, Any]]:
+        detections = []
+        for image_id, (_, result) in enumerate(self._records, start=1):
+            for d in result["detections"]:
+                left, top, right, bottom = d["box"]
+                entry = {
+                    "image_id": image_id,
+                    "category_id": d["class"] + 1,
+                    "score": d["score"],
+                    "bbox": [left, top, right - left, bottom - top],
+                }
+                if d["mask"]:
+                    entry["segmentation"] = d["mask"]
+                detections.append(entry)
+        return detections
+
+
+def _encode(mask: Tensor) -> dict[str, Any]:
+    rle = mask_utils.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def _decode(rle: dict[str, Any]) -> Tensor:
+    return torch.from_numpy(mask_utils.decode(rle).astype(bool))

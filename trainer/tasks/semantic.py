@@ -1,0 +1,106 @@
+"""Semantic segmentation: mean intersection over union at the images' own resolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.models.contract import Predictions
+from vitgraft.trainer.draw import draw_label_map
+from vitgraft.trainer.tasks.base import Metric, Result
+
+IGNORE = 255
+
+
+class SemanticTask:
+    """A class for every pixel."""
+
+    primary = ["mIoU", "mAcc", "aAcc"]
+    protocol = {"metric": "mIoU over the classes that occur in truth or prediction, 255 ignored, single scale, no flip"}
+
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+
+    def metric(self) -> Metric:
+        """An empty metric."""
+        return ConfusionMetric(self)
+
+    def label_map(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """(H, W) int64 at the image's own resolution: logits are resized before the decision, as the field does."""
+        assert isinstance(predictions, Tensor)
+        logits = predictions[index, :, : valid[0], : valid[1]].detach().float().cpu()
+        return interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+
+    def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
+        """The label map and the share of each class."""
+        labels = self.label_map(predictions, index, valid, size)
+        counts = torch.bincount(labels.flatten(), minlength=len(self.classes)).tolist()
+        shares = {name: count / labels.numel() for name, count in zip(self.classes, counts, strict=True) if count}
+        return {"height": size[0], "width": size[1], "shares": shares, "labels": labels.to(torch.uint8)}
+
+    def draw(self, image: Tensor, result: Result) -> Tensor:
+        """The label map over the image."""
+        return draw_label_map(image, result["labels"])
+
+    def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
+        """The true label map over the image."""
+        return draw_label_map(image, torch.as_tensor(truth.value))
+
+
+class ConfusionMetric:
+    """A confusion matrix (rows truth, columns prediction); the last column counts pixels of unreadable images."""
+
+    def __init__(self, task: SemanticTask) -> None:
+        self._task = task
+        classes = len(task.classes)
+        self.matrix: NDArray[np.int64] = np.zeros((classes, classes + 1), np.int64)
+
+    def add(self, predictions: Predictions, batch: Batch) -> None:
+        """Take in a batch; all pixels of an unreadable image are wrong."""
+        for index, truth in enumerate(batch.truths):
+            if truth.value is None:  # the label cannot be read either: no pixel to count
+                continue
+            target = np.asarray(truth.value)
+            if batch.weights[index] == 0:
+                predicted = np.full(target.shape, len(self._task.classes))
+            else:
+                height, width = (int(v) for v in batch.sizes[index])
+                predicted = self._task.label_map(predictions, index, (height, width), truth.size).numpy()
+            self.count(target, predicted)
+
+    def count(self, target: NDArray[Any], predicted: NDArray[Any]) -> None:
+        """Add one image's pixels, both (H, W)."""
+        keep = target != IGNORE
+        classes = len(self._task.classes)
+        flat = target[keep].astype(np.int64) * (classes + 1) + predicted[keep]
+        self.matrix += np.bincount(flat, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+
+    def state(self) -> NDArray[np.int64]:
+        """The matrix."""
+        return self.matrix
+
+    def merge(self, states: list[NDArray[np.int64]]) -> None:
+        """Sum of the matrices."""
+        self.matrix = np.sum(states, axis=0)
+
+    def compute(self) -> dict[str, float]:
+        """mIoU, mAcc (mean recall), aAcc, and IoU_CLASS for each class that occurs."""
+        classes = len(self._task.classes)
+        hits = np.diag(self.matrix[:, :classes]).astype(float)
+        truth, predicted = self.matrix.sum(1), self.matrix[:, :classes].sum(0)
+        union = truth + predicted - hits
+        occurs, in_truth = union > 0, truth > 0
+        iou = hits[occurs] / union[occurs]
+        figures = {
+            "mIoU": float(iou.mean()) if occurs.any() else 0.0,
+            "mAcc": float((hits[in_truth] / truth[in_truth]).mean()) if in_truth.any() else 0.0,
+            "aAcc": float(hits.sum() / max(truth.sum(), 1)),
+        }
+        names = [name for name, seen in zip(self._task.classes, occurs, strict=True) if seen]
+        return figures | {f"IoU_{name}": float(value) for name, value in zip(names, iou, strict=True)}

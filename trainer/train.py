@@ -1,0 +1,267 @@
+"""The training loop: one optimizer step after another, from the global cursor to the end of the recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitgraft.configs.errors import PreemptedRun, TrainingError
+from vitgraft.configs.hashing import seed_of
+from vitgraft.data_shards.batch import Batch, Entry
+from vitgraft.data_shards.plan import MicroBatch
+from vitgraft.models.contract import Losses
+from vitgraft.models.norms import frozen_batchnorm
+from vitgraft.trainer import comm
+from vitgraft.trainer.checkpoint import commit
+from vitgraft.trainer.checkpoint.read import Checkpoint
+from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, result_path
+from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
+from vitgraft.trainer.schedule import lr_factor
+from vitgraft.trainer.session import Session
+
+
+@dataclass
+class StepFacts:
+    """What a step leaves behind for the checks and the log.
+
+    ``reduced`` and ``local``: per micro-step, the loss sums and counts over all ranks and of this rank; they stay on
+    the device until the step's one synchronisation.
+    """
+
+    names: list[str] = field(default_factory=list)
+    reduced: list[Tensor] = field(default_factory=list)
+    local: list[Tensor] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    entries: list[tuple[Entry, ...]] = field(default_factory=list)
+    samples: int = 0
+    epoch: int = 0
+    data_wait: float = 0.0
+    grad_norm: float = 0.0
+
+    def losses(self) -> dict[str, float]:
+        """The step's losses by name: sums over ranks divided by counts over ranks, weighted over micro-steps."""
+        values = torch.stack(self.reduced).tolist()
+        half = len(self.names)
+        out = dict.fromkeys(self.names, 0.0)
+        for row, weight in zip(values, self.weights, strict=True):
+            for index, name in enumerate(self.names):
+                out[name] += weight * row[index] / max(row[half + index], 1.0) / len(self.weights)
+        return out
+
+    def stop_asked(self) -> bool:
+        """Whether any rank was asked to stop before the step's last micro-step."""
+        return bool(self.reduced[-1][-1].item() > 0)
+
+
+class TrainLoop:
+    """Runs a session. ``stop``: asked at every step whether this rank was told to stop."""
+
+    def __init__(self, session: Session, stop: Callable[[], bool]) -> None:
+        self.session, self.stop = session, stop
+        self.recipe = session.recipe
+        self.run_folder = session.assignment.run
+        self._evaluator: Evaluator | None = None
+        self._monitor = Monitor(self.run_folder, session.first_step) if comm.rank() == 0 else None
+        self._commits = 0
+        self._stall = 0.0
+        self._ledger = self._open_ledger()
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            PreemptedRun: stopped when asked, behind a committed checkpoint.
+            TrainingError: non-finite loss or gradient, or a checkpoint that could not be written.
+        """
+        session = self.session
+        batches = session.batches()
+        try:
+            for step in range(session.first_step, session.last_step):
+                started = time.monotonic()
+                facts = self._step(step, batches)
+                self._log(step + 1, facts, time.monotonic() - started)
+                last = step + 1 == session.last_step
+                stop = facts.stop_asked() and not last
+                every = self.recipe.train.checkpoint.every_steps
+                if last or stop or (every is not None and (step + 1) % every == 0):
+                    self._checkpoint(step + 1, last=last, evaluate=not stop)
+                if stop:
+                    raise PreemptedRun(
+                        f"stopped at step {step + 1} behind a committed checkpoint; the same command goes on"
+                    )
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            if self._monitor is not None:
+                self._monitor.close()
+            if self._ledger is not None:
+                self._ledger.close()
+
+    def catch_up(self) -> None:
+        """Evaluate the checkpoint that this attempt resumes from, if a kill came between its commit and its results."""
+        resume = self.session.assignment.resume
+        if resume is None or self.recipe.data.val is None:
+            return
+        from vitgraft.trainer.checkpoint.read import open_checkpoint
+
+        last = self.session.first_step == self.session.last_step
+        if last and not comm.gather(result_path(self.run_folder, self.session.first_step).exists())[0]:
+            self._evaluate(open_checkpoint(resume))
+
+    def _step(self, step: int, batches: Iterator[tuple[MicroBatch, Batch]]) -> StepFacts:
+        """One optimizer step: its micro-steps, the check that all is finite, the update."""
+        session, train = self.session, self.recipe.train
+        factor = lr_factor(train.schedule, session.samples_at(step), session.samples_at(session.last_step))
+        for group, multiplier in zip(session.engine.optimizer.param_groups, session.lr_multipliers, strict=True):
+            group["lr"] = train.optimizer.lr * multiplier * factor
+        facts = StepFacts()
+        for micro in range(train.accumulation):
+            asked = time.monotonic()
+            part, batch = next(batches)
+            facts.data_wait += time.monotonic() - asked
+            self._write_ledger(part)
+            # Nothing of a generator's state needs saving: randomness inside the model starts here, every time.
+            torch.manual_seed(seed_of("model", train.seed, step, micro, comm.rank()))
+            short = part.micro_count < train.global_batch // train.accumulation
+            with self._batchnorm(short):
+                self._micro_step(part, batch.to(session.device), facts)
+            if micro + 1 == train.accumulation:
+                self._check_finite(step + 1, facts)
+                if train.zero_stage == 0:
+                    # DeepSpeed measures the norm itself from ZeRO-1 on.
+                    gradients = [p.grad for p in session.state.names if p.grad is not None]
+                    facts.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            session.engine.step()
+        if train.zero_stage > 0:
+            facts.grad_norm = float(session.engine.get_global_grad_norm())
+        if session.state.ema is not None:
+            session.state.ema.update()
+        return facts
+
+    def _batchnorm(self, short: bool) -> AbstractContextManager[Any]:
+        """In a short micro-step BatchNorm uses its running statistics, at every world size alike: there may be ranks
+        that run a filler, whose pixels must not enter the statistics."""
+        return frozen_batchnorm(self.session.engine.module) if short else nullcontext()
+
+    def _micro_step(self, part: MicroBatch, batch: Batch, facts: StepFacts) -> None:
+        """Forward, loss over the ranks' common normaliser, backward."""
+        engine, train = self.session.engine, self.recipe.train
+        images = batch.images.to(torch.bfloat16) if train.precision == "bf16_params" else batch.images
+        losses: Losses = engine(images, batch.sizes, batch.targets, batch.weights)
+        names = sorted(losses)
+        totals = torch.stack([losses[name].total.float() for name in names])
+        counts = torch.stack([losses[name].count.float() for name in names]).to(totals.device)
+        stop = torch.tensor([float(self.stop())], device=totals.device)
+        local = torch.cat([totals.detach(), counts, stop])
+        reduced = comm.sum_tensor(local.clone())
+        # Samples count alike in a short step, whose micro-steps are not equally full.
+        weight = train.accumulation * part.micro_count / part.step_count
+        normaliser = reduced[len(names) : 2 * len(names)].clamp(min=1.0)
+        # DeepSpeed averages gradients over ranks and micro-steps; the sum over ranks is meant, hence the world.
+        engine.backward((totals / normaliser).sum() * (comm.world() * weight))
+        facts.names = names
+        facts.local.append(local)
+        facts.reduced.append(reduced)
+        facts.weights.append(weight)
+        facts.entries.append(part.entries)
+        facts.samples, facts.epoch = part.step_count, part.epoch
+
+    def _check_finite(self, step: int, facts: StepFacts) -> None:
+        """Stop before the update when a loss is not finite, naming the samples."""
+        width = len(facts.names)
+        if torch.stack(facts.reduced)[:, :width].isfinite().all():
+            return
+        bad = [micro for micro, row in enumerate(facts.local) if not row[:width].isfinite().all()]
+        mine = [self.session.dataset.reader.key(entry.sample) for micro in bad for entry in facts.entries[micro]]
+        samples = [text for texts in comm.gather(mine) for text in texts]
+        names = [name for name, value in facts.losses().items() if not math.isfinite(value)]
+        raise TrainingError(
+            f"step {step}: loss {', '.join(names)} is not finite; samples: {', '.join(samples[:16]) or 'none alone'}; "
+            "look at these samples, lower the learning rate or set train.clip_grad"
+        )
+
+    def _log(self, step: int, facts: StepFacts, seconds: float) -> None:
+        session = self.session
+        losses = facts.losses()
+        if not math.isfinite(facts.grad_norm):
+            raise TrainingError(
+                f"step {step}: the gradient's norm is {facts.grad_norm} though the loss is finite; lower the rate"
+            )
+        stall, self._stall = self._stall, 0.0
+        if self._monitor is None:
+            return
+        loss = math.fsum(losses.values())
+        lr = session.engine.optimizer.param_groups[0]["lr"] / (session.lr_multipliers[0] or 1.0)
+        row = StepRow(
+            step=step,
+            samples=session.samples_at(step),
+            epoch=facts.epoch,
+            loss=loss,
+            losses=losses,
+            lr=lr,
+            grad_norm=facts.grad_norm,
+            images_per_second=facts.samples / seconds,
+            data_wait_s=facts.data_wait,
+            checkpoint_stall_s=stall,
+            memory=peak_memory(session.device),
+            attempt=session.assignment.attempt,
+        )
+        self._monitor.step(row)
+        session.reporter.progress("train", step, session.last_step, loss=loss, lr=lr, rate=row.images_per_second)
+
+    def _checkpoint(self, step: int, *, last: bool, evaluate: bool) -> None:
+        session = self.session
+        started = time.monotonic()
+        checkpoint = session.state.save(session.facts, step, session.samples_at(step), session.data_state(step))
+        self._stall = time.monotonic() - started
+        self._commits += 1
+        if comm.rank() == 0:
+            session.reporter.progress("commit", step, session.last_step)
+        due = last or self._commits % self.recipe.evaluate.every_checkpoints == 0
+        if evaluate and due and self.recipe.data.val is not None:
+            self._evaluate(checkpoint)
+        if comm.rank() == 0:
+            commit.retain(self.run_folder, self.recipe.train.checkpoint.keep_last)
+
+    def _evaluate(self, checkpoint: Checkpoint) -> None:
+        session = self.session
+        assert self.recipe.data.val is not None
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.recipe, session.facts.classes, self.recipe.data.val.path, session.device)
+
+        def progress(done: int, total: int) -> None:
+            if comm.rank() == 0:
+                session.reporter.progress("evaluate", done, total)
+
+        evaluation = evaluate_into_run(self._evaluator, self.run_folder, checkpoint, progress)
+        if evaluation is not None and self._monitor is not None:
+            folder = result_path(self.run_folder, checkpoint.step).with_suffix("")
+            self._monitor.evaluation(
+                checkpoint.step, evaluation.metrics, [folder / name for name in evaluation.pictures]
+            )
+            shown = ", ".join(
+                f"{name} {evaluation.metrics.get(name, float('nan')):.3f}" for name in self._evaluator.task.primary
+            )
+            session.reporter.note(f"step {checkpoint.step}: {shown} on {evaluation.samples} samples")
+
+    def _open_ledger(self) -> Any:
+        if not self.recipe.train.ledger:
+            return None
+        folder = self.run_folder / "ledger"
+        folder.mkdir(exist_ok=True)
+        name = f"attempt-{self.session.assignment.attempt:04d}.rank-{comm.rank():05d}.jsonl"
+        return (folder / name).open("w", encoding="utf-8")
+
+    def _write_ledger(self, part: MicroBatch) -> None:
+        if self._ledger is not None and part.entries:
+            entries = [[entry.epoch, entry.sample, entry.repetition] for entry in part.entries]
+            row = {"step": part.step + 1, "micro": part.micro, "rank": comm.rank(), "entries": entries}
+            self._ledger.write(json.dumps(row) + "\n")
+            self._ledger.flush()
