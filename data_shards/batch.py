@@ -35,10 +35,10 @@ class Truth:
 class Batch:
     """One rank's share of a micro-step.
 
-    ``images``: (B, 3, H, W) or clips (B, 3, T, H, W), float32, normalised, zero beyond the valid part. ``sizes``: (B, 2)
-    int64, valid height and width of each. ``weights``: (B,) float32; 0 for a filler. ``targets``: detection: a list of
-    {boxes (N, 4) float32 xyxy, labels (N,) int64, masks (N, H, W) uint8}; semantic: (B, H, W) int64 with 255 ignored;
-    video: (B,) int64. ``truths``: in evaluation only.
+    ``images``: (B, 3, H, W) or clips (B, 3, T, H, W), float32, normalised, zero beyond the valid part. ``sizes``: (B,
+    2) int64, valid height and width of each. ``weights``: (B,) float32; 0 for a filler. ``targets``: detection: a list
+    of {boxes (N, 4) float32 xyxy, labels (N,) int64, masks (N, H, W) uint8}; semantic: (B, H, W) int64 with 255
+    ignored; video: (B,) int64. ``truths``: in evaluation only.
     """
 
     images: Tensor

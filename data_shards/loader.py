@@ -8,17 +8,18 @@ process itself, with the threads of DeepSpeed, gloo and CUDA, could copy a lock 
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import connection
 from typing import cast
 
 import torch
@@ -31,7 +32,6 @@ from vitgraft.data_shards.plan import MicroBatch
 
 MAX_REPLACEMENTS = 3
 """How often the pool is replaced for one and the same batch before giving up."""
-_PR_SET_PDEATHSIG = 1
 
 Index = MicroBatch | Sequence[int]
 
@@ -73,17 +73,27 @@ class _Parcel:
         return replace(self.batch, targets=targets)
 
 
-def _start_worker(dataset: PackedDataset, owner: int) -> None:
+def _start_worker(dataset: PackedDataset) -> None:
     """Runs first in each worker."""
     global _dataset
-    # Graceful stops go to the rank, which ends its workers; a killed rank takes fork server and workers with it.
+    # Graceful stops go to the rank, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
-    if not os.path.exists(f"/proc/{owner}"):
-        os._exit(1)
+    threading.Thread(target=_end_with_rank, daemon=True).start()
     _dataset = dataset
+
+
+def _end_with_rank() -> None:
+    """End this worker when its rank is gone, however it went.
+
+    The kernel's own signal at a parent's death would not do: the parent is the fork server, which stays as long as any
+    of its children lives. The sentinel is a pipe that only the rank holds open.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    connection.wait([rank.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _work(index: Index) -> _Parcel:
@@ -155,7 +165,7 @@ class Window:
         context = multiprocessing.get_context("forkserver")
         # The server imports torch and this package once; its workers then start in milliseconds.
         context.set_forkserver_preload([__name__])
-        return ProcessPoolExecutor(self._workers, context, _start_worker, (self._dataset, os.getpid()))
+        return ProcessPoolExecutor(self._workers, context, _start_worker, (self._dataset,))
 
     def _end(self, broken: bool = False) -> None:
         """End the workers, after what they are at; a broken pool's at once, as they would wait for ever."""

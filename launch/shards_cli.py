@@ -136,6 +136,51 @@ def digits(
     _say(manifest.samples, len(manifest.classes), out)
 
 
+@shards.command("verify", epilog="Example: vitgraft shards verify data/train")
+def verify_shards(folder: Annotated[Path, typer.Argument(help="A packed data set.")]) -> None:
+    """Hash every shard and decode every sample; exits with 3 when something is damaged."""
+    from vitgraft.configs.errors import DataError
+    from vitgraft.data_shards.report import verify
+    from vitgraft.launch.ui import Screen
+
+    with Screen() as screen:
+        report = verify(folder, screen.callback("verify"))
+    for line in [*report.bad_files, *report.bad_samples.values()]:
+        typer.echo(line)
+    if not report.ok:
+        raise DataError(
+            f"{folder}: {len(report.bad_files)} damaged files, {len(report.bad_samples)} damaged samples; "
+            "copy it again or pack again"
+        )
+    typer.echo(f"{folder}: {report.manifest.samples} samples in {len(report.manifest.shards)} shards, all valid")
+
+
+@shards.command("inspect", epilog="Example: vitgraft shards inspect data/train --draw 16 --out pictures")
+def inspect_shards(
+    folder: Annotated[Path, typer.Argument(help="A packed data set.")],
+    draw: Annotated[int, typer.Option("--draw", min=0, help="Draw so many samples with their labels.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
+) -> None:
+    """Print class counts, sizes and faults, and draw samples with their labels."""
+    from vitgraft.data_shards.report import inspect
+    from vitgraft.launch.ui import Screen
+
+    with Screen() as screen:
+        report = inspect(folder, draw, out, screen.callback("inspect"))
+    manifest = report.manifest
+    unit = {"detection": "instances", "semantic": "pixels", "video": "clips"}[manifest.kind]
+    typer.echo(f"{manifest.kind}: {manifest.samples} samples, fingerprint {manifest.fingerprint[:12]}")
+    for name, count in report.class_counts.items():
+        typer.echo(f"  {name:24s} {count:>12,} {unit}")
+    for (height, width), count in list(report.sizes.items())[:10]:
+        typer.echo(f"  {height} x {width}: {count:,} samples")
+    typer.echo(f"  without label: {report.unlabelled:,}; unreadable: {len(report.unreadable)}")
+    for line in report.unreadable.values():
+        typer.echo(f"  {line}")
+    if report.pictures:
+        typer.echo(f"{len(report.pictures)} pictures in {out}")
+
+
 def _class_names(text: str) -> list[str]:
     from vitgraft.configs.errors import ConfigError
 

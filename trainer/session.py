@@ -175,7 +175,7 @@ def _check_same_run(recipe: Recipe, dataset: PackedDataset, checkpoint: Checkpoi
     if manifest.data.fingerprint != dataset.manifest.fingerprint:
         raise DataError(
             f"{recipe.data.train.path}: changed since {checkpoint.path.name} was written (fingerprint "
-            f"{dataset.manifest.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it or use a new run"
+            f"{dataset.manifest.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it"
         )
     if manifest.recipe_hash != recipe.identity_hash():
         raise CheckpointError(

@@ -222,10 +222,40 @@ def _rle(segmentation: Any, height: int, width: int, where: str) -> dict[str, An
                 rle = coco_mask.frPyObjects(segmentation, height, width)
             else:
                 rle = {"size": size, "counts": counts.encode("ascii")}
+                if (total := sum(run_lengths(rle["counts"]))) != height * width:
+                    raise ValueError(f"run lengths add up to {total}, the image has {height * width} pixels")
                 coco_mask.decode(rle)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: segmentation cannot be read: {error}; expected polygons or run lengths") from None
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def run_lengths(counts: bytes) -> list[int]:
+    """The run lengths in COCO's compressed form, which pycocotools itself does not check.
+
+    Each number is written in groups of five bits, lowest first, in a printable character with a bit for "more follows";
+    from the fourth number on, it is the difference to the one two places before.
+
+    Raises:
+        ValueError: the text ends within a number, holds another character or gives a negative length.
+    """
+    found: list[int] = []
+    value = shift = 0
+    for character in counts:
+        group = character - 48
+        if not 0 <= group < 64 or shift > 60:
+            raise ValueError("not compressed run lengths")
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        found.append(value + (found[-2] if len(found) > 2 else 0))
+        value = shift = 0
+    if shift or any(length < 0 for length in found):
+        raise ValueError("not compressed run lengths")
+    return found
 
 
 def _near_image(values: list[float], height: int, width: int) -> None:

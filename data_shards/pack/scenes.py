@@ -19,7 +19,9 @@ Bools = npt.NDArray[np.bool_]
 
 _SCAN = 12
 """Side of a scan with its margin: 8 pixels of digit and two empty ones around."""
-_MIN_CONTRAST = 75.0
+_MIN_BRIGHTNESS = 150.0
+_SHADOW_EDGE = 0.04
+_SHADOW = 0.7
 _MIN_VISIBLE = 0.5
 
 
@@ -38,11 +40,14 @@ def padded_scan(scan: npt.NDArray[np.float64]) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def digit_alpha(scan: Image.Image, side: int, centre: tuple[float, float], height: float, degrees: float) -> Floats:
+def digit_alpha(
+    scan: Image.Image, side: int, centre: tuple[float, float], height: float, degrees: float, edge: float = 0.25
+) -> Floats:
     """The digit's opacity on a square of ``side`` pixels: (side, side) float32 in 0..1.
 
     ``centre``: (x, y) of the digit's middle. ``height``: pixels that the scan's eight rows take. ``degrees``: turn,
-    positive is counter-clockwise as seen.
+    positive is counter-clockwise as seen. ``edge``: share of ink at which opacity begins; a lower one gives a wider
+    digit.
     """
     scale = 8.0 / height
     cos, sin = math.cos(math.radians(degrees)) * scale, math.sin(math.radians(degrees)) * scale
@@ -51,14 +56,14 @@ def digit_alpha(scan: Image.Image, side: int, centre: tuple[float, float], heigh
     # PIL wants the map from output to input pixels.
     matrix = (cos, -sin, middle - cos * x + sin * y, sin, cos, middle - sin * x - cos * y)
     warped = scan.transform((side, side), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
-    alpha = np.clip((np.asarray(warped, dtype=np.float32) / 255 - 0.25) / 0.3, 0, 1)
+    alpha = np.clip((np.asarray(warped, dtype=np.float32) / 255 - edge) / 0.3, 0, 1)
     return (alpha * alpha * (3 - 2 * alpha)).astype(np.float32)
 
 
 def background(random: np.random.RandomState, side: int) -> Bytes:
     """Smooth colour noise, distractor strokes and blobs that are no digits, and grain: (side, side, 3) uint8."""
-    base = random.uniform(30, 225, size=3)
-    swing = random.uniform(15, 55)
+    base = random.uniform(15, 100, size=3)
+    swing = random.uniform(10, 40)
     coarse = base + random.uniform(-swing, swing, size=(5, 5, 3))
     small = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
     image = small.resize((side, side), Image.Resampling.BICUBIC)
@@ -74,7 +79,7 @@ def background(random: np.random.RandomState, side: int) -> Bytes:
 def _distractor(
     random: np.random.RandomState, draw: ImageDraw.ImageDraw, side: int, base: npt.NDArray[np.float64]
 ) -> None:
-    colour = tuple(int(c) for c in np.clip(base + random.uniform(-80, 80, size=3), 0, 255))
+    colour = tuple(int(c) for c in np.clip(base + random.uniform(-50, 50, size=3), 0, 255))
     x, y = (float(v) for v in random.uniform(0, side, size=2))
     reach = float(random.uniform(4, 18))
     turn = float(random.uniform(0, 2 * math.pi))
@@ -92,13 +97,11 @@ def _distractor(
         draw.line((x - dx, y - dy, x, y, x + dy, y - dx), fill=colour, width=width)
 
 
-def contrast_colour(random: np.random.RandomState, under: Bytes, weights: Floats) -> Floats:
-    """A colour whose brightness differs clearly from what lies ``under`` the digit: (3,) float32 in 0..255."""
-    grey = under.astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], dtype=np.float32)
-    mean = float((grey * weights).sum() / max(float(weights.sum()), 1e-6))
+def ink_colour(random: np.random.RandomState) -> Floats:
+    """A bright colour of any hue: (3,) float32 in 0..255."""
     while True:
-        colour = random.uniform(0, 255, size=3).astype(np.float32)
-        if abs(float(colour @ np.asarray([0.299, 0.587, 0.114], dtype=np.float32)) - mean) >= _MIN_CONTRAST:
+        colour = random.uniform(40, 255, size=3).astype(np.float32)
+        if float(colour @ np.asarray([0.299, 0.587, 0.114], dtype=np.float32)) >= _MIN_BRIGHTNESS:
             return colour
 
 
@@ -111,7 +114,7 @@ def blend(pixels: Bytes, alpha: Floats, colour: Floats) -> Bytes:
 def scene(
     random: np.random.RandomState, scans: list[Image.Image], labels: npt.NDArray[np.int64], side: int = 128
 ) -> tuple[Bytes, list[Digit]]:
-    """Three to eight digits over a cluttered background; later ones cover earlier ones.
+    """Three to seven digits over a cluttered background; later ones cover earlier ones.
 
     A place that would leave any digit less than half visible is drawn again.
 
@@ -121,14 +124,15 @@ def scene(
     pixels = background(random, side)
     digits: list[Digit] = []
     whole: list[int] = []
-    wanted = random.randint(3, 9)
+    wanted = random.randint(3, 8)
     for _ in range(8 * wanted):
         if len(digits) == wanted:
             break
         which = random.randint(len(scans))
-        height = float(random.uniform(20, 52))
+        height = float(random.uniform(26, 56))
         x, y = (float(v) for v in random.uniform(height * 0.55, side - height * 0.55, size=2))
-        alpha, window = _patch(scans[which], (x, y), height, float(random.uniform(-20, 20)), side)
+        turn = float(random.uniform(-20, 20))
+        alpha, window = _patch(scans[which], (x, y), height, turn, side)
         mask = np.zeros((side, side), dtype=np.bool_)
         mask[window] = alpha > 0.5
         left = [(digit.visible & ~mask).sum() for digit in digits]
@@ -136,21 +140,24 @@ def scene(
             continue
         for digit in digits:
             digit.visible &= ~mask
-        pixels[window] = blend(pixels[window], alpha, contrast_colour(random, pixels[window], alpha))
+        # A shadow around each digit parts it from the ones it lies on.
+        shadow, _ = _patch(scans[which], (x, y), height, turn, side, _SHADOW_EDGE)
+        pixels[window] = blend(pixels[window], shadow * _SHADOW, np.zeros(3, dtype=np.float32))
+        pixels[window] = blend(pixels[window], alpha, ink_colour(random))
         digits.append(Digit(int(labels[which]), mask))
         whole.append(int(mask.sum()))
     return pixels, digits
 
 
 def _patch(
-    scan: Image.Image, centre: tuple[float, float], height: float, degrees: float, side: int
+    scan: Image.Image, centre: tuple[float, float], height: float, degrees: float, side: int, edge: float = 0.25
 ) -> tuple[Floats, tuple[slice, slice]]:
     """A digit's opacity on the part of the scene that it can touch, and that part as (rows, columns)."""
     reach = math.ceil(height * 0.85)
     left, top = (max(0, math.floor(v) - reach) for v in centre)
     right, bottom = (min(side, math.floor(v) + reach) for v in centre)
     span = max(right - left, bottom - top)
-    alpha = digit_alpha(scan, span, (centre[0] - left, centre[1] - top), height, degrees)
+    alpha = digit_alpha(scan, span, (centre[0] - left, centre[1] - top), height, degrees, edge)
     return alpha[: bottom - top, : right - left], (slice(top, bottom), slice(left, right))
 
 
@@ -183,5 +190,5 @@ def moving_digit(
         alpha = digit_alpha(scan, side, (side / 2, side / 2), size, degrees)
         shift_x, shift_y = x + dx * speed * frame - side / 2, y + dy * speed * frame - side / 2
         shapes.append(np.roll(alpha, (round(shift_y), round(shift_x)), axis=(0, 1)))
-    colour = contrast_colour(random, still, np.max(np.stack(shapes), axis=0))
+    colour = ink_colour(random)
     return [blend(still, alpha, colour) for alpha in shapes]

@@ -15,9 +15,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.data_shards.draw import draw_instances
 from vitgraft.models.contract import DetectionPrediction, Predictions
 from vitgraft.models.heads.mask_rcnn import paste_masks
-from vitgraft.trainer.draw import draw_instances
+from vitgraft.trainer.draw import enlarge, repeat
 from vitgraft.trainer.tasks.base import Metric, Result
 
 DRAW_THRESHOLD = 0.5
@@ -63,16 +64,17 @@ class DetectionTask:
         """Detections of score 0.5 and more."""
         shown = [d for d in result["detections"] if d["score"] >= DRAW_THRESHOLD]
         captions = [f"{d['name']} {d['score']:.2f}" for d in shown]
-        masks = [_decode(d["mask"]) for d in shown] if all(d["mask"] for d in shown) else None
-        return draw_instances(image, [d["box"] for d in shown], [d["class"] for d in shown], captions, masks)
+        return _draw(
+            image, [d["box"] for d in shown], [d["class"] for d in shown], captions, [d["mask"] for d in shown]
+        )
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """All annotations but crowds."""
         shown = [a for a in truth.value if not a["iscrowd"]]
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in shown)]
-        masks = [_decode(a["segmentation"]) for a in shown] if all(a["segmentation"] for a in shown) else None
         labels = [a["class"] for a in shown]
-        return draw_instances(image, boxes, labels, [self.classes[label] for label in labels], masks)
+        captions = [self.classes[label] for label in labels]
+        return _draw(image, boxes, labels, captions, [a["segmentation"] for a in shown])
 
 
 class CocoMetric:
@@ -165,6 +167,13 @@ class CocoMetric:
 def _encode(mask: Tensor) -> dict[str, Any]:
     rle = mask_utils.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def _draw(image: Tensor, boxes: list[list[float]], labels: list[int], captions: list[str], rles: list[Any]) -> Tensor:
+    big, factor = enlarge(image)
+    masks = repeat(torch.stack([_decode(rle) for rle in rles]), factor) if rles and all(rles) else None
+    scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * factor
+    return draw_instances(big, scaled, labels, captions, masks)
 
 
 def _decode(rle: dict[str, Any]) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.data_shards.draw import draw_label_map
 from vitgraft.models.contract import Predictions
-from vitgraft.trainer.draw import draw_label_map
+from vitgraft.trainer.draw import enlarge, repeat
 from vitgraft.trainer.tasks.base import Metric, Result
 
 IGNORE = 255
@@ -46,11 +47,15 @@ class SemanticTask:
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
         """The label map over the image."""
-        return draw_label_map(image, result["labels"])
+        return self._draw(image, result["labels"])
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """The true label map over the image."""
-        return draw_label_map(image, torch.as_tensor(truth.value))
+        return self._draw(image, torch.as_tensor(truth.value))
+
+    def _draw(self, image: Tensor, labels: Tensor) -> Tensor:
+        big, factor = enlarge(image)
+        return draw_label_map(big, repeat(labels, factor), self.classes)
 
 
 class ConfusionMetric:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.data_shards.draw import draw_clip
 from vitgraft.models.contract import Predictions
-from vitgraft.trainer.draw import draw_strip
+from vitgraft.trainer.draw import repeat
 from vitgraft.trainer.tasks.base import Metric, Result
 
 
@@ -39,11 +40,18 @@ class VideoTask:
     def draw(self, image: Tensor, result: Result) -> Tensor:
         """A strip of frames under the three best classes."""
         best = result["classes"][:3]
-        return draw_strip(image, "   ".join(f"{c['name']} {c['score']:.2f}" for c in best), best[0]["class"])
+        return _strip(image, "   ".join(f"{c['name']} {c['score']:.2f}" for c in best))
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """A strip of frames under the true class."""
-        return draw_strip(image, f"truth: {self.classes[truth.value]}", truth.value)
+        return _strip(image, self.classes[truth.value])
+
+
+def _strip(frames: Tensor, caption: str) -> Tensor:
+    """At most six evenly spaced frames (T, 3, H, W) side by side, doubled when they are small."""
+    count = min(6, len(frames))
+    picks = [round(i * (len(frames) - 1) / max(count - 1, 1)) for i in range(count)]
+    return draw_clip(repeat(frames[picks], 2 if frames.shape[-1] < 128 else 1), caption)
 
 
 class AccuracyMetric:

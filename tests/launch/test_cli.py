@@ -1,0 +1,75 @@
+"""The command line's help, and what it does not load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import vitgraft
+from typer.main import get_command
+
+from vitgraft.launch.cli import app
+
+
+def commands() -> list[list[str]]:
+    """The words of every command that does something."""
+
+    def walk(command: object, words: list[str]) -> list[list[str]]:
+        children = getattr(command, "commands", None)
+        if children is None:
+            return [words]
+        return [found for name, child in children.items() for found in walk(child, [*words, name])]
+
+    return walk(get_command(app), [])
+
+
+def test_the_commands_are_those_of_the_design() -> None:
+    found = {" ".join(words) for words in commands()}
+    assert {"train", "evaluate", "predict", "demo", "checkpoints list", "checkpoints verify"} <= found
+    assert {f"shards pack {kind}" for kind in ("coco", "semantic", "video", "digits")} <= found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example(words: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    shown = CliRunner().invoke(app, [*words, "--help"])
+    assert shown.exit_code == 0
+    example = " ".join(shown.output.split())
+    assert f"Example: vitgraft {' '.join(words)}" in example
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from vitgraft.launch.cli import app; from typer.main import get_command; get_command(app);"
+        "heavy = {'torch', 'deepspeed', 'numpy', 'timm', 'torchvision', 'pydantic', 'yaml'} & set(sys.modules);"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers() -> None:
+    done = vitgraft("--help")
+    assert done.returncode == 0
+    assert "train" in done.stdout
+
+
+def test_reading_a_recipe_loads_neither_torch_nor_deepspeed() -> None:
+    code = (
+        "import sys; from vitgraft.configs.load import load_recipe; load_recipe('quickstart/detection');"
+        "sys.exit(str({'torch', 'deepspeed'} & set(sys.modules)) if {'torch', 'deepspeed'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_runs_beside_a_models_folder(tmp_path: Path) -> None:
+    """A user's own ``models`` package, even a broken one, is never imported."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("raise SystemExit('the wrong models folder')\n")
+    done = vitgraft("train", "quickstart/detection", "--set", "train.epoch=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean 'epochs'?" in done.stderr

@@ -1,0 +1,191 @@
+"""Layout, commit and reading of checkpoints, without DeepSpeed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from vitgraft.configs.errors import CheckpointError
+from vitgraft.trainer.checkpoint import commit, layout
+from vitgraft.trainer.checkpoint.files import replace_text, write_safetensors
+from vitgraft.trainer.checkpoint.read import VectorReader, newest_valid, open_checkpoint, read_weights, verify
+
+VALUES = np.arange(10, dtype=np.float32)
+
+
+def manifest_of(run: Path, step: int, files: list[layout.FileRecord], world: int) -> layout.Manifest:
+    return layout.Manifest(
+        run=run.name,
+        attempt=1,
+        step=step,
+        samples=step,
+        data=layout.DataState(fingerprint="f", seed=0, epoch=0, cursor=step),
+        world=world,
+        zero_stage=2,
+        recipe_hash="h",
+        classes=["a"],
+        normalisation=layout.Normalisation(mean=[0, 0, 0], std=[1, 1, 1], image_size=[8, 8]),
+        parameters={"w": [2, 5]},
+        kinds=[layout.MASTER],
+        scalars={},
+        groups=[],
+        frozen=None,
+        code_version="0",
+        created=0.0,
+        files=files,
+    )
+
+
+def write(run: Path, step: int, world: int = 2) -> Path:
+    """Commit a checkpoint of one vector of ten numbers (times the step), cut over the ranks."""
+    folder = commit.temporary_folder(run, step)
+    folder.mkdir(parents=True)
+    records = [write_safetensors(folder / layout.BUFFERS, {"steps": np.array(step)})]
+    for rank in range(world):
+        start, stop = layout.even_range(10, rank, world)
+        key = layout.range_key(layout.MASTER, "w", start)
+        records.append(write_safetensors(folder / layout.shard_name(rank), {key: VALUES[start:stop] * step}))
+    return commit.commit(run, manifest_of(run, step, records, world))
+
+
+def test_files_are_plain_safetensors_and_hashed_as_written(tmp_path: Path) -> None:
+    tensors = {"a": np.random.default_rng(0).normal(size=(3, 4)), "b": np.array(7), "c": np.zeros((0, 2), np.float32)}
+    record = write_safetensors(tmp_path / "x.safetensors", tensors)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert loaded[key].dtype == value.dtype
+        assert loaded[key].shape == value.shape
+        assert (loaded[key] == value).all()
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.data())
+def test_any_range_is_put_together_from_any_cut(length: int, world: int, data: st.DataObject) -> None:
+    ranges = [layout.even_range(length, rank, world) for rank in range(world)]
+    ranges = [(a, b) for a, b in ranges if a < b]
+    start = data.draw(st.integers(0, length))
+    stop = data.draw(st.integers(start, length))
+    pieces = layout.intersections(ranges, start, stop, "test")
+    covered = [i for index, low, high in pieces for i in range(low, high) if ranges[index][0] <= i < ranges[index][1]]
+    assert covered == list(range(start, stop))
+
+
+def test_a_gap_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="elements 3 to 9 are missing"):
+        layout.intersections([(0, 3), (4, 9)], 0, 9, "w")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_vector_is_read_whatever_world_wrote_it(tmp_path: Path, world: int) -> None:
+    checkpoint = open_checkpoint(write(tmp_path, 3, world))
+    verify(checkpoint)
+    reader = VectorReader(checkpoint)
+    assert (reader.read(layout.MASTER, "w", 2, 9) == VALUES[2:9] * 3).all()
+    weights = read_weights(checkpoint)
+    assert (weights["w"] == VALUES.reshape(2, 5) * 3).all()
+    assert weights["steps"] == 3
+    with pytest.raises(CheckpointError, match="holds no exp_avg of parameter w"):
+        reader.read("exp_avg", "w", 0, 1)
+
+
+def test_the_commit_leaves_manifest_pointer_and_nothing_else(tmp_path: Path) -> None:
+    final = write(tmp_path, 5)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000005"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
+    names = {"manifest.json", "buffers.safetensors", "rank-00000.safetensors", "rank-00001.safetensors"}
+    assert {p.name for p in final.iterdir()} == names
+
+
+def test_a_missing_shard_is_not_committed(tmp_path: Path) -> None:
+    folder = commit.temporary_folder(tmp_path, 1)
+    folder.mkdir(parents=True)
+    record = write_safetensors(folder / layout.BUFFERS, {})
+    with pytest.raises(CheckpointError, match=r"expected the files .*rank-00000"):
+        commit.commit(tmp_path, manifest_of(tmp_path, 1, [record], 1))
+    assert newest_valid(tmp_path) == (None, [])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit": (lambda c: flip(c / "rank-00001.safetensors"), "SHA-256 differs"),
+    "a cut file": (lambda c: os.truncate(c / "rank-00001.safetensors", 20), "has 20 bytes"),
+    "a lost file": (lambda c: (c / "rank-00000.safetensors").unlink(), "is missing"),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), "not a committed checkpoint"),
+    "a cut manifest": (lambda c: os.truncate(c / "manifest.json", 40), "not a manifest"),
+    "another step's files": (lambda c: c.rename(c.with_name("step-00000009")), "the manifest is of step 2"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
+    damage, reason = DAMAGE[name]
+    write(tmp_path, 1)
+    damage(write(tmp_path, 2))
+    found, invalid = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert reason in invalid[0][1]
+
+
+def test_swapped_shards_are_found(tmp_path: Path) -> None:
+    final = write(tmp_path, 1)
+    a, b = final / "rank-00000.safetensors", final / "rank-00001.safetensors"
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        verify(open_checkpoint(final))
+
+
+def test_retention_counts_only_complete_checkpoints_and_spares_readers(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (write(tmp_path, 4) / "manifest.json").unlink()
+    with open_checkpoint(tmp_path / "checkpoints" / "step-00000001").reading():
+        assert commit.retain(tmp_path, keep_last=2) == []
+        assert commit.retain(tmp_path, keep_last=1) == ["step-00000002"]
+    assert commit.retain(tmp_path, keep_last=1) == ["step-00000001"]
+    found, _ = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 3
+
+
+def test_sweep_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    half = commit.temporary_folder(tmp_path, 2)
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"half")
+    commit.sweep(tmp_path)
+    assert not half.exists()
+    assert newest_valid(tmp_path)[0] is not None
+
+
+def test_hostile_keys_and_manifests(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace("rank-00000.safetensors", "../../secret"))
+    with pytest.raises(CheckpointError, match="does not list the files of a world of 2"):
+        open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="not written by vitgraft"):
+        layout.parse_range_key("no-bars")
+
+
+def test_replace_text_is_whole(tmp_path: Path) -> None:
+    replace_text(tmp_path / "a", "one")
+    replace_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
