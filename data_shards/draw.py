@@ -58,7 +58,16 @@ def draw_instances(
         image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colours)
     height, width = image.shape[1:]
     inside = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2] - 1) for i in range(4)], dim=1)
-    drawn: Tensor = draw_bounding_boxes(image, inside, colors=colours, labels=list(captions))
+    drawn: Tensor = draw_bounding_boxes(
+        image,
+        inside,
+        colors=colours,
+        labels=list(captions),
+        width=2,
+        label_colors=colours,
+        label_background_colors=["black"] * len(colours),
+        fill_labels=True,
+    )
     return drawn
 
 

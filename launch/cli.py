@@ -7,10 +7,9 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 
-from vitgraft.configs.errors import InterruptedRun, VitgraftError
+from vitgraft.configs.errors import ConfigError, InterruptedRun, VitgraftError
 from vitgraft.launch.shards_cli import shards
 
 app = typer.Typer(
@@ -129,18 +128,23 @@ def main() -> None:
     except VitgraftError as error:
         print(f"vitgraft: {error}", file=sys.stderr)
         code = error.exit_code
-    except click.exceptions.Abort:
-        code = InterruptedRun.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("vitgraft: interrupted", file=sys.stderr)
         code = InterruptedRun.exit_code
     except BrokenPipeError:
         code = 0  # the reader of our output, e.g. head, has seen enough
-    except Exception:
-        traceback.print_exc()
-        print("vitgraft: a defect of vitgraft; please report it with the lines above", file=sys.stderr)
-        code = 1
+    except Exception as error:
+        code = _usage_error(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: Exception) -> int:
+    """Show a wrong command or option the way typer words it; anything else is a defect."""
+    # typer carries its own copy of click and does not export the base class of its usage errors.
+    show = getattr(error, "show", None)
+    if show is not None and hasattr(error, "exit_code"):
+        show()
+        return ConfigError.exit_code
+    traceback.print_exception(error)
+    print("vitgraft: a defect of vitgraft; please report it with the lines above", file=sys.stderr)
+    return 1

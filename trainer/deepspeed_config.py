@@ -15,12 +15,16 @@ _OWNED = (
     "gradient_clipping",
     "zero_optimization.stage",
     "bf16.enabled",
+    "bfloat16.enabled",  # an older name that DeepSpeed still reads
     "fp16.enabled",
+    "amp.enabled",
     "torch_autocast.enabled",
     "torch_autocast.dtype",
     "optimizer",
     "scheduler",
 )
+# Apart from null, which would wipe out what vitgraft renders.
+_ABSENT = object()
 
 
 def render(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -42,21 +46,28 @@ def render(recipe: Recipe, world: int) -> dict[str, Any]:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif train.precision == "bf16_params":
         config["bf16"] = {"enabled": True}
+    ours = {**config, "train_batch_size": train.global_batch}
     for key in _OWNED:
-        _refuse_contradiction(key, _look_up(train.deepspeed, key), _look_up(config, key))
+        _refuse_contradiction(key, train.deepspeed, ours)
     return _merge(config, train.deepspeed)
 
 
-def _refuse_contradiction(key: str, theirs: Any, ours: Any) -> None:
-    if theirs is not None and theirs != ours and not (theirs is False and ours is None):
-        says = f"the recipe gives {ours!r}" if ours is not None else "vitgraft sets this itself"
-        raise ConfigError(f"train.deepspeed.{key}: {theirs!r}, but {says}; remove the key and use the recipe's own")
+def _refuse_contradiction(key: str, user: dict[str, Any], own: dict[str, Any]) -> None:
+    *parents, _ = key.split(".")
+    section = _look_up(user, parents)
+    if section is not _ABSENT and not isinstance(section, dict):
+        raise ConfigError(f"train.deepspeed.{'.'.join(parents)}: expected a section, found {section!r}; see DeepSpeed")
+    theirs, ours = _look_up(user, key.split(".")), _look_up(own, key.split("."))
+    if theirs is _ABSENT or theirs == ours or (theirs is False and ours is _ABSENT):
+        return
+    says = "vitgraft sets this itself" if ours is _ABSENT else f"the recipe gives {ours!r}"
+    raise ConfigError(f"train.deepspeed.{key}: {theirs!r}, but {says}; remove the key and use the recipe's own")
 
 
-def _look_up(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
+def _look_up(tree: Any, keys: list[str]) -> Any:
+    for key in keys:
         if not isinstance(tree, dict) or key not in tree:
-            return None
+            return _ABSENT
         tree = tree[key]
     return tree
 

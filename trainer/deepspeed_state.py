@@ -1,8 +1,9 @@
 """Where DeepSpeed keeps the fp32 master weights and optimizer states of each parameter.
 
-The only file that touches DeepSpeed's private attributes (0.19): ``_hp_mapping`` under ZeRO-1/2, ``grad_position`` and
-``ds_numel`` under ZeRO-3, the optimizer's own parameters under ZeRO-0. Its public ``safe_get_local_*`` functions see
-only the first parameter group under ZeRO-1/2 and nothing under ZeRO-0. Tested for every stage in tests/trainer.
+The only file that touches DeepSpeed's private attributes (0.19): ``_hp_mapping`` under ZeRO-1/2, ``grad_position``,
+``ds_numel`` and ``ds_shape`` under ZeRO-3, the optimizer's own parameters under ZeRO-0. Its public
+``safe_get_local_*`` functions see only the first parameter group under ZeRO-1/2 and nothing under ZeRO-0. Tested for
+every stage in tests/runs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Fragment:
         """The elements that this rank writes."""
         first, last = self.writes
         return self.view(buffer).narrow(0, first - self.start, last - first)
+
+
+def full_shape(parameter: nn.Parameter) -> list[int]:
+    """A parameter's own shape: under ZeRO-3 its ``shape`` is empty, and DeepSpeed keeps the real one beside it."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def avoid_compilation() -> None:

@@ -72,7 +72,7 @@ class Evaluator:
         self.model: GraftedModel = model.to(device).eval()
 
     def protocol(self) -> dict[str, Any]:
-        """How the figures come about: written beside them (DESIGN 6.8)."""
+        """How the figures come about: written beside them."""
         data = self.recipe.data
         protocol = {
             **self.task.protocol,

@@ -18,7 +18,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def audited_history(path: Path) -> dict[int, dict[str, Any]]:
-    """The last attempt's row for each step (DESIGN 6.1): what the run that counts did."""
+    """The last attempt's row for each step: what the run that counts did."""
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)

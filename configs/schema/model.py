@@ -41,6 +41,8 @@ class ViTConfig(Section):
                 raise ValueError(f"give timm: NAME, or the sizes: {', '.join(missing)} missing")
             if self.weights == "timm":
                 raise ValueError("weights: timm needs timm: NAME")
+            if (self.embed_dim or 0) % 4:
+                raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of 4 (sines and cosines of two axes)")
             if (self.embed_dim or 0) % (self.num_heads or 1):
                 raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
         return self

@@ -22,7 +22,7 @@ _SCAN = 12
 _MIN_BRIGHTNESS = 150.0
 _SHADOW_EDGE = 0.04
 _SHADOW = 0.7
-_MIN_VISIBLE = 0.5
+_MIN_VISIBLE = 0.75
 
 
 @dataclass
@@ -114,9 +114,9 @@ def blend(pixels: Bytes, alpha: Floats, colour: Floats) -> Bytes:
 def scene(
     random: np.random.RandomState, scans: list[Image.Image], labels: npt.NDArray[np.int64], side: int = 128
 ) -> tuple[Bytes, list[Digit]]:
-    """Three to seven digits over a cluttered background; later ones cover earlier ones.
+    """Three to five digits over a cluttered background; later ones cover earlier ones.
 
-    A place that would leave any digit less than half visible is drawn again.
+    A place that would leave less than three quarters of any digit visible is drawn again.
 
     Returns:
         (side, side, 3) uint8 and the digits in the order in which they were laid.
@@ -124,14 +124,14 @@ def scene(
     pixels = background(random, side)
     digits: list[Digit] = []
     whole: list[int] = []
-    wanted = random.randint(3, 8)
+    wanted = random.randint(3, 6)
     for _ in range(8 * wanted):
         if len(digits) == wanted:
             break
         which = random.randint(len(scans))
-        height = float(random.uniform(26, 56))
+        height = float(random.uniform(32, 60))
         x, y = (float(v) for v in random.uniform(height * 0.55, side - height * 0.55, size=2))
-        turn = float(random.uniform(-20, 20))
+        turn = float(random.uniform(-15, 15))
         alpha, window = _patch(scans[which], (x, y), height, turn, side)
         mask = np.zeros((side, side), dtype=np.bool_)
         mask[window] = alpha > 0.5

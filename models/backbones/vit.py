@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -140,7 +141,7 @@ def _by_name(config: ViTConfig, image_size: tuple[int, int]) -> Any:
 def _by_sizes(config: ViTConfig, image_size: tuple[int, int]) -> Any:
     assert config.patch_size is not None
     _check_canvas(image_size, config.patch_size)
-    return VisionTransformer(
+    vit = VisionTransformer(
         img_size=image_size,
         patch_size=config.patch_size,
         embed_dim=config.embed_dim,
@@ -153,6 +154,12 @@ def _by_sizes(config: ViTConfig, image_size: tuple[int, int]) -> Any:
         dynamic_img_size=True,
         drop_path_rate=config.drop_path,
     )
+    # Positions that start as noise of 0.02 say nothing for hundreds of steps; these tell neighbours at once
+    # (arXiv 2205.01580 keeps them fixed, here they are learned on).
+    grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+    with torch.no_grad():
+        vit.pos_embed.copy_(build_sincos2d_pos_embed(list(grid), dim=vit.embed_dim))
+    return vit
 
 
 def _without_head(vit: Any) -> nn.Module:

@@ -1,6 +1,8 @@
 """A joint space-time transformer over the maps of a clip's frames, and one classifier for the clip.
 
-Each frame's map is pooled to a small grid of tokens; all tokens of all frames attend to each other (the joint attention
+Each place of a frame's map is read together with how it changes in time, the difference between the next frame and the
+one before (a temporal difference as in arXiv 2012.10071, here central and on the trunk's features), so that motion is
+seen before the map is pooled to a small grid of tokens. All tokens of all frames attend to each other (the joint attention
 of ViViT's model 1, arXiv 2103.15691, on a frozen or trained image trunk). Places have learned positions, frames
 sinusoids (arXiv 1706.03762, section 3.5), so a clip may have any number of frames.
 """
@@ -29,7 +31,7 @@ class VideoTransformer(nn.Module):
         self.grid = config.grid
         self.label_smoothing = config.label_smoothing
         self.projections = nn.ModuleDict(
-            {str(stride): nn.Linear(channels[stride], width) for stride in sorted(channels)}
+            {str(stride): nn.Linear(2 * channels[stride], width) for stride in sorted(channels)}
         )
         self.position = nn.Parameter(torch.empty(1, 1, config.grid**2, width))
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -72,7 +74,8 @@ class VideoTransformer(nn.Module):
 
     def _logits(self, maps: dict[int, Tensor]) -> Tensor:
         pooled = [
-            projection(_grid_tokens(maps[int(stride)], self.grid)) for stride, projection in self.projections.items()
+            _pool(F.gelu(projection(_with_change(maps[int(stride)]))), self.grid)
+            for stride, projection in self.projections.items()
         ]
         tokens = torch.stack(pooled).sum(0)
         frames = sinusoids(tokens.shape[1], tokens.shape[3], tokens.device).to(tokens.dtype)
@@ -82,11 +85,17 @@ class VideoTransformer(nn.Module):
         return logits.float()
 
 
-def _grid_tokens(frames: Tensor, grid: int) -> Tensor:
-    """(B, T, C, h, w) → (B, T, grid², C)."""
-    batch, length, channels = frames.shape[:3]
-    pooled = F.adaptive_avg_pool2d(frames.flatten(0, 1), grid)
-    return pooled.reshape(batch, length, channels, grid * grid).transpose(2, 3)
+def _with_change(frames: Tensor) -> Tensor:
+    """(B, T, C, h, w) → (B, T, h, w, 2 C): each place and its change over time; the first and last frame count twice."""
+    padded = torch.cat([frames[:, :1], frames, frames[:, -1:]], 1)
+    return torch.cat([frames, padded[:, 2:] - padded[:, :-2]], 2).permute(0, 1, 3, 4, 2)
+
+
+def _pool(places: Tensor, grid: int) -> Tensor:
+    """(B, T, h, w, C) → (B, T, grid², C)."""
+    batch, length = places.shape[:2]
+    pooled = F.adaptive_avg_pool2d(places.flatten(0, 1).permute(0, 3, 1, 2), grid)
+    return pooled.flatten(2).transpose(1, 2).reshape(batch, length, grid * grid, -1)
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:

@@ -25,7 +25,10 @@ WRONG = [
     ("model.adapter.strides=[4, 8]", "give one size for each stride"),
     ("data.image_size=[100, 100]", "must be multiples of patch_size"),
     ("data.image_size=[128]", "expected [height, width]"),
-    ("data.transforms.0.mx=2", "data.transforms.0.mx: unknown key (value 2); did you mean 'max'?"),
+    (
+        "data.transforms=[{name: scale_jitter, mx: 2}]",
+        "data.transforms.0.mx: unknown key (value 2); did you mean 'max'?",
+    ),
     ("train.param_groups=[{match: '('}]", "train.param_groups.0.match: not a regular expression"),
     ("model.backbone.num_heads=7", "must be a multiple of num_heads 7"),
     ("model.backbone.timm=vit_tiny_patch16_224", "timm names the sizes already; remove embed_dim"),
@@ -47,7 +50,7 @@ def test_a_wrong_recipe_is_answered_with_one_line(override: str, expected: str) 
     ("override", "expected"),
     [
         ("train.optimizer.lr", "expected KEY=VALUE"),
-        ("data.transforms.9.max=2", "needs an index from 0 to"),
+        ("model.head.anchor_sizes.9=2", "needs an index from 0 to"),
         ("train.global_batch.x=1", "not a section"),
         ("train.seed=[1", "not valid YAML"),
     ],

@@ -36,7 +36,7 @@ class FileRecord(BaseModel):
 
 
 class DataState(BaseModel):
-    """Where the run is in its data: the same at every world size and worker count (DESIGN 6.1)."""
+    """Where the run is in its data: the same at every world size and worker count."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

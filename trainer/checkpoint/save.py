@@ -33,7 +33,14 @@ from vitgraft.trainer.checkpoint.layout import (
     shard_name,
 )
 from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path, read_all
-from vitgraft.trainer.deepspeed_state import Fragment, fragments, install_states, scalar_states, tensor_states
+from vitgraft.trainer.deepspeed_state import (
+    Fragment,
+    fragments,
+    full_shape,
+    install_states,
+    scalar_states,
+    tensor_states,
+)
 from vitgraft.trainer.ema import Ema
 
 
@@ -54,9 +61,8 @@ class TrainerState:
 
     def __init__(self, engine: Any, ema_decay: float | None) -> None:
         self.engine = engine
-        # Under ZeRO-3 a parameter's own shape is empty; DeepSpeed keeps the real one beside it.
         self.names: dict[nn.Parameter, str] = {p: n for n, p in engine.module.named_parameters() if p.requires_grad}
-        self.shapes = {name: list(getattr(p, "ds_shape", p.shape)) for p, name in self.names.items()}
+        self.shapes = {name: full_shape(p) for p, name in self.names.items()}
         self.fragments: list[Fragment] = fragments(engine, self.names, comm.rank(), comm.world())
         self.flats: list[Tensor] = list({id(f.flat): f.flat for f in self.fragments}.values())
         self.ema = None if ema_decay is None else Ema(self.flats, ema_decay)

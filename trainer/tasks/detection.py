@@ -114,7 +114,7 @@ class CocoMetric:
         return figures
 
     def _average_precision(self, kind: str) -> dict[str, float]:
-        truth, detections = self._coco_truth(kind), self._coco_detections()
+        truth, detections = self._coco_truth(kind), self._coco_detections(kind)
         if not detections:
             return dict.fromkeys(_FIGURES, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -147,19 +147,18 @@ class CocoMetric:
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(self._task.classes)]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
-    def _coco_detections(self) -> list[dict[str, Any]]:
+    def _coco_detections(self, kind: str) -> list[dict[str, Any]]:
+        """Masks go without boxes: pycocotools would take a detection's area from its box, and sort it into small,
+        medium and large by that."""
         detections = []
         for image_id, (_, result) in enumerate(self._records, start=1):
             for d in result["detections"]:
-                left, top, right, bottom = d["box"]
-                entry = {
-                    "image_id": image_id,
-                    "category_id": d["class"] + 1,
-                    "score": d["score"],
-                    "bbox": [left, top, right - left, bottom - top],
-                }
-                if d["mask"]:
+                entry = {"image_id": image_id, "category_id": d["class"] + 1, "score": d["score"]}
+                if kind == "segm":
                     entry["segmentation"] = d["mask"]
+                else:
+                    left, top, right, bottom = d["box"]
+                    entry["bbox"] = [left, top, right - left, bottom - top]
                 detections.append(entry)
         return detections
 
