@@ -63,5 +63,5 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; called by torch's DataLoader."""
+        """The batch in page-locked memory, from which copies to a GPU do not block."""
         return self._map(lambda tensor: tensor.pin_memory())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from vitgraft.data_shards.sources import ensure_digits
 from vitgraft.launch import training
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.read import resolve_checkpoint
+from vitgraft.trainer.monitor_files import audited_history
 from vitgraft.trainer.tasks import make_task
 
 TASKS = ("detection", "semantic", "video")
@@ -66,17 +68,15 @@ def _table(rows: list[tuple[str, Recipe, Path]]) -> Table:
             f"checkpoint   vitgraft checkpoints list {shlex.quote(str(run_folder))}",
             f"TensorBoard  tensorboard --logdir {shlex.quote(str(run_folder / 'tensorboard'))}",
         ]
-        table.add_row(task, "\n".join(names), "\n".join(values), _minutes(run_folder), "\n".join(places))
+        table.add_row(task, "\n".join(names), "\n".join(values), _minutes(run_folder, evaluation), "\n".join(places))
     return table
 
 
-def _minutes(run_folder: Path) -> str:
-    """How long the run's attempts took, by its event log."""
-    seconds, started = 0.0, None
-    for line in (run_folder / "events.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        if event["event"] == "start":
-            started = event["time"]
-        elif started is not None:
-            seconds, started = seconds + event["time"] - started, None
+def _minutes(run_folder: Path, evaluation: dict[str, Any]) -> str:
+    """How long the steps that count and the last evaluation took."""
+    rows = audited_history(run_folder / "metrics.jsonl")
+    seconds, before = float(evaluation["seconds"]), 0
+    for step in sorted(rows):
+        seconds += (rows[step]["samples"] - before) / rows[step]["images_per_second"] + rows[step]["checkpoint_stall_s"]
+        before = rows[step]["samples"]
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

@@ -13,8 +13,9 @@ if [ ! -x .venv/bin/pip ] && ! "$python" -m venv .venv; then
     # Debian and Ubuntu keep ensurepip in a package of its own.
     rm -rf .venv
     sudo=$([ "$(id -u)" = 0 ] || echo sudo)
-    echo "vitgraft: installing python3-venv, which $python needs to make an environment" >&2
-    $sudo apt-get update -qq && $sudo apt-get install -y -qq python3-venv
+    package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    echo "vitgraft: installing $package, which $python needs to make an environment" >&2
+    $sudo apt-get update -qq && $sudo apt-get install -y -qq "$package"
     "$python" -m venv .venv
 fi
 echo "vitgraft: installing into .venv (about 6 GB with CUDA's libraries; some minutes the first time)" >&2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -24,6 +25,7 @@ from vitgraft.trainer.report import PIPE_VARIABLE
 
 GRACE_AFTER_FAILURE_S = 5.0
 _LOST_PEERS = "lost the other ranks"
+_NO_FAILURE = (None, 0, PreemptedRun.exit_code)
 
 
 def free_port(wanted: int) -> int:
@@ -65,6 +67,8 @@ class Gang:
                 self.ranks.append(self._start(rank, port, write))
             os.close(write)
             write = -1
+            if self.stopping is not None:
+                self._ask_to_stop()  # the signal came before all ranks were there
             self._watch(read)
         finally:
             self.end()
@@ -127,6 +131,9 @@ class Gang:
             raise InterruptedRun("interrupted; the same command goes on from the last committed checkpoint")
         self.stopping = number
         self.screen.note("stopping behind a checkpoint at the end of this step; Ctrl-C again ends at once")
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
         for process in self.ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -140,12 +147,16 @@ class Gang:
             while any(process.poll() is None for process in self.ranks):
                 if selector.select(timeout=0.2):
                     buffer = self._read(pipe, buffer)
-                if failed_at is None and any(process.poll() not in (None, 0) for process in self.ranks):
+                if failed_at is None and any(process.poll() not in _NO_FAILURE for process in self.ranks):
                     failed_at = time.monotonic()
                 if failed_at is not None and time.monotonic() - failed_at > GRACE_AFTER_FAILURE_S:
+                    dead = [process.poll() for process in self.ranks]
                     self.end()
+                    break
+            else:
+                dead = [process.returncode for process in self.ranks]
             self._read(pipe, buffer)
-        self._judge()
+        self._judge(dead)
 
     def _read(self, pipe: int, buffer: bytes) -> bytes:
         try:
@@ -154,7 +165,8 @@ class Gang:
             return buffer
         *lines, rest = (buffer + data).split(b"\n")
         for line in lines:
-            self._message(json.loads(line))
+            with contextlib.suppress(ValueError):
+                self._message(json.loads(line))
         if not data:
             time.sleep(0.05)  # every rank closed its end; they are about to exit
         return rest
@@ -167,27 +179,28 @@ class Gang:
         else:
             self.errors.append((message["code"], message["text"]))
 
-    def _judge(self) -> None:
-        """Turn the ranks' ends into one error, the cause rather than its consequences."""
-        codes = [process.returncode for process in self.ranks]
+    def _judge(self, codes: list[int | None]) -> None:
+        """Turn the ranks' ends (``None``: it still lived when the others were given up) into one error: the cause."""
         if not any(codes):
             return
+        stops = (PreemptedRun.exit_code, InterruptedRun.exit_code)
+        for code, text in self.errors:
+            if code not in stops and _LOST_PEERS not in text:
+                raise _error(code, text, self.log_path(0))
+        asked = self.stopping is not None
+        for rank, end in enumerate(codes):
+            # SIGTERM before a rank could turn it into a checkpoint is our own doing.
+            if end is not None and end < 0 and not (asked and end == -signal.SIGTERM):
+                name = signal.Signals(-end).name
+                raise TrainingError(f"rank {rank} was ended by {name} (out of memory?); its log: {self.log_path(rank)}")
+        committed = " behind a committed checkpoint" if all(end == PreemptedRun.exit_code for end in codes) else ""
         if self.stopping == signal.SIGINT:
-            done = " behind a committed checkpoint" if all(code == PreemptedRun.exit_code for code in codes) else ""
-            raise InterruptedRun(f"interrupted{done}; the same command goes on from the last committed checkpoint")
-        causes = [(code, text) for code, text in self.errors if _LOST_PEERS not in text] or self.errors
-        killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGKILL]
-        for rank, code in enumerate(codes):
-            if code < 0 and not causes:
-                killed.append(rank)
-        if causes:
-            raise _error(*causes[0], self.log_path(0))
-        if killed:
-            number = signal.Signals(-codes[killed[0]]).name
-            raise TrainingError(
-                f"rank {killed[0]} was ended by {number} (out of memory?); its log: {self.log_path(killed[0])}"
-            )
-        rank = next(i for i, code in enumerate(codes) if code)
+            raise InterruptedRun(f"interrupted{committed}; the same command goes on from the last committed checkpoint")
+        if asked:
+            raise PreemptedRun(f"stopped{committed}; the same command goes on from the last committed checkpoint")
+        if self.errors:
+            raise _error(*self.errors[0], self.log_path(0))
+        rank = next(i for i, end in enumerate(codes) if end)
         raise TrainingError(f"rank {rank} ended with code {codes[rank]}; its log: {self.log_path(rank)}")
 
 

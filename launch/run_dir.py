@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from vitgraft.trainer.checkpoint.layout import POINTER
 from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
 
 LOCK_PATIENCE_S = 20.0
+_OF_THE_OLD_START = ("metrics.jsonl", "results", "ledger", "tensorboard")
 
 
 @dataclass
@@ -35,7 +37,8 @@ class RunHandle:
     def event(self, name: str, **facts: Any) -> None:
         """Append to RUN/events.jsonl."""
         row = {"time": time.time(), "event": name, "attempt": self.attempt, **facts}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+        # On a full disk the run's own error matters more than its record.
+        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
@@ -58,7 +61,7 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
         path.mkdir(parents=True, exist_ok=True)
         lock = _own(path)
     except OSError as error:
-        raise ConfigError(f"--run-dir {path}: cannot be written: {error.strerror}; choose another folder") from None
+        raise _unwritable(path, error) from None
     try:
         sweep(path)
         if resume != "never":
@@ -69,9 +72,15 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
             (path / folder).mkdir(exist_ok=True)
         replace_text(path / "config.yaml", dump_recipe(recipe))
         return RunHandle(path, _next_attempt(path), checkpoint, lock, notes)
-    except BaseException:
+    except BaseException as error:
         lock.close()
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from None
         raise
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--run-dir {path}: cannot be written: {error.strerror}; make room or choose another folder")
 
 
 def _own(path: Path) -> IO[str]:
@@ -124,10 +133,12 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
     names = all_step_names(path)
     pointer = path / "checkpoints" / POINTER
     if resume == "never":
-        if names:
-            folder = set_aside(path, names, "train --resume never")
-            notes.append(f"starting afresh; {len(names)} checkpoints moved to {folder}")
+        old = [f"checkpoints/{name}" for name in names]
+        old += [name for name in _OF_THE_OLD_START if (path / name).exists()]
         pointer.unlink(missing_ok=True)
+        if old:
+            folder = set_aside(path, old, "train --resume never")
+            notes.append(f"starting afresh; {len(names)} checkpoints, metrics and results moved to {folder}")
         return None
     if resume != "auto":
         chosen = resolve_checkpoint(Path(resume))
@@ -151,8 +162,9 @@ def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: s
     """Later checkpoints are moved away, not overwritten."""
     later = [name for name in names if name > chosen.path.name]
     if later:
-        folder = set_aside(path, later, reason)
+        folder = set_aside(path, [f"checkpoints/{name}" for name in later], reason)
         notes.append(f"{', '.join(later)} moved to {folder}")
+        replace_text(path / "checkpoints" / POINTER, chosen.path.name + "\n")
     return chosen
 
 

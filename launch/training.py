@@ -12,6 +12,7 @@ from vitgraft.launch.devices import place
 from vitgraft.launch.local import Gang, free_port
 from vitgraft.launch.run_dir import open_run
 from vitgraft.launch.ui import Screen
+from vitgraft.trainer.deepspeed_config import render
 
 
 def train(recipe: Recipe, run: Path, screen: Screen, *, processes: int | None = None, resume: str = "auto") -> None:
@@ -21,7 +22,9 @@ def train(recipe: Recipe, run: Path, screen: Screen, *, processes: int | None = 
         VitgraftError: one line and an exit code; no process is left.
     """
     placement = place(recipe, processes)
-    check_data(recipe, screen)
+    render(recipe, placement.processes)
+    classes = check_data(recipe, screen)
+    check_model(recipe, classes)
     port = free_port(recipe.launch.port)
     handle = open_run(run, recipe, resume)
     try:
@@ -44,8 +47,31 @@ def train(recipe: Recipe, run: Path, screen: Screen, *, processes: int | None = 
         handle.close()
 
 
-def check_data(recipe: Recipe, screen: Screen) -> None:
-    """Everything about the data that can be wrong before a process starts.
+def check_model(recipe: Recipe, classes: int) -> None:
+    """What about the model only building it can tell, before a process starts.
+
+    Raises:
+        ConfigError: a missing weights file, an unknown timm name, a rule that matches no parameter.
+    """
+    backbone = recipe.model.backbone
+    if backbone.weights not in (None, "timm") and not Path(str(backbone.weights)).expanduser().is_file():
+        raise ConfigError(f"model.backbone.weights: {backbone.weights}: no such file; name a .safetensors or .pth file")
+    if backbone.timm is None and not recipe.train.param_groups:
+        return
+    # Importing torch takes seconds, so it is left to the ranks where the recipe alone tells enough.
+    import torch
+
+    from vitgraft.models.build import build_model
+    from vitgraft.trainer.param_groups import check_rules
+
+    size = recipe.data.image_size
+    with torch.device("meta"):
+        model = build_model(recipe.model.without_weights(), num_classes=classes, image_size=(size[0], size[1]))
+    check_rules(recipe.train, [name for name, _ in model.named_parameters()])
+
+
+def check_data(recipe: Recipe, screen: Screen) -> int:
+    """Everything about the data that can be wrong before a process starts; returns the number of classes.
 
     Raises:
         DataError, ConfigError: one line.
@@ -58,13 +84,14 @@ def check_data(recipe: Recipe, screen: Screen) -> None:
             "remove the key to use those of the data"
         )
     if recipe.data.val is None:
-        return
+        return len(train.classes)
     val = _manifest(recipe, recipe.data.val.path, "data.val.path", screen)
     if val.classes != train.classes:
         raise DataError(
             f"data.val.path: {recipe.data.val.path} has other classes than {recipe.data.train.path} "
             f"({len(val.classes)} and {len(train.classes)}); pack both with the same class list"
         )
+    return len(train.classes)
 
 
 def _manifest(recipe: Recipe, path: str, key: str, screen: Screen) -> Manifest:

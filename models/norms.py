@@ -92,6 +92,12 @@ class BatchNorm(nn.BatchNorm2d):
         return self
 
 
+def unsynchronised_statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of every BatchNorm that looks at its own rank's batch only."""
+    loose = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    return [buffer for module in loose for buffer in module.buffers()]
+
+
 def convert_sync_batchnorm(model: nn.Module, device: torch.device, process_group_world: int) -> nn.Module:
     """Make every norm of kind ``syncbn`` in ``model`` take its statistics over all ranks of the default process group.
 

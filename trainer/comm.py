@@ -43,6 +43,13 @@ def sum_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensors: list[Tensor]) -> None:
+    """Rank 0's values for everyone, in place."""
+    if active() and world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if active() and world() > 1:

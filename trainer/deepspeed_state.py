@@ -137,10 +137,12 @@ def scalar_states(engine: Any, flats: list[Tensor]) -> dict[str, float]:
 def install_states(engine: Any, flats: list[Tensor], kinds: list[str], scalars: dict[str, float]) -> None:
     """Make zeroed tensor states and the given scalars: they do not exist before the first step."""
     optimizer = inner_optimizer(engine)
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for flat in flats:
         state: dict[str, Any] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
-        # torch's optimizers keep their step count as a float32 tensor on the CPU.
-        state.update({key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()})
+        # torch keeps the step count in float32: beside the parameters for a fused optimizer, else on the CPU.
+        device = flat.device if fused else torch.device("cpu")
+        state.update({key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in scalars.items()})
         optimizer.state[flat] = state
 
 

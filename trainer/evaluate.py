@@ -15,10 +15,10 @@ import torch
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.model import MaskRCNNConfig
 from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import eval_batches
-from vitgraft.data_shards.sources import resolve_source
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.files import replace_text
@@ -63,10 +63,9 @@ class Evaluator:
     def __init__(self, recipe: Recipe, classes: list[str], data: str, device: torch.device) -> None:
         self.recipe, self.classes, self.device = recipe, classes, device
         self.task = make_task(recipe.task, classes)
-        folder = resolve_source(data)
-        self.dataset = PackedDataset(folder, recipe.data, recipe.task, seed=recipe.train.seed, train=False)
+        self.dataset = PackedDataset(data, recipe.data, recipe.task, seed=recipe.train.seed, train=False)
         if self.dataset.manifest.classes != classes:
-            raise DataError(_class_mismatch(str(folder), self.dataset.manifest.classes, classes))
+            raise DataError(_class_mismatch(data, self.dataset.manifest.classes, classes))
         size = recipe.data.image_size
         model = build_model(recipe.model.without_weights(), num_classes=len(classes), image_size=(size[0], size[1]))
         self.model: GraftedModel = model.to(device).eval()
@@ -82,6 +81,9 @@ class Evaluator:
             "weights": "ema" if self.recipe.train.ema is not None else "raw",
             "precision": self.recipe.train.precision,
         }
+        head = self.recipe.model.head
+        if isinstance(head, MaskRCNNConfig):
+            protocol["detections"] = f"at most {head.detections_per_image} of score {head.score_threshold} and more"
         if self.recipe.task == "video":
             clip = data.clip
             step = f"stride {clip.stride}" if clip.sampling == "dense" else "uniform"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.train import TrainConfig
 
 
@@ -60,7 +61,15 @@ def make_groups(
     return [Group(tuple(names), multiplier, decay) for (multiplier, decay), names in members.items()]
 
 
-def unmatched_rules(config: TrainConfig, names: Iterable[str]) -> list[str]:
-    """Expressions that match no parameter: a typing error that would otherwise pass unseen."""
+def check_rules(config: TrainConfig, names: Iterable[str]) -> None:
+    """Refuse expressions that match no parameter: a typing error that would otherwise pass unseen.
+
+    Raises:
+        ConfigError: names the first such expression.
+    """
     known = list(names)
-    return [rule.match for rule in config.param_groups if not any(re.search(rule.match, name) for name in known)]
+    for rule in config.param_groups:
+        if not any(re.search(rule.match, name) for name in known):
+            raise ConfigError(
+                f"train.param_groups: {rule.match!r} matches no parameter; names look like {known[0]}, {known[-1]}"
+            )

@@ -82,9 +82,12 @@ def predict_files(predictor: Predictor, inputs: list[Path], out: Path, progress:
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise DataError(f"two inputs are called {twice}; predict them into different --out folders")
-    out.mkdir(parents=True, exist_ok=True)
     results = []
-    for number, file in enumerate(files):
-        results.append(predictor.predict(file, out))
-        progress(number + 1, len(files))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, file in enumerate(files):
+            results.append(predictor.predict(file, out))
+            progress(number + 1, len(files))
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from None
     return results

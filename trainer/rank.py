@@ -64,7 +64,8 @@ def _as_known(error: Exception) -> VitgraftError:
         return TrainingError(f"out of memory: {error}; lower the batch, raise accumulation or activation_checkpointing")
     if isinstance(error, OSError):
         return TrainingError(f"{type(error).__name__}: {error}")
-    if "Connection" in str(error) or "gloo" in str(error) or "NCCL" in str(error):
+    lost = ("Connection", "gloo", "NCCL", "server socket")
+    if isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in lost):
         return TrainingError(f"lost the other ranks: {str(error).splitlines()[0]}")
     return VitgraftError(f"a defect of vitgraft: {type(error).__name__}: {error}; the log has the traceback")
 
@@ -82,11 +83,14 @@ def _train(options: argparse.Namespace, reporter: Reporter, stop: threading.Even
     from vitgraft.trainer.session import Assignment, open_session
     from vitgraft.trainer.train import TrainLoop
 
-    if options.resume is None and reporter is not None and os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
         reporter.progress("start", 0, 1)
     _join(options.device)
     assignment = Assignment(options.run_dir, options.attempt, options.resume, options.device)
     loop = TrainLoop(open_session(recipe, assignment, reporter), stop.is_set)
+    if first:
+        reporter.progress("start", 1, 1)
     loop.catch_up()
     loop.run()
     _leave()

@@ -44,7 +44,7 @@ class Reporter:
                 print(fallback, file=sys.stderr, flush=True)
             return
         if "text" in message:
-            message["text"] = message["text"][: _MAX_LINE // 2]
+            message["text"] = message["text"].encode()[: _MAX_LINE - 200].decode(errors="ignore")
         # A launcher that died takes this process with it in a moment; its closed pipe is no error of ours.
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._descriptor, (json.dumps(message) + "\n").encode())
+            os.write(self._descriptor, (json.dumps(message, ensure_ascii=False) + "\n").encode())

@@ -17,8 +17,7 @@ from vitgraft.configs.schema.train import AdamWConfig
 from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import train_batches
-from vitgraft.data_shards.plan import EpochPlan, MicroBatch, data_state, micro_batches, samples_before, steps_per_epoch
-from vitgraft.data_shards.sources import resolve_source
+from vitgraft.data_shards.plan import MicroBatch, data_state, micro_batches, samples_before, steps_per_epoch
 from vitgraft.models.backbones.vit import layer_of
 from vitgraft.models.build import GraftedModel, build_model, parameter_counts
 from vitgraft.models.norms import convert_sync_batchnorm
@@ -57,14 +56,9 @@ class Session:
     last_step: int
     reporter: Reporter
 
-    @property
-    def epoch_size(self) -> int:
-        """Entries of an epoch."""
-        return self.dataset.manifest.samples * self.recipe.data.train.repeats
-
     def samples_at(self, step: int) -> int:
         """Samples consumed before ``step``."""
-        return samples_before(step, self.epoch_size, self.recipe.train.global_batch)
+        return samples_before(step, self.dataset.epoch_size, self.recipe.train.global_batch)
 
     def data_state(self, step: int) -> DataState:
         """The global cursor before ``step``."""
@@ -73,22 +67,17 @@ class Session:
             step,
             fingerprint=manifest.fingerprint,
             seed=train.seed,
-            epoch_size=self.epoch_size,
+            epoch_size=self.dataset.epoch_size,
             global_batch=train.global_batch,
         )
         return DataState(**state)
 
     def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
         """This rank's micro-batches from the first step to the last."""
-        manifest, train = self.dataset.manifest, self.recipe.train
-        repeats = self.recipe.data.train.repeats
-
-        def plan(epoch: int) -> EpochPlan:
-            return EpochPlan(manifest.fingerprint, manifest.shard_sizes, train.seed, epoch, repeats)
-
+        train = self.recipe.train
         cut = micro_batches(
-            plan,
-            epoch_size=self.epoch_size,
+            self.dataset.plan,
+            epoch_size=self.dataset.epoch_size,
             first_step=self.first_step,
             last_step=self.last_step,
             global_batch=train.global_batch,
@@ -107,9 +96,7 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
     """
     device = _device(assignment.device)
     train = recipe.train
-    dataset = PackedDataset(
-        resolve_source(recipe.data.train.path), recipe.data, recipe.task, seed=train.seed, train=True
-    )
+    dataset = PackedDataset(recipe.data.train.path, recipe.data, recipe.task, seed=train.seed, train=True)
     checkpoint = None if assignment.resume is None else open_checkpoint(assignment.resume)
     classes = dataset.manifest.classes
     comm.agree(
@@ -145,8 +132,7 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
         normalisation=Normalisation(mean=data.mean, std=data.std, image_size=data.image_size),
         frozen=frozen,
     )
-    epoch_size = dataset.manifest.samples * data.train.repeats
-    last_step = train.steps or (train.epochs or 0) * steps_per_epoch(epoch_size, train.global_batch)
+    last_step = train.steps or (train.epochs or 0) * steps_per_epoch(dataset.epoch_size, train.global_batch)
     return Session(
         recipe=recipe,
         assignment=assignment,
@@ -198,11 +184,7 @@ def _group_parameters(recipe: Recipe, model: GraftedModel) -> list[param_groups.
     """Freeze by the rules, then group what is left."""
     train = recipe.train
     names = [name for name, _ in model.named_parameters()]
-    unmatched = param_groups.unmatched_rules(train, names)
-    if unmatched:
-        raise ConfigError(
-            f"train.param_groups: {unmatched[0]!r} matches no parameter; names look like {names[0]}, {names[-1]}"
-        )
+    param_groups.check_rules(train, names)
     frozen = param_groups.frozen_names(train, names)
     for name, parameter in model.named_parameters():
         if name in frozen:

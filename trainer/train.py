@@ -18,10 +18,10 @@ from vitgraft.configs.hashing import seed_of
 from vitgraft.data_shards.batch import Batch, Entry
 from vitgraft.data_shards.plan import MicroBatch
 from vitgraft.models.contract import Losses
-from vitgraft.models.norms import frozen_batchnorm
+from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint import commit
-from vitgraft.trainer.checkpoint.read import Checkpoint
+from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, result_path
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
 from vitgraft.trainer.schedule import lr_factor
@@ -45,6 +45,7 @@ class StepFacts:
     epoch: int = 0
     data_wait: float = 0.0
     grad_norm: float = 0.0
+    lr: float = 0.0
 
     def losses(self) -> dict[str, float]:
         """The step's losses by name: sums over ranks divided by counts over ranks, weighted over micro-steps."""
@@ -70,7 +71,7 @@ class TrainLoop:
         self.run_folder = session.assignment.run
         self._evaluator: Evaluator | None = None
         self._monitor = Monitor(self.run_folder, session.first_step) if comm.rank() == 0 else None
-        self._commits = 0
+        self._loose_statistics = unsynchronised_statistics(session.engine.module)
         self._stall = 0.0
         self._ledger = self._open_ledger()
 
@@ -94,6 +95,7 @@ class TrainLoop:
                 if last or stop or (every is not None and (step + 1) % every == 0):
                     self._checkpoint(step + 1, last=last, evaluate=not stop)
                 if stop:
+                    comm.barrier()
                     raise PreemptedRun(
                         f"stopped at step {step + 1} behind a committed checkpoint; the same command goes on"
                     )
@@ -106,22 +108,19 @@ class TrainLoop:
 
     def catch_up(self) -> None:
         """Evaluate the checkpoint that this attempt resumes from, if a kill came between its commit and its results."""
-        resume = self.session.assignment.resume
-        if resume is None or self.recipe.data.val is None:
+        resume, step = self.session.assignment.resume, self.session.first_step
+        if resume is None or not self._evaluation_due(step):
             return
-        from vitgraft.trainer.checkpoint.read import open_checkpoint
-
-        last = self.session.first_step == self.session.last_step
-        if last and not comm.gather(result_path(self.run_folder, self.session.first_step).exists())[0]:
+        if not comm.gather(result_path(self.run_folder, step).exists())[0]:
             self._evaluate(open_checkpoint(resume))
 
     def _step(self, step: int, batches: Iterator[tuple[MicroBatch, Batch]]) -> StepFacts:
         """One optimizer step: its micro-steps, the check that all is finite, the update."""
         session, train = self.session, self.recipe.train
         factor = lr_factor(train.schedule, session.samples_at(step), session.samples_at(session.last_step))
+        facts = StepFacts(lr=train.optimizer.lr * factor)
         for group, multiplier in zip(session.engine.optimizer.param_groups, session.lr_multipliers, strict=True):
-            group["lr"] = train.optimizer.lr * multiplier * factor
-        facts = StepFacts()
+            group["lr"] = facts.lr * multiplier
         for micro in range(train.accumulation):
             asked = time.monotonic()
             part, batch = next(batches)
@@ -141,6 +140,8 @@ class TrainLoop:
             session.engine.step()
         if train.zero_stage > 0:
             facts.grad_norm = float(session.engine.get_global_grad_norm())
+        # BatchNorm that is not synchronised (norm: bn) follows rank 0, as under DDP.
+        comm.broadcast(self._loose_statistics)
         if session.state.ema is not None:
             session.state.ema.update()
         return facts
@@ -198,14 +199,13 @@ class TrainLoop:
         if self._monitor is None:
             return
         loss = math.fsum(losses.values())
-        lr = session.engine.optimizer.param_groups[0]["lr"] / (session.lr_multipliers[0] or 1.0)
         row = StepRow(
             step=step,
             samples=session.samples_at(step),
             epoch=facts.epoch,
             loss=loss,
             losses=losses,
-            lr=lr,
+            lr=facts.lr,
             grad_norm=facts.grad_norm,
             images_per_second=facts.samples / seconds,
             data_wait_s=facts.data_wait,
@@ -214,21 +214,25 @@ class TrainLoop:
             attempt=session.assignment.attempt,
         )
         self._monitor.step(row)
-        session.reporter.progress("train", step, session.last_step, loss=loss, lr=lr, rate=row.images_per_second)
+        session.reporter.progress("train", step, session.last_step, loss=loss, lr=facts.lr, rate=row.images_per_second)
 
     def _checkpoint(self, step: int, *, last: bool, evaluate: bool) -> None:
         session = self.session
         started = time.monotonic()
         checkpoint = session.state.save(session.facts, step, session.samples_at(step), session.data_state(step))
         self._stall = time.monotonic() - started
-        self._commits += 1
         if comm.rank() == 0:
             session.reporter.progress("commit", step, session.last_step)
-        due = last or self._commits % self.recipe.evaluate.every_checkpoints == 0
-        if evaluate and due and self.recipe.data.val is not None:
+        if evaluate and self._evaluation_due(step):
             self._evaluate(checkpoint)
         if comm.rank() == 0:
             commit.retain(self.run_folder, self.recipe.train.checkpoint.keep_last)
+
+    def _evaluation_due(self, step: int) -> bool:
+        """A function of the step, so that a restart neither skips nor shifts an evaluation."""
+        every = self.recipe.train.checkpoint.every_steps
+        regular = every is not None and step % (every * self.recipe.evaluate.every_checkpoints) == 0
+        return self.recipe.data.val is not None and (step == self.session.last_step or regular)
 
     def _evaluate(self, checkpoint: Checkpoint) -> None:
         session = self.session

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vitgraft.configs.schema.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
-class SourceConfig(Section):
+class EvaluationSourceConfig(Section):
     """One packed data set: a folder of shards with a manifest, or ``digits:KIND/SPLIT`` for the built-in one."""
 
     path: str
+
+
+class SourceConfig(EvaluationSourceConfig):
+    """A data set to train on."""
+
     repeats: Positive = 1
     """How often each sample is visited in an epoch, each time augmented differently (repeated augmentation)."""
 
@@ -23,6 +28,12 @@ class ScaleJitter(Section):
     name: Literal["scale_jitter"] = "scale_jitter"
     min: PositiveFloat = 0.1
     max: PositiveFloat = 2.0
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ScaleJitter:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
 
 
 class RandomCrop(Section):
@@ -36,7 +47,13 @@ class RandomResizedCrop(Section):
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
     min_area: PositiveFloat = 0.08
-    max_area: PositiveFloat = 1.0
+    max_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _ascending(self) -> RandomResizedCrop:
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area {self.min_area} is larger than max_area {self.max_area}")
+        return self
 
 
 class HorizontalFlip(Section):
@@ -81,7 +98,7 @@ class DataConfig(Section):
     """Shards, canvas, normalisation, transforms and loading."""
 
     train: SourceConfig
-    val: SourceConfig | None = None
+    val: EvaluationSourceConfig | None = None
     image_size: list[Positive]
     """The canvas [height, width]: every image is resized into it and padded at the bottom and right."""
     mean: list[float] = [0.485, 0.456, 0.406]

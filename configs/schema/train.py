@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vitgraft.configs.schema.section import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import BelowOne, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class AdamWConfig(Section):
@@ -15,7 +15,7 @@ class AdamWConfig(Section):
 
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat
-    betas: list[Fraction] = [0.9, 0.999]
+    betas: list[BelowOne] = [0.9, 0.999]
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.05
 

@@ -23,9 +23,9 @@ VERSION = 1
 """Changes when the pixels of a given seed change; part of the cache folder's name."""
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 DEFAULT_SAMPLES: dict[tuple[str, str], int] = {
-    ("detection", "train"): 3800,
+    ("detection", "train"): 3000,
     ("detection", "val"): 200,
-    ("semantic", "train"): 2200,
+    ("semantic", "train"): 3000,
     ("semantic", "val"): 200,
     ("video", "train"): 1600,
     ("video", "val"): 160,
@@ -52,7 +52,7 @@ def pack_digits(
     eight classes by motion. Training and validation use different scans at every seed.
 
     Args:
-        samples: how many; ``None``: 3800 / 200 scenes (semantic: 2200 / 200), 1600 / 160 clips.
+        samples: how many; ``None``: 3000 / 200 scenes, 1600 / 160 clips.
 
     Raises:
         ConfigError: unknown task or split, or scikit-learn is not installed.

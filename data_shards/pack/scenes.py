@@ -19,7 +19,7 @@ Bools = npt.NDArray[np.bool_]
 
 _SCAN = 12
 """Side of a scan with its margin: 8 pixels of digit and two empty ones around."""
-_MIN_BRIGHTNESS = 150.0
+_INK = (180, 255)
 _SHADOW_EDGE = 0.04
 _SHADOW = 0.7
 _MIN_VISIBLE = 0.75
@@ -62,7 +62,7 @@ def digit_alpha(
 
 def background(random: np.random.RandomState, side: int) -> Bytes:
     """Smooth colour noise, distractor strokes and blobs that are no digits, and grain: (side, side, 3) uint8."""
-    base = random.uniform(15, 100, size=3)
+    base = random.uniform(15, 85, size=3)
     swing = random.uniform(10, 40)
     coarse = base + random.uniform(-swing, swing, size=(5, 5, 3))
     small = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
@@ -98,11 +98,8 @@ def _distractor(
 
 
 def ink_colour(random: np.random.RandomState) -> Floats:
-    """A bright colour of any hue: (3,) float32 in 0..255."""
-    while True:
-        colour = random.uniform(40, 255, size=3).astype(np.float32)
-        if float(colour @ np.asarray([0.299, 0.587, 0.114], dtype=np.float32)) >= _MIN_BRIGHTNESS:
-            return colour
+    """A bright, pale colour: (3,) float32 in 0..255."""
+    return random.uniform(*_INK, size=3).astype(np.float32)
 
 
 def blend(pixels: Bytes, alpha: Floats, colour: Floats) -> Bytes:
@@ -129,9 +126,9 @@ def scene(
         if len(digits) == wanted:
             break
         which = random.randint(len(scans))
-        height = float(random.uniform(32, 60))
+        height = float(random.uniform(36, 60))
         x, y = (float(v) for v in random.uniform(height * 0.55, side - height * 0.55, size=2))
-        turn = float(random.uniform(-15, 15))
+        turn = float(random.uniform(-12, 12))
         alpha, window = _patch(scans[which], (x, y), height, turn, side)
         mask = np.zeros((side, side), dtype=np.bool_)
         mask[window] = alpha > 0.5

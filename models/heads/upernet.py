@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitgraft.configs.schema.model import Norm, UperNetConfig
 from vitgraft.models.contract import Losses, LossTerm
 from vitgraft.models.norms import make_norm
+from vitgraft.models.pooling import average_to_grid
 from vitgraft.models.registry import register
 
 IGNORED = 255
@@ -45,7 +46,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         context = [
-            _resize(branch(F.adaptive_avg_pool2d(x, scale)), x)
+            _resize(branch(average_to_grid(x, scale, scale)), x)
             for scale, branch in zip(self.scales, self.branches, strict=True)
         ]
         fused: Tensor = self.fuse(torch.cat([x, *context], 1))

@@ -1,10 +1,10 @@
 """A joint space-time transformer over the maps of a clip's frames, and one classifier for the clip.
 
-Each place of a frame's map is read together with how it changes in time, the difference between the next frame and the
-one before (a temporal difference as in arXiv 2012.10071, here central and on the trunk's features), so that motion is
-seen before the map is pooled to a small grid of tokens. All tokens of all frames attend to each other (the joint attention
-of ViViT's model 1, arXiv 2103.15691, on a frozen or trained image trunk). Places have learned positions, frames
-sinusoids (arXiv 1706.03762, section 3.5), so a clip may have any number of frames.
+Each place of a frame's map is read together with how it changes in time, the difference between the next frame and
+the one before (a temporal difference as in arXiv 2012.10071, here central and on the trunk's features), so that motion
+is seen before the map is pooled to a small grid of tokens. All tokens of all frames attend to each other (the joint
+attention of ViViT's model 1, arXiv 2103.15691, on a frozen or trained image trunk). Places have learned positions,
+frames sinusoids (arXiv 1706.03762, section 3.5), so a clip may have any number of frames.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitgraft.configs.schema.model import VideoTransformerConfig
 from vitgraft.models.contract import Losses, LossTerm
+from vitgraft.models.pooling import average_to_grid
 from vitgraft.models.registry import register
 
 
@@ -86,7 +87,7 @@ class VideoTransformer(nn.Module):
 
 
 def _with_change(frames: Tensor) -> Tensor:
-    """(B, T, C, h, w) → (B, T, h, w, 2 C): each place and its change over time; the first and last frame count twice."""
+    """(B, T, C, h, w) → (B, T, h, w, 2 C): each place and its change in time; first and last frame count twice."""
     padded = torch.cat([frames[:, :1], frames, frames[:, -1:]], 1)
     return torch.cat([frames, padded[:, 2:] - padded[:, :-2]], 2).permute(0, 1, 3, 4, 2)
 
@@ -94,7 +95,7 @@ def _with_change(frames: Tensor) -> Tensor:
 def _pool(places: Tensor, grid: int) -> Tensor:
     """(B, T, h, w, C) → (B, T, grid², C)."""
     batch, length = places.shape[:2]
-    pooled = F.adaptive_avg_pool2d(places.flatten(0, 1).permute(0, 3, 1, 2), grid)
+    pooled = average_to_grid(places.flatten(0, 1).permute(0, 3, 1, 2), grid, grid)
     return pooled.flatten(2).transpose(1, 2).reshape(batch, length, grid * grid, -1)
 
 

@@ -38,7 +38,7 @@ def test_none_is_the_trunks_map() -> None:
 def test_the_pyramids_shapes(patch: int, strides: list[int], norm: Any) -> None:
     config = SimplePyramidConfig(channels=16, strides=strides, norm=norm)
     pyramid = SimplePyramid(config, embed_dim=32, patch_size=patch)
-    maps = pyramid(torch.randn(2, 32, 4, 8))
+    maps = pyramid.maps(torch.randn(2, 32, 4, 8))
     assert list(maps) == pyramid.strides == strides
     for stride, level in maps.items():
         assert level.shape == (2, 16, 4 * patch // stride, 8 * patch // stride)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import ModelConfig
 from vitgraft.configs.schema.train import TrainConfig
 from vitgraft.models.backbones.vit import layer_of
 from vitgraft.models.build import build_model
-from vitgraft.trainer.param_groups import Group, ParameterFacts, frozen_names, make_groups, unmatched_rules
+from vitgraft.trainer.param_groups import Group, ParameterFacts, check_rules, frozen_names, make_groups
 
 FACTS = [
     ParameterFacts("backbone.vit.pos_embed", 3),
@@ -110,7 +111,9 @@ def test_rules_freeze_and_thaw_in_order() -> None:
 
 def test_rules_that_match_nothing_are_reported() -> None:
     rules = [{"match": "blocks"}, {"match": "bakcbone"}, {"match": r"blocks\.7\."}]
-    assert unmatched_rules(config_of(param_groups=rules), NAMES) == ["bakcbone", r"blocks\.7\."]
+    with pytest.raises(ConfigError, match="'bakcbone' matches no parameter"):
+        check_rules(config_of(param_groups=rules), NAMES)
+    check_rules(config_of(param_groups=rules[:1]), NAMES)
 
 
 names = st.lists(

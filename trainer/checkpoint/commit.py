@@ -79,16 +79,19 @@ def retain(run: Path, keep_last: int, spare: set[str] | None = None) -> list[str
 
 
 def set_aside(run: Path, names: list[str], reason: str) -> Path:
-    """Move checkpoints out of the way without deleting them; returns the folder they lie in."""
-    folder = checkpoints_folder(run)
+    """Move files and folders of a run, named from the run directory, out of the way without deleting them.
+
+    Returns the folder that they lie in.
+    """
     number = 1
-    while (target := folder / f"set-aside-{number}").exists():
+    while (target := run / f"set-aside-{number}").exists():
         number += 1
     target.mkdir(parents=True)
     write_text_durably(target / "reason.txt", reason + "\n")
     for name in names:
-        os.rename(folder / name, target / name)
-    sync_folder(folder)
+        os.rename(run / name, target / Path(name).name)
+    sync_folder(target)
+    sync_folder(run)
     return target
 
 

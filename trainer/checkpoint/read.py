@@ -52,7 +52,11 @@ class Checkpoint:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Hold a shared lock, so that retention leaves this checkpoint alone."""
-        with (self.path / MANIFEST).open("rb") as stream:
+        try:
+            stream = (self.path / MANIFEST).open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{self.path / MANIFEST}: cannot be read: {error.strerror}") from None
+        with stream:
             fcntl.flock(stream, fcntl.LOCK_SH)
             yield
 
@@ -70,6 +74,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise CheckpointError(
             f"{file}: not a manifest: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}"
@@ -98,14 +104,21 @@ def verify(checkpoint: Checkpoint) -> None:
     """
     for record in checkpoint.manifest.files:
         file = checkpoint.path / record.path
-        if sha256_file(file) != record.sha256:
+        if _hash(file) != record.sha256:
             raise CheckpointError(f"{file}: SHA-256 differs from the manifest: the file was damaged after the commit")
     if checkpoint.manifest.frozen is not None:
         blob = blob_path(checkpoint.run, checkpoint.manifest.frozen)
         if not blob.is_file():
             raise CheckpointError(f"{blob}: missing; it holds the frozen trunk of {checkpoint.path.name}")
-        if sha256_file(blob) != checkpoint.manifest.frozen:
+        if _hash(blob) != checkpoint.manifest.frozen:
             raise CheckpointError(f"{blob}: SHA-256 differs from its name: the frozen trunk was damaged")
+
+
+def _hash(file: Path) -> str:
+    try:
+        return sha256_file(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def blob_path(run: Path, digest: str) -> Path:

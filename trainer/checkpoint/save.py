@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitgraft.configs.errors import CheckpointError, TrainingError, VitgraftError
-from vitgraft.configs.hashing import sha256_file
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint import commit
 from vitgraft.trainer.checkpoint.files import sync_folder, write_safetensors
@@ -31,8 +30,9 @@ from vitgraft.trainer.checkpoint.layout import (
     Normalisation,
     range_key,
     shard_name,
+    step_name,
 )
-from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path, read_all
+from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path, open_checkpoint
 from vitgraft.trainer.deepspeed_state import (
     Fragment,
     fragments,
@@ -68,7 +68,7 @@ class TrainerState:
         self.ema = None if ema_decay is None else Ema(self.flats, ema_decay)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers, e.g. BatchNorm statistics; the same on all ranks, since BatchNorm is synchronised."""
+        """Persistent buffers, e.g. BatchNorm statistics; the loop keeps them the same on all ranks."""
         module: nn.Module = self.engine.module
         parameters = {name for name, _ in module.named_parameters()}
         return {name: value for name, value in module.state_dict().items() if name not in parameters}
@@ -109,9 +109,7 @@ class TrainerState:
             if self.ema is not None:
                 targets[EMA] = self.ema.of(fragment.flat)
             for kind, target in targets.items():
-                # An average switched on at a resume starts from the weights.
-                source = kind if kind in manifest.kinds else MASTER
-                values = reader.read(source, fragment.name, fragment.start, fragment.stop)
+                values = reader.read(kind, fragment.name, fragment.start, fragment.stop)
                 fragment.view(target).copy_(torch.from_numpy(values))
 
     def save(self, facts: RunFacts, step: int, samples: int, data: DataState) -> Checkpoint:
@@ -141,9 +139,6 @@ class TrainerState:
                 shutil.rmtree(temporary, ignore_errors=True)
             comm.barrier()
             raise TrainingError(f"checkpoint of step {step} not written: {failure}; earlier checkpoints are untouched")
-        from vitgraft.trainer.checkpoint.layout import step_name
-        from vitgraft.trainer.checkpoint.read import open_checkpoint
-
         return open_checkpoint(temporary.with_name(step_name(step)))
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -253,15 +248,3 @@ def store_frozen(run: Path, model: nn.Module) -> str | None:
     os.replace(temporary, final)
     sync_folder(folder)
     return record.sha256
-
-
-def load_frozen(run: Path, digest: str) -> dict[str, NDArray[np.generic]]:
-    """The frozen parameters of a run, verified.
-
-    Raises:
-        CheckpointError: the blob is missing or damaged.
-    """
-    blob = blob_path(run, digest)
-    if not blob.is_file() or sha256_file(blob) != digest:
-        raise CheckpointError(f"{blob}: missing or damaged; it holds the run's frozen trunk")
-    return read_all(blob)
