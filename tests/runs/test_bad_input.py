@@ -64,7 +64,7 @@ def test_broken_image(semantic_data: Path, tmp_path: Path) -> None:
     shutil.copytree(semantic_data, tmp_path / "data")
     shard = tmp_path / "data" / "train" / "shard-000000.tar"
     with tarfile.open(shard) as tar:
-        member = next(m for m in tar if m.name == "000000007.png")
+        member = next(m for m in tar if m.name == "000000007.jpg")
     with shard.open("r+b") as stream:
         stream.seek(member.offset_data)
         stream.write(b"\0" * member.size)
