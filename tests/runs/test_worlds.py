@@ -53,7 +53,8 @@ def test_a_run_goes_on_at_another_world_and_stage(semantic_data: Path, tmp_path:
             train(recipe, run, "--processes", processes, "--set", f"train.zero_stage={stage}")
         else:
             stop_at(recipe, run, int(stop), processes, stage)
-    assert_same(history(run), history(tmp_path / "whole"), 1e-5)
+    # AdamW turns a gradient that is zero but for the order of sums into a whole step, hence not 1e-5 as above.
+    assert_same(history(run), history(tmp_path / "whole"), 1e-4)
 
 
 def stop_at(recipe: Path, run: Path, step: int, processes: str, stage: str) -> None:
