@@ -24,11 +24,34 @@ def assert_same(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
         assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=10 * tolerance), step
 
 
+@pytest.fixture(scope="module")
+def stage_recipe(semantic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps with several parameter groups. Nothing is drawn or selected inside the model: a detector's proposals
+    may flip on the last bit of a score, and then the losses part."""
+    settings: dict[str, Any] = {
+        "train__layer_decay": 0.8,
+        "train__param_groups": [{"match": r"^head\.", "lr_multiplier": 2.0}],
+        "train__optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+    }
+    tree = tiny_recipe("semantic", semantic_data / "train", **settings)
+    return write_recipe(tmp_path_factory.mktemp("stages") / "recipe.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def stage_2(stage_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    run = tmp_path_factory.mktemp("stage-2") / "run"
+    train(stage_recipe, run)
+    return history(run)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_zero_stages_give_the_same_losses(detection_recipe: Path, unbroken: Path, tmp_path: Path, stage: int) -> None:
+def test_zero_stages_give_the_same_losses(
+    stage_recipe: Path, stage_2: dict[int, dict[str, Any]], tmp_path: Path, stage: int
+) -> None:
     run = tmp_path / "run"
-    train(detection_recipe, run, "--set", f"train.zero_stage={stage}")
-    assert_same(history(run), history(unbroken), 1e-4)
+    train(stage_recipe, run, "--set", f"train.zero_stage={stage}")
+    assert len(stage_2) == 20
+    assert_same(history(run), stage_2, 1e-4)
 
 
 def test_world_size_and_accumulation_change_nothing(semantic_data: Path, tmp_path: Path) -> None:
