@@ -20,8 +20,6 @@ def assert_same(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
     for step in theirs:
         assert ours[step]["samples"] == theirs[step]["samples"]
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=tolerance), step
-        # The norm sums the squares of all gradients and feels the order of sums about ten times as much.
-        assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=10 * tolerance), step
 
 
 @pytest.fixture(scope="module")
