@@ -144,19 +144,3 @@ def install_states(engine: Any, flats: list[Tensor], kinds: list[str], scalars: 
         device = flat.device if fused else torch.device("cpu")
         state.update({key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in scalars.items()})
         optimizer.state[flat] = state
-
-
-def set_model_weights(engine: Any, names: dict[nn.Parameter, str], weights: dict[str, Tensor]) -> None:
-    """Write full weights into the model's own parameters, whatever the stage.
-
-    Under ZeRO-3 a parameter is a partition that must be gathered to be written.
-    """
-    import deepspeed
-
-    for parameter, name in names.items():
-        if engine.zero_optimization_stage() == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-                parameter.data.copy_(weights[name])
-        else:
-            with torch.no_grad():
-                parameter.copy_(weights[name])
