@@ -195,38 +195,30 @@ def micro_batches(
         )
     if epoch_size < 1:
         raise ConfigError("the data set is empty; pack at least one sample")
-    return _cut(plans, epoch_size, first_step, last_step, global_batch, accumulation, rank, world)
 
+    # Apart, so that the refusals above come at the call and not at the first batch.
+    def cut() -> Iterator[MicroBatch]:
+        per_epoch = steps_per_epoch(epoch_size, global_batch)
+        per_micro = global_batch // accumulation
+        per_rank = per_micro // world
+        plan: EpochPlan | None = None
+        for step in range(first_step, last_step):
+            epoch, within = divmod(step, per_epoch)
+            if plan is None or plan.epoch != epoch:
+                plan = plans(epoch)
+            start = within * global_batch
+            valid = min(global_batch, epoch_size - start)
+            for micro in range(accumulation):
+                first = micro * per_micro
+                low = min(first + rank * per_rank, valid)
+                high = min(first + (rank + 1) * per_rank, valid)
+                yield MicroBatch(
+                    step=step,
+                    micro=micro,
+                    epoch=epoch,
+                    entries=tuple(plan.entries(start + low, start + high)),
+                    micro_count=min(max(valid - first, 0), per_micro),
+                    step_count=valid,
+                )
 
-def _cut(
-    plans: Callable[[int], EpochPlan],
-    epoch_size: int,
-    first_step: int,
-    last_step: int,
-    global_batch: int,
-    accumulation: int,
-    rank: int,
-    world: int,
-) -> Iterator[MicroBatch]:
-    per_epoch = steps_per_epoch(epoch_size, global_batch)
-    per_micro = global_batch // accumulation
-    per_rank = per_micro // world
-    plan: EpochPlan | None = None
-    for step in range(first_step, last_step):
-        epoch, within = divmod(step, per_epoch)
-        if plan is None or plan.epoch != epoch:
-            plan = plans(epoch)
-        start = within * global_batch
-        valid = min(global_batch, epoch_size - start)
-        for micro in range(accumulation):
-            first = micro * per_micro
-            low = min(first + rank * per_rank, valid)
-            high = min(first + (rank + 1) * per_rank, valid)
-            yield MicroBatch(
-                step=step,
-                micro=micro,
-                epoch=epoch,
-                entries=tuple(plan.entries(start + low, start + high)),
-                micro_count=min(max(valid - first, 0), per_micro),
-                step_count=valid,
-            )
+    return cut()

@@ -10,9 +10,9 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import ModelConfig, NoAdapterConfig
 from vitgraft.models import registry
 from vitgraft.models.adapters import adaptformer, none, simple_pyramid
-from vitgraft.models.adapters.base import Adapter
+from vitgraft.models.adapters.base import Adapter, Neck
 from vitgraft.models.backbones import vit
-from vitgraft.models.backbones.vit import ViT
+from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.contract import Losses, Predictions, Targets
 from vitgraft.models.heads import mask_rcnn, upernet, video_transformer
 
@@ -21,12 +21,13 @@ REGISTERING = (adaptformer, none, simple_pyramid, vit, mask_rcnn, upernet, video
 
 
 class GraftedModel(nn.Module):
-    """A trunk with what is grafted on it, an adapter that makes maps, and a head that reads them."""
+    """A trunk with what is grafted on it, an adapter that makes maps, maybe a neck, and a head that reads them."""
 
-    def __init__(self, backbone: ViT, adapter: Adapter, head: nn.Module) -> None:
+    def __init__(self, backbone: Trunk, adapter: Adapter, neck: Neck | None, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter
+        self.neck = neck
         self.head = head
 
     def forward(
@@ -38,21 +39,16 @@ class GraftedModel(nn.Module):
         """
         canvas = (images.shape[-2], images.shape[-1])
         images = images.to(next(self.backbone.parameters()).dtype)
-        maps = self._clip_maps(images) if images.ndim == 5 else self.adapter.maps(self.backbone(images))
+        maps = self.adapter.maps(self.backbone, images)
+        if self.neck is not None:
+            maps = self.neck.maps(maps)
         result: Any = self.head(maps, sizes, canvas, targets, weights)
         return cast(Losses | Predictions, result)
 
     def recompute_units(self) -> list[nn.Module]:
         """What activation checkpointing is applied to: the trunk's blocks and parts of the adapter and the head."""
-        parts: list[Any] = [self.adapter, self.head]
-        blocks = self.backbone.blocks
-        return [*blocks, *(unit for part in parts for unit in part.recompute_units())]
-
-    def _clip_maps(self, clips: Tensor) -> dict[int, Tensor]:
-        """Clips (B, 3, T, H, W) → {stride: (B, T, C, H/stride, W/stride)}: the trunk sees frames."""
-        batch = len(clips)
-        maps = self.adapter.maps(self.backbone(clips.transpose(1, 2).flatten(0, 1)))
-        return {stride: frames.view(batch, -1, *frames.shape[1:]) for stride, frames in maps.items()}
+        parts: list[Any] = [self.backbone, self.adapter, self.neck, self.head]
+        return [unit for part in parts if part is not None for unit in part.recompute_units()]
 
 
 def build_model(config: ModelConfig, *, num_classes: int, image_size: tuple[int, int]) -> GraftedModel:
@@ -67,33 +63,27 @@ def build_model(config: ModelConfig, *, num_classes: int, image_size: tuple[int,
             f"model.head.num_classes: {wanted} in the recipe, but the data set names {num_classes} classes; "
             f"set it to {num_classes}, or to null to take the data set's"
         )
-    backbone = registry.build("backbone", config.backbone, image_size=image_size)
-    makers = []
+    trunk: Trunk = registry.build("backbone", config.backbone, image_size=image_size)
+    parts: dict[str, list[Any]] = {kind: [] for kind in ("graft", "adapter", "neck")}
     for part in config.adapter:
-        if part.name in registry.names("graft"):
-            registry.build("graft", part, blocks=backbone.blocks, embed_dim=backbone.embed_dim)
-        else:
-            makers.append(part)
-    maker = makers[0] if makers else NoAdapterConfig()
-    adapter = registry.build("adapter", maker, embed_dim=backbone.embed_dim, patch_size=backbone.patch_size)
-    _check_strides(adapter.strides, image_size)
-    head = registry.build("head", config.head, channels=adapter.channels, num_classes=num_classes)
-    return GraftedModel(backbone, adapter, head)
+        parts[next((kind for kind in ("graft", "neck") if part.name in registry.names(kind)), "adapter")].append(part)
+    for graft in parts["graft"]:
+        registry.build("graft", graft, trunk=trunk)
+    adapter: Adapter = registry.build("adapter", (parts["adapter"] or [NoAdapterConfig()])[0], trunk=trunk)
+    if not adapter.reads_final_norm:
+        trunk.without_final_norm()
+    neck: Neck | None = None
+    for part in parts["neck"]:
+        neck = registry.build("neck", part, channels=adapter.channels)
+    channels = adapter.channels if neck is None else neck.channels
+    head = registry.build("head", config.head, channels=channels, num_classes=num_classes)
+    return GraftedModel(trunk, adapter, neck, head)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """How many parameters are trained, and how many there are."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def _check_strides(strides: list[int], image_size: tuple[int, int]) -> None:
-    largest = max(strides)
-    if any(side % largest for side in image_size):
-        raise ConfigError(
-            f"data.image_size: {list(image_size)} are no multiples of the largest stride {largest}; "
-            f"use e.g. {[-(-side // largest) * largest for side in image_size]}"
-        )
 
 
 __all__ = ["GraftedModel", "build_model", "parameter_counts"]

@@ -1,14 +1,35 @@
-"""What marks a module as grafted into a trunk, so that freezing the trunk leaves it alone."""
+"""How something is grafted into a trunk's blocks: what marks it, and where it attaches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Graft(nn.Module):
     """Base of modules that are inserted into a trunk's blocks: trained, and in training mode, when the trunk is not."""
+
+
+class GraftableBlock(nn.Module):
+    """Base of the transformer blocks written here: the place beside the FFN where a bottleneck can be grafted.
+
+    A block adds its FFN branch with :meth:`add_ffn` instead of ``+``, and calls its Linear layers as modules (not
+    their weights through ``F.linear``), so that a graft on a layer is seen.
+    """
+
+    adapt_parallel: bool = True
+    """Whether the module ``adaptmlp``, once grafted, reads the stream or the FFN's branch."""
+    takes_prompts: bool = False
+    """Whether extra tokens may stand before the others: global attention without a table bound to the grid."""
+
+    def add_ffn(self, stream: Tensor, branch: Tensor) -> Tensor:
+        """``stream``: (B, N, C) after the attention's residual. ``branch``: (B, N, C), what the FFN adds to it."""
+        graft = self._modules.get("adaptmlp")
+        if graft is None:
+            return stream + branch
+        grafted: Tensor = graft(stream if self.adapt_parallel else branch)
+        return stream + branch + grafted
 
 
 def trunk_modules(root: nn.Module) -> Iterator[nn.Module]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from vitgraft.configs.errors import ConfigError
 
-Kind = Literal["backbone", "graft", "adapter", "head"]
-"""backbone: the trunk; graft: changes the trunk's blocks in place; adapter: makes the maps; head: reads them."""
+Kind = Literal["backbone", "graft", "adapter", "neck", "head"]
+"""backbone: the trunk; graft: changes the trunk's blocks in place; adapter: makes maps of trunk and images; neck: makes
+maps of maps; head: reads them."""
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-_FACTORIES: dict[Kind, dict[str, Callable[..., Any]]] = {"backbone": {}, "graft": {}, "adapter": {}, "head": {}}
+_FACTORIES: dict[Kind, dict[str, Callable[..., Any]]] = {kind: {} for kind in get_args(Kind)}
 
 
 def register(kind: Kind, name: str) -> Callable[[T], T]:

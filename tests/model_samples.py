@@ -5,11 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitgraft.configs.schema.model import ModelConfig
+from vitgraft.models.backbones.trunk import Trunk, Visit
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.contract import DetectionTarget, Losses
+
+
+class Stub(Trunk):
+    """A trunk that is nothing but blocks, or one whose map is its input."""
+
+    def __init__(self, *blocks: nn.Module, embed_dim: int, patch_size: int = 16) -> None:
+        super().__init__()
+        self.stack = nn.Sequential(*blocks)
+        self.embed_dim, self.patch_size = embed_dim, patch_size
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        return self.stack
+
+    def forward(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, ...]:
+        return (images,)
+
 
 BACKBONE: dict[str, Any] = {"name": "vit", "embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 PYRAMID: dict[str, Any] = {"name": "simple_pyramid", "channels": 16, "strides": [4, 8, 16]}

@@ -45,6 +45,8 @@ def tiny_recipe(task: str, train: Path | str, val: Path | str | None = None, **s
             "val": None if val is None else {"path": str(val)},
             "image_size": [side, side],
             "clip": {"frames": 4, "sampling": "uniform"},
+            # Loader processes cost seconds to start; tests that are about them ask for them.
+            "workers": 0,
         },
         "train": {
             "steps": 20,

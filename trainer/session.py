@@ -18,8 +18,8 @@ from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import train_batches
 from vitgraft.data_shards.plan import MicroBatch, data_state, micro_batches, samples_before, steps_per_epoch
-from vitgraft.models.backbones.vit import layer_of
 from vitgraft.models.build import GraftedModel, build_model, parameter_counts
+from vitgraft.models.layer_decay import layer_of
 from vitgraft.models.norms import convert_sync_batchnorm
 from vitgraft.models.recompute import apply_recompute
 from vitgraft.trainer import comm, param_groups

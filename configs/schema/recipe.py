@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema.data import DataConfig
-from vitgraft.configs.schema.model import ModelConfig, SimplePyramidConfig, Task
+from vitgraft.configs.schema.model import ModelConfig, Task
 from vitgraft.configs.schema.section import NonNegative, Positive, Section
 from vitgraft.configs.schema.train import TrainConfig
 
@@ -66,18 +66,6 @@ class Recipe(Section):
     def task(self) -> Task:
         """What the head does: detection, semantic or video."""
         return self.model.head.task
-
-    @model_validator(mode="after")
-    def _combination(self) -> Recipe:
-        patch = self.model.backbone.patch_size
-        if patch is not None and any(side % patch for side in self.data.image_size):
-            raise ValueError(f"data.image_size {self.data.image_size} must be multiples of patch_size {patch}")
-        pyramid = next((a for a in self.model.adapter if isinstance(a, SimplePyramidConfig)), None)
-        if pyramid is not None and any(side % pyramid.strides[-1] for side in self.data.image_size):
-            raise ValueError(
-                f"data.image_size {self.data.image_size} must be multiples of the largest stride {pyramid.strides[-1]}"
-            )
-        return self
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: a resumed run must agree in all of them."""

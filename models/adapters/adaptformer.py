@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import AdaptFormerConfig
-from vitgraft.models.grafting import Graft
+from vitgraft.models.backbones.trunk import Trunk
+from vitgraft.models.grafting import Graft, GraftableBlock
 from vitgraft.models.registry import register
 
 
@@ -60,33 +61,30 @@ class AdaptMLP(Graft):
         return added
 
 
-class AdaptFormerBlock(Block):  # type: ignore[misc]
-    """A timm block with an ``adaptmlp``; made from a plain one by :func:`graft_adaptformer`."""
-
-    adaptmlp: AdaptMLP
-    adapt_parallel: bool
+class AdaptFormerBlock(GraftableBlock, Block):  # type: ignore[misc]
+    """A timm block with the place for a graft; made from a plain one by :func:`graft_adaptformer`."""
 
     def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
-        ffn: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        grafted: Tensor = x + ffn + self.adaptmlp(x if self.adapt_parallel else ffn)
-        return grafted
+        block: Any = self  # timm's modules are not typed
+        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **mask)))
+        return self.add_ffn(x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
 
 @register("graft", "adaptformer")
-def graft_adaptformer(config: AdaptFormerConfig, *, blocks: nn.Sequential, embed_dim: int) -> None:
+def graft_adaptformer(config: AdaptFormerConfig, *, trunk: Trunk) -> None:
     """Graft a bottleneck on every block, in place.
 
-    Only a block's class changes, so its modules, their names and the weights already loaded stay. Raises
-    ``ConfigError`` when the trunk's blocks are not timm's standard ones.
+    Only a timm block's class changes, so its modules, their names and the weights already loaded stay. Raises
+    ``ConfigError`` when the trunk's blocks are neither timm's standard ones nor made for grafts.
     """
-    for index, module in enumerate(blocks):
-        if type(module) is not Block:
+    for index, module in enumerate(trunk.blocks):
+        block: Any = module
+        if type(block) is Block:
+            block.__class__ = AdaptFormerBlock
+        if not isinstance(block, GraftableBlock):
             raise ConfigError(
                 f"model.adapter: adaptformer fits timm's Block, but block {index} of this trunk is a "
                 f"{type(module).__name__}; choose another trunk or another adapter"
             )
-        block: Any = module
-        block.__class__ = AdaptFormerBlock
-        block.adaptmlp = AdaptMLP(config, embed_dim)
+        block.adaptmlp = AdaptMLP(config, trunk.embed_dim)
         block.adapt_parallel = config.layout == "parallel"

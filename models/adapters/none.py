@@ -1,4 +1,4 @@
-"""No adapter: the trunk's own last map."""
+"""No adapter: the trunk's own maps."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from torch import Tensor
 
 from vitgraft.configs.schema.model import NoAdapterConfig
 from vitgraft.models.adapters.base import Adapter
+from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.registry import register
 
 
 @register("adapter", "none")
 class NoAdapter(Adapter):
-    """The trunk's map under the stride of its patches: (B, C, h, w) → {patch_size: (B, C, h, w)}."""
+    """A plain trunk's one map under the stride of its patches; a hierarchical trunk's maps as they are."""
 
-    def __init__(self, config: NoAdapterConfig, *, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, config: NoAdapterConfig, *, trunk: Trunk) -> None:
         super().__init__()
-        self.strides = [patch_size]
-        self.channels = {patch_size: embed_dim}
+        self.channels = dict(trunk.channels)
+        self.strides = list(self.channels)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        return (features,)
+    def forward(self, trunk: Trunk, images: Tensor) -> tuple[Tensor, ...]:
+        maps: tuple[Tensor, ...] = trunk(images)
+        return maps

@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import Norm, SimplePyramidConfig
 from vitgraft.models.adapters.base import Adapter
+from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.norms import make_norm
 from vitgraft.models.registry import register
 
 
 @register("adapter", "simple_pyramid")
 class SimplePyramid(Adapter):
-    """Maps of several strides: (B, C, h, w) → {stride: (B, channels, H / stride, W / stride)}.
+    """Maps of several strides: (B, 3, H, W) → {stride: (B, channels, H / stride, W / stride)}.
 
     Raises ``ConfigError`` for a stride that is not the patch size times 4, 2, 1, 1/2 or 1/4.
     """
 
-    def __init__(self, config: SimplePyramidConfig, *, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, config: SimplePyramidConfig, *, trunk: Trunk) -> None:
         super().__init__()
+        if len(trunk.channels) > 1:
+            raise ConfigError("model.adapter: simple_pyramid reads a plain trunk's one map, this trunk makes several")
+        embed_dim, patch_size = trunk.embed_dim, trunk.patch_size
         self.strides = list(config.strides)
         self.channels = dict.fromkeys(self.strides, config.channels)
         self.branches = nn.ModuleDict(
@@ -37,7 +41,8 @@ class SimplePyramid(Adapter):
             }
         )
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, trunk: Trunk, images: Tensor) -> tuple[Tensor, ...]:
+        (features,) = trunk(images)
         return tuple(self.branches[str(stride)](features) for stride in self.strides)
 
     def recompute_units(self) -> list[nn.Module]:

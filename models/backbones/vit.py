@@ -7,7 +7,6 @@ The trunk returns one map: the last block's tokens without class and register to
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Any
 
 import timm
@@ -18,22 +17,18 @@ from torch import Tensor, nn
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import ViTConfig
-from vitgraft.models.grafting import trunk_modules, trunk_parameters
+from vitgraft.models.backbones.trunk import Trunk, whole_patches
 from vitgraft.models.registry import register
 from vitgraft.models.weights import load_trunk
 
-_BLOCK = re.compile(r"^backbone\.(?:.*\.)?blocks\.(\d+)\.")
-_STEM = re.compile(
-    r"^backbone\.(?:.*\.)?(patch_embed\.|norm_pre\.|(pos_embed|cls_token|reg_token|dist_token|mask_token)$)"
-)
-
 
 @register("backbone", "vit")
-class ViT(nn.Module):
+class ViT(Trunk):
     """A plain ViT as a trunk.
 
-    ``image_size``: the canvas (height, width) in pixels, multiples of the patch size. Its timm model is ``self.vit``,
-    so a tensor that timm calls ``blocks.0.norm1.weight`` is called ``backbone.vit.blocks.0.norm1.weight`` in a model.
+    ``image_size``: the canvas (height, width) in pixels, for which positions are laid out. Its timm model is
+    ``self.vit``, so a tensor that timm calls ``blocks.0.norm1.weight`` is called
+    ``backbone.vit.blocks.0.norm1.weight`` in a model.
 
     Raises ``ConfigError`` for an unknown timm name, one that is no VisionTransformer, or a canvas that does not fit;
     ``CheckpointError`` for weights that do not fit.
@@ -41,72 +36,31 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig, *, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.frozen = config.frozen
         vit = _by_name(config, image_size) if config.timm is not None else _by_sizes(config, image_size)
-        self.vit: nn.Module = _without_head(vit)
-        self.embed_dim: int = vit.embed_dim
-        self.patch_size: int = _square_patch(vit)
-        self._prefix_tokens: int = vit.num_prefix_tokens
-        _check_canvas(image_size, self.patch_size)
+        self.vit: Any = _without_head(vit)
+        self.embed_dim, self.patch_size = vit.embed_dim, _square_patch(vit)
+        self.prefix_tokens = vit.num_prefix_tokens
+        self.frozen = config.frozen
         if config.weights is not None and config.weights != "timm":
             load_trunk(self.vit, config.weights)
-        if self.frozen:
-            for parameter in trunk_parameters(self):
-                parameter.requires_grad_(False)
-            self.train(self.training)
+        self.freeze()
 
     @property
     def blocks(self) -> nn.Sequential:
         """The transformer blocks, first to last."""
-        blocks = self.vit.blocks
-        assert isinstance(blocks, nn.Sequential)
+        blocks: nn.Sequential = self.vit.blocks
         return blocks
 
-    @property
-    def depth(self) -> int:
-        """How many blocks there are."""
-        return len(self.blocks)
+    def embed(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
+        return tokens
 
-    def train(self, mode: bool = True) -> ViT:
-        """Set training mode; a frozen trunk stays in evaluation mode (no drop path, no dropout), its grafts do not."""
-        super().train(mode)
-        if self.frozen:
-            for module in trunk_modules(self.vit):
-                module.training = False
-        return self
+    def finish(self, tokens: Tensor) -> Tensor:
+        normed: Tensor = self.vit.norm(tokens)
+        return normed
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W), float, normalised RGB, H and W multiples of the patch → (B, C, H / patch, W / patch).
-
-        Keeps no activations when nothing inside wants a gradient.
-        """
-        if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in self.parameters()):
-            with torch.no_grad():
-                return self._features(images)
-        return self._features(images)
-
-    forward = forward_features
-
-    def _features(self, images: Tensor) -> Tensor:
-        batch, _, height, width = images.shape
-        _check_canvas((height, width), self.patch_size)
-        tokens: Tensor = self.vit.forward_features(images)  # type: ignore[operator]
-        tokens = tokens[:, self._prefix_tokens :]
-        shape = (batch, self.embed_dim, height // self.patch_size, width // self.patch_size)
-        return tokens.transpose(1, 2).reshape(shape)
-
-
-def layer_of(parameter_name: str, depth: int) -> int:
-    """The layer of a model's parameter for layer-wise learning-rate decay (BEiT, arXiv 2106.08254).
-
-    0: what comes before the trunk's blocks (patch embedding, positions, prefix tokens). i + 1: block i. depth + 1:
-    everything else, grafts inside the blocks included, because they start untrained.
-    """
-    if ".adaptmlp." in parameter_name:
-        return depth + 1
-    if (block := _BLOCK.match(parameter_name)) is not None:
-        return int(block.group(1)) + 1
-    return 0 if _STEM.match(parameter_name) else depth + 1
+    def without_final_norm(self) -> None:
+        self.vit.norm = nn.Identity()
 
 
 def _by_name(config: ViTConfig, image_size: tuple[int, int]) -> Any:
@@ -140,7 +94,7 @@ def _by_name(config: ViTConfig, image_size: tuple[int, int]) -> Any:
 
 def _by_sizes(config: ViTConfig, image_size: tuple[int, int]) -> Any:
     assert config.patch_size is not None
-    _check_canvas(image_size, config.patch_size)
+    image_size = whole_patches(image_size, config.patch_size)
     vit = VisionTransformer(
         img_size=image_size,
         patch_size=config.patch_size,
@@ -178,11 +132,3 @@ def _square_patch(vit: Any) -> int:
     if height != width:
         raise ConfigError(f"model.backbone: patches of {height} × {width} pixels; expected square ones")
     return int(height)
-
-
-def _check_canvas(image_size: tuple[int, int], patch_size: int) -> None:
-    if any(side % patch_size for side in image_size):
-        raise ConfigError(
-            f"data.image_size: {list(image_size)} are no multiples of the trunk's patch size {patch_size}; "
-            f"use e.g. {[max(1, round(side / patch_size)) * patch_size for side in image_size]}"
-        )

@@ -90,12 +90,12 @@ class UperNet(nn.Module):
         With targets (B, H, W) int64, the losses ``semantic`` and ``auxiliary`` (its total already multiplied by its
         weight) over all pixels but the ignored ones, with per-image weights (B,); without, logits (B, K, H, W) float32.
         """
-        logits = self._upsample(self._logits(maps), canvas)
+        logits = self._upsample(self._logits(maps), self.strides[0], canvas)
         if targets is None:
             return logits
         losses = {"semantic": pixel_loss(logits, targets, weights)}
         if self.auxiliary_weight > 0:
-            auxiliary = self._upsample(self.auxiliary(maps[self.auxiliary_stride]), canvas)
+            auxiliary = self._upsample(self.auxiliary(maps[self.auxiliary_stride]), self.auxiliary_stride, canvas)
             total, count = pixel_loss(auxiliary, targets, weights)
             losses["auxiliary"] = LossTerm(total * self.auxiliary_weight, count)
         return losses
@@ -116,9 +116,12 @@ class UperNet(nn.Module):
         logits: Tensor = self.classifier(self.dropout(fused))
         return logits
 
-    def _upsample(self, logits: Tensor, canvas: tuple[int, int]) -> Tensor:
+    def _upsample(self, logits: Tensor, stride: int, canvas: tuple[int, int]) -> Tensor:
+        """To pixels; a map may reach beyond a canvas that is no multiple of its stride."""
+        whole = (logits.shape[-2] * stride, logits.shape[-1] * stride)
         with torch.autocast(logits.device.type, enabled=False):
-            return F.interpolate(logits.float(), canvas, mode="bilinear", align_corners=False)
+            pixels = F.interpolate(logits.float(), whole, mode="bilinear", align_corners=False)
+        return pixels[..., : canvas[0], : canvas[1]]
 
 
 def pixel_loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> LossTerm:

@@ -23,7 +23,6 @@ WRONG = [
     ("train.steps=3", "give exactly one of epochs and steps"),
     ("model.adapter={name: none}", "head mask_rcnn reads several strides; add adapter simple_pyramid"),
     ("model.adapter.strides=[4, 8]", "give one size for each stride"),
-    ("data.image_size=[100, 100]", "must be multiples of patch_size"),
     ("data.image_size=[128]", "expected [height, width]"),
     (
         "data.transforms=[{name: scale_jitter, mx: 2}]",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from model_samples import BACKBONE, model_of
+from model_samples import BACKBONE, Stub, model_of
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -25,9 +25,10 @@ from vitgraft.models.adapters.simple_pyramid import SimplePyramid
 
 
 def test_none_is_the_trunks_map() -> None:
-    adapter = NoAdapter(NoAdapterConfig(), embed_dim=24, patch_size=14)
+    trunk = Stub(embed_dim=24, patch_size=14)
+    adapter = NoAdapter(NoAdapterConfig(), trunk=trunk)
     x = torch.randn(1, 24, 3, 5)
-    maps = adapter.maps(x)
+    maps = dict(zip(adapter.strides, adapter(trunk, x), strict=True))
     assert adapter.strides == list(maps) == [14]
     assert adapter.channels == {14: 24}
     assert maps[14] is x
@@ -37,9 +38,10 @@ def test_none_is_the_trunks_map() -> None:
 @pytest.mark.parametrize(("patch", "strides"), [(16, [4, 8, 16, 32, 64]), (8, [2, 4, 16]), (14, [7, 28])])
 def test_the_pyramids_shapes(patch: int, strides: list[int], norm: Any) -> None:
     config = SimplePyramidConfig(channels=16, strides=strides, norm=norm)
-    pyramid = SimplePyramid(config, embed_dim=32, patch_size=patch)
-    maps = pyramid.maps(torch.randn(2, 32, 4, 8))
-    assert list(maps) == pyramid.strides == strides
+    trunk = Stub(embed_dim=32, patch_size=patch)
+    pyramid = SimplePyramid(config, trunk=trunk)
+    assert pyramid.strides == strides
+    maps = dict(zip(strides, pyramid(trunk, torch.randn(2, 32, 4, 8)), strict=True))
     for stride, level in maps.items():
         assert level.shape == (2, 16, 4 * patch // stride, 8 * patch // stride)
         assert pyramid.channels[stride] == 16
@@ -50,7 +52,7 @@ def test_the_pyramids_shapes(patch: int, strides: list[int], norm: Any) -> None:
 def test_the_pyramid_has_vitdets_parameters() -> None:
     # ViTDet-B: detectron2's simfp_2..5 on 768 channels: transposed convolutions with bias, the others without, two
     # parameters for each channel of a LayerNorm.
-    pyramid = SimplePyramid(SimplePyramidConfig(), embed_dim=768, patch_size=16)
+    pyramid = SimplePyramid(SimplePyramidConfig(), trunk=Stub(embed_dim=768))
     up_4 = (768 * 384 * 4 + 384) + 2 * 384 + (384 * 192 * 4 + 192)
     up_8 = 768 * 384 * 4 + 384
     project = sum(width * 256 + 256 * 256 * 9 + 2 * 2 * 256 for width in (192, 384, 768, 768))
@@ -65,7 +67,7 @@ def test_adaptformer_has_the_papers_parameters(bottleneck: int, expected: int) -
     with torch.device("meta"):
         blocks = nn.Sequential(*(Block(768, 12, qkv_bias=True) for _ in range(12)))
         before = sum(p.numel() for p in blocks.parameters())
-        graft_adaptformer(AdaptFormerConfig(bottleneck=bottleneck), blocks=blocks, embed_dim=768)
+        graft_adaptformer(AdaptFormerConfig(bottleneck=bottleneck), trunk=Stub(*blocks, embed_dim=768))
     assert sum(p.numel() for p in blocks.parameters()) - before == expected
 
 
@@ -77,7 +79,7 @@ def test_a_graft_starts_as_the_trunk_and_follows_its_equation(layout: Any, layer
     plain = nn.Sequential(*(Block(12, 2, qkv_bias=True, init_values=0.5, drop_path=0.3) for _ in range(2))).eval()
     grafted = copy.deepcopy(plain)
     config = AdaptFormerConfig(bottleneck=3, layout=layout, layernorm=layernorm, scale=scale)
-    graft_adaptformer(config, blocks=grafted, embed_dim=12)
+    graft_adaptformer(config, trunk=Stub(*grafted, embed_dim=12))
     x = torch.randn(2, 5, 12)
     torch.testing.assert_close(grafted(x), plain(x))
 
@@ -114,12 +116,12 @@ def test_the_blocks_names_stay_and_the_new_ones_are_official() -> None:
 
 def test_other_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match="block 0 of this trunk is a Linear"):
-        graft_adaptformer(AdaptFormerConfig(), blocks=nn.Sequential(nn.Linear(3, 3)), embed_dim=3)
+        graft_adaptformer(AdaptFormerConfig(), trunk=Stub(nn.Linear(3, 3), embed_dim=3))
 
 
 def test_dropout_acts_in_training_only() -> None:
     block = nn.Sequential(Block(12, 2))
-    graft_adaptformer(AdaptFormerConfig(bottleneck=8, dropout=0.5), blocks=block, embed_dim=12)
+    graft_adaptformer(AdaptFormerConfig(bottleneck=8, dropout=0.5), trunk=Stub(*block, embed_dim=12))
     nn.init.normal_(block[0].adaptmlp.up_proj.weight)
     x = torch.randn(1, 4, 12)
     assert not torch.equal(block(x), block(x))
@@ -149,7 +151,7 @@ def test_parity_with_the_official_image_model(test_data: Path) -> None:
         mlp_ratio=arrays["blocks.0.fc1.weight"].shape[0] / width,
         num_classes=0,
     ).eval()
-    graft_adaptformer(AdaptFormerConfig(bottleneck=bottleneck, scale=0.1), blocks=vit.blocks, embed_dim=width)
+    graft_adaptformer(AdaptFormerConfig(bottleneck=bottleneck, scale=0.1), trunk=Stub(*vit.blocks, embed_dim=width))
     state: dict[str, Tensor] = {}
     for name, array in arrays.items():
         if name.startswith("head."):

@@ -137,13 +137,32 @@ def test_another_number_of_classes_is_refused() -> None:
     ("axes", "size", "message"),
     [
         ({"adapter": PYRAMID | {"strides": [1, 8]}}, (64, 64), r"stride 1 cannot.*\[2, 4, 8, 16, 32\]"),
-        ({}, (64, 60), r"\[64, 60\].*patch size 8"),
-        ({}, (64, 72), r"\[64, 72\].*largest stride 16"),
     ],
 )
 def test_what_does_not_fit_is_refused(axes: dict[str, Any], size: tuple[int, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(config_of(**axes), num_classes=3, image_size=size)
+
+
+@pytest.mark.parametrize("head", ["upernet", "mask_rcnn"])
+@pytest.mark.parametrize("size", [(64, 60), (37, 83)])
+def test_any_size_goes(head: str, size: tuple[int, int]) -> None:
+    """Padding for the trunk and cropping of the maps stay inside; what is cut off does not matter."""
+    model = model_of(head).eval()
+    images = torch.randn(2, 3, *size)
+    whole = torch.zeros(2, 3, *(-(-side // 16) * 16 for side in size))
+    whole[..., : size[0], : size[1]] = images
+    with torch.no_grad():
+        maps = model.adapter.maps(model.backbone, images)
+        around = model.adapter.maps(model.backbone, whole)
+        predictions = model(images, torch.tensor([size, size]))
+    for stride, level in maps.items():
+        assert level.shape[-2:] == (-(-size[0] // stride), -(-size[1] // stride))
+        assert torch.equal(level, around[stride][..., : level.shape[-2], : level.shape[-1]])
+    if head == "upernet":
+        assert predictions.shape[-2:] == size
+    else:
+        assert all((p["boxes"] <= torch.tensor([size[1], size[0]] * 2)).all() for p in predictions)
 
 
 def test_registry() -> None:

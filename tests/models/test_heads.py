@@ -17,7 +17,7 @@ def test_the_semantic_loss_is_torchs_mean_over_labelled_pixels() -> None:
     model = model_of("upernet", auxiliary_weight=0.4).train()
     batch = batch_of("upernet")
     losses = model(**batch)
-    maps = model.adapter.maps(model.backbone(batch["images"]))
+    maps = model.adapter.maps(model.backbone, batch["images"])
     logits = model.head(maps, batch["sizes"], (64, 64))
     assert logits.shape == (2, CLASSES, 64, 64)
     total, count = losses["semantic"]

@@ -132,7 +132,7 @@ def test_nothing_is_proposed_or_sampled_in_the_padding() -> None:
     for target in batch["targets"]:
         target["boxes"] = target["boxes"].clamp(max=31)
     batch["sizes"] = torch.tensor([[32, 48], [64, 64]])
-    maps = model.adapter.maps(model.backbone(batch["images"]))
+    maps = model.adapter.maps(model.backbone, batch["images"])
     levels = [maps[stride] for stride in (4, 8, 16)]
     proposals, losses = model.head.rpn(levels, batch["sizes"], batch["targets"], torch.tensor([1.0, 0.0]))
     assert len(proposals[0]) > 0

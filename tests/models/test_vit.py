@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.schema.model import ViTConfig
-from vitgraft.models.backbones.vit import ViT, layer_of
+from vitgraft.models.backbones.vit import ViT
+from vitgraft.models.layer_decay import layer_of
 from vitgraft.models.weights import load_trunk
 
 NAME = "test_vit.r160_in1k"
@@ -46,12 +47,12 @@ def test_the_map_is_timms_last_one(size: tuple[int, int]) -> None:
 def test_positions_follow_the_input() -> None:
     vit = trunk((64, 96)).eval()
     images = torch.randn(1, 3, 64, 96)
-    same = vit(images)
+    same = vit.forward_features(images)
     assert same.shape == (1, 24, 8, 12)
-    assert vit(torch.randn(1, 3, 32, 40)).shape == (1, 24, 4, 5)
+    assert vit.forward_features(torch.randn(1, 3, 32, 40)).shape == (1, 24, 4, 5)
     with torch.no_grad():
         vit.vit.pos_embed += torch.randn_like(vit.vit.pos_embed)  # type: ignore[operator, arg-type]
-    assert not torch.allclose(vit(images), same)
+    assert not torch.allclose(vit.forward_features(images), same)
     with pytest.raises(ConfigError, match="multiples of the trunk's patch size 8"):
         vit(torch.randn(1, 3, 60, 64))
 
@@ -59,7 +60,7 @@ def test_positions_follow_the_input() -> None:
 def test_nothing_is_left_that_only_classifies() -> None:
     for name in (NAME, "deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224", "deit3_small_patch16_224"):
         vit = by_name(name=name)
-        vit(torch.randn(1, 3, 64, 64)).sum().backward()
+        vit.forward_features(torch.randn(1, 3, 64, 64)).sum().backward()
         assert [n for n, p in vit.named_parameters() if p.grad is None] == [], name
 
 
@@ -103,7 +104,7 @@ def test_a_frozen_trunk_stays_in_evaluation_mode_and_keeps_no_activations() -> N
     model = model_of("upernet", backbone={"frozen": True, "drop_path": 0.9}).train()
     assert model.adapter.training
     assert not any(module.training for module in model.backbone.vit.modules())
-    assert model.backbone(torch.randn(1, 3, 64, 64)).grad_fn is None
+    assert model.backbone.forward_features(torch.randn(1, 3, 64, 64)).grad_fn is None
     loss_of(model(**batch_of("upernet"))).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
     assert all(p.grad is not None for p in model.head.parameters())
@@ -157,7 +158,7 @@ def test_positions_are_resized(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 32, 96)
     with torch.no_grad():
         expected = reference.forward_features(images).transpose(1, 2).reshape(1, 24, 4, 12)
-        torch.testing.assert_close(vit.eval()(images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vit.eval().forward_features(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_class_token_is_left_out(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_broken_files_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def gradient_of(vit: ViT, images: Tensor) -> Tensor:
-    vit(images).square().sum().backward()
+    vit.forward_features(images).square().sum().backward()
     gradient = vit.vit.patch_embed.proj.weight.grad  # type: ignore[union-attr]
     assert isinstance(gradient, Tensor)
     return gradient

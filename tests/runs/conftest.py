@@ -46,6 +46,7 @@ def detection_recipe(detection_data: Path, tmp_path_factory: pytest.TempPathFact
         detection_data / "train",
         detection_data / "val",
         data__transforms=transforms,
+        data__workers=1,
         train__ema=0.9,
         train__ledger=True,
         train__layer_decay=0.8,

@@ -68,7 +68,7 @@ def test_broken_image(semantic_data: Path, tmp_path: Path) -> None:
     with shard.open("r+b") as stream:
         stream.seek(member.offset_data)
         stream.write(b"\0" * member.size)
-    refused_training(semantic(tmp_path / "data"), tmp_path, 3, "000000007")
+    refused_training(semantic(tmp_path / "data", data__workers=1), tmp_path, 3, "000000007")
 
 
 def test_wrong_kind_of_data(detection_data: Path, tmp_path: Path) -> None:
@@ -174,9 +174,17 @@ def test_predict_on_bad_inputs(unbroken: Path, tmp_path: Path) -> None:
     assert list(out.glob("*.json")) == []
 
 
+# With loader processes, which must not outlive the run.
+ENDLESS: dict[str, Any] = {
+    "data__workers": 1,
+    "train__steps": 100_000,
+    "train__checkpoint": {"every_steps": 100_000},
+}
+
+
 def test_a_second_owner_is_refused_and_ctrl_c_ends_everything(semantic_data: Path, tmp_path: Path) -> None:
     """Ctrl-C: a checkpoint at the end of the step, exit 130, no stray process; the same command then goes on."""
-    tree = semantic(semantic_data, train__steps=100_000, train__checkpoint={"every_steps": 100_000})
+    tree = semantic(semantic_data, **ENDLESS)
     recipe, run = write_recipe(tmp_path / "recipe.yaml", tree), tmp_path / "run"
     process = start("train", recipe, "--run-dir", run)
     wait_until(lambda: rows(run) >= 3, process=process)
@@ -198,7 +206,7 @@ def test_a_second_owner_is_refused_and_ctrl_c_ends_everything(semantic_data: Pat
 
 
 def test_a_killed_rank_ends_the_run(semantic_data: Path, tmp_path: Path) -> None:
-    tree = semantic(semantic_data, train__steps=100_000, train__checkpoint={"every_steps": 100_000})
+    tree = semantic(semantic_data, **ENDLESS)
     run = tmp_path / "run"
     process = start("train", write_recipe(tmp_path / "recipe.yaml", tree), "--run-dir", run)
     wait_until(lambda: rows(run) >= 2, process=process)

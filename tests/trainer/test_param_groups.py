@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import ModelConfig
 from vitgraft.configs.schema.train import TrainConfig
-from vitgraft.models.backbones.vit import layer_of
 from vitgraft.models.build import build_model
+from vitgraft.models.layer_decay import layer_of
 from vitgraft.trainer.param_groups import Group, ParameterFacts, check_rules, frozen_names, make_groups
 
 FACTS = [

@@ -1,0 +1,73 @@
+"""model.head: what reads the maps."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from vitgraft.configs.schema.adapters import Norm
+from vitgraft.configs.schema.section import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+
+Task = Literal["detection", "semantic", "video"]
+
+
+class MaskRCNNConfig(Section):
+    """Mask R-CNN (arXiv 1703.06870) on the adapter's pyramid."""
+
+    task: ClassVar[Task] = "detection"
+    name: Literal["mask_rcnn"] = "mask_rcnn"
+    num_classes: Positive | None = None
+    """Foreground classes; ``null``: as many as the data set names."""
+    masks: bool = True
+    anchor_sizes: list[Positive] = [32, 64, 128, 256]
+    """One anchor size (pixels) for each stride of the pyramid."""
+    anchor_ratios: list[PositiveFloat] = [0.5, 1.0, 2.0]
+    rpn_batch: Positive = 256
+    rpn_proposals: Positive = 1000
+    roi_batch: Positive = 512
+    roi_positive_fraction: Fraction = 0.25
+    box_channels: Positive = 1024
+    mask_channels: Positive = 256
+    mask_convs: Positive = 4
+    score_threshold: Fraction = 0.05
+    nms_threshold: Fraction = 0.5
+    detections_per_image: Positive = 100
+
+
+class UperNetConfig(Section):
+    """UperNet (arXiv 1807.10221): pyramid pooling, top-down fusion, one classifier for every pixel."""
+
+    task: ClassVar[Task] = "semantic"
+    name: Literal["upernet"] = "upernet"
+    num_classes: Positive | None = None
+    channels: Positive = 512
+    pool_scales: list[Positive] = [1, 2, 3, 6]
+    norm: Norm = "syncbn"
+    dropout: Fraction = 0.1
+    auxiliary_weight: NonNegativeFloat = 0.4
+    """Weight of the auxiliary classifier's loss on the map of stride 16 (or the nearest); 0: none."""
+
+
+class VideoTransformerConfig(Section):
+    """Space-time attention over the trunk's maps of all frames, then one classifier for the clip."""
+
+    task: ClassVar[Task] = "video"
+    name: Literal["video_transformer"] = "video_transformer"
+    num_classes: Positive | None = None
+    embed_dim: Positive = 256
+    depth: Positive = 2
+    num_heads: Positive = 4
+    grid: Positive = 4
+    """Each frame's map is pooled to grid × grid tokens."""
+    dropout: Fraction = 0.0
+    label_smoothing: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> VideoTransformerConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+HeadConfig = Annotated[MaskRCNNConfig | UperNetConfig | VideoTransformerConfig, Field(discriminator="name")]

@@ -1,0 +1,25 @@
+"""Which layer of a model a parameter belongs to, for layer-wise learning-rate decay."""
+
+from __future__ import annotations
+
+import re
+
+_BLOCK = re.compile(r"^backbone\.(?:.*\.)?blocks\.(\d+)\.")
+_STEM = re.compile(
+    r"^backbone\.(?:.*\.)?(patch_embed\.|visual_embed\.|norm_pre\."
+    r"|(pos_embed|cls_token|reg_token|dist_token|mask_token)$)"
+)
+_GRAFT = re.compile(r"\.(adaptmlp|lora|prompts)\.")
+
+
+def layer_of(parameter_name: str, depth: int) -> int:
+    """The layer of a model's parameter for layer-wise learning-rate decay (BEiT, arXiv 2106.08254).
+
+    0: what comes before the trunk's blocks (patch embedding, positions, prefix tokens). i + 1: block i. depth + 1:
+    everything else, grafts inside the blocks included, because they start untrained.
+    """
+    if _GRAFT.search(parameter_name):
+        return depth + 1
+    if (block := _BLOCK.match(parameter_name)) is not None:
+        return int(block.group(1)) + 1
+    return 0 if _STEM.match(parameter_name) else depth + 1
