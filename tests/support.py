@@ -53,10 +53,9 @@ def tiny_recipe(task: str, train: Path | str, val: Path | str | None = None, **s
             "global_batch": 4,
             "optimizer": {"name": "adamw", "lr": 1e-3},
             "clip_grad": 1.0,
-            "pictures": 2,
             "checkpoint": {"every_steps": 3, "keep_last": 2},
         },
-        "evaluate": {"batch": 4, "every_checkpoints": 100},
+        "evaluate": {"batch": 4, "every_checkpoints": 100, "pictures": 2},
         "launch": {"processes": 2, "device": "cpu", "threads": 1},
     }
     for key, value in settings.items():

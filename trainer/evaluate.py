@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -185,7 +186,7 @@ def evaluate_into_run(
 ) -> Evaluation | None:
     """Evaluate and write RUN/results/step-N.json and its pictures; collective."""
     folder = run / "results" / step_name(checkpoint.step)
-    evaluation = evaluator.run(checkpoint, folder, evaluator.recipe.train.pictures, progress)
+    evaluation = evaluator.run(checkpoint, folder, evaluator.recipe.evaluate.pictures, progress)
     if evaluation is not None:
         replace_text(
             result_path(run, checkpoint.step),
@@ -199,6 +200,15 @@ def result_path(run: Path, step: int) -> Path:
     return run / "results" / f"{step_name(step)}.json"
 
 
+def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -> bool:
+    """Whether RUN/results holds this checkpoint's evaluation under this very protocol."""
+    try:
+        stored = json.loads(result_path(run, checkpoint.step).read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(stored == evaluation_id(evaluator, checkpoint))
+
+
 def evaluation_id(evaluator: Evaluator, checkpoint: Checkpoint) -> str:
     """Names one (checkpoint, protocol): an evaluation with the same id need not be done again."""
     files = [record.sha256 for record in checkpoint.manifest.files]
@@ -207,8 +217,6 @@ def evaluation_id(evaluator: Evaluator, checkpoint: Checkpoint) -> str:
 
 def to_json(value: Any) -> str:
     """Indented JSON text."""
-    import json
-
     return json.dumps(value, indent=1) + "\n"
 
 

@@ -22,7 +22,7 @@ from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint import commit
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
-from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, result_path
+from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already, result_path
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
 from vitgraft.trainer.schedule import lr_factor
 from vitgraft.trainer.session import Session
@@ -111,8 +111,9 @@ class TrainLoop:
         resume, step = self.session.assignment.resume, self.session.first_step
         if resume is None or not self._evaluation_due(step):
             return
-        if not comm.gather(result_path(self.run_folder, step).exists())[0]:
-            self._evaluate(open_checkpoint(resume))
+        checkpoint = open_checkpoint(resume)
+        if not comm.gather(evaluated_already(self._evaluator_of_run(), self.run_folder, checkpoint))[0]:
+            self._evaluate(checkpoint)
 
     def _step(self, step: int, batches: Iterator[tuple[MicroBatch, Batch]]) -> StepFacts:
         """One optimizer step: its micro-steps, the check that all is finite, the update."""
@@ -235,25 +236,30 @@ class TrainLoop:
         return self.recipe.data.val is not None and (step == self.session.last_step or regular)
 
     def _evaluate(self, checkpoint: Checkpoint) -> None:
-        session = self.session
-        assert self.recipe.data.val is not None
-        if self._evaluator is None:
-            self._evaluator = Evaluator(self.recipe, session.facts.classes, self.recipe.data.val.path, session.device)
+        session, evaluator = self.session, self._evaluator_of_run()
 
         def progress(done: int, total: int) -> None:
             if comm.rank() == 0:
                 session.reporter.progress("evaluate", done, total)
 
-        evaluation = evaluate_into_run(self._evaluator, self.run_folder, checkpoint, progress)
+        evaluation = evaluate_into_run(evaluator, self.run_folder, checkpoint, progress)
         if evaluation is not None and self._monitor is not None:
             folder = result_path(self.run_folder, checkpoint.step).with_suffix("")
             self._monitor.evaluation(
                 checkpoint.step, evaluation.metrics, [folder / name for name in evaluation.pictures]
             )
             shown = ", ".join(
-                f"{name} {evaluation.metrics.get(name, float('nan')):.3f}" for name in self._evaluator.task.primary
+                f"{name} {evaluation.metrics.get(name, float('nan')):.3f}" for name in evaluator.task.primary
             )
             session.reporter.note(f"step {checkpoint.step}: {shown} on {evaluation.samples} samples")
+
+    def _evaluator_of_run(self) -> Evaluator:
+        """Made when first needed: it holds a second model."""
+        if self._evaluator is None:
+            assert self.recipe.data.val is not None
+            classes, data = self.session.facts.classes, self.recipe.data.val.path
+            self._evaluator = Evaluator(self.recipe, classes, data, self.session.device)
+        return self._evaluator
 
     def _open_ledger(self) -> Any:
         if not self.recipe.train.ledger:

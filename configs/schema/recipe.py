@@ -23,7 +23,6 @@ OPERATIONAL = (
     "data.val",
     "train.checkpoint",
     "train.ledger",
-    "train.pictures",
     "train.zero_stage",
     "train.deterministic",
     "train.activation_checkpointing",
@@ -38,6 +37,8 @@ class EvaluateConfig(Section):
     """Samples per forward pass and rank."""
     every_checkpoints: Positive = 1
     """Evaluate every so many committed checkpoints, and always the last."""
+    pictures: NonNegative = 8
+    """How many pictures of predictions each evaluation writes."""
 
 
 class LaunchConfig(Section):

@@ -126,8 +126,6 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     ledger: bool = False
     """Write RUN/ledger: step, rank and entries of every batch."""
-    pictures: Annotated[int, Field(ge=0)] = 8
-    """How many pictures of predictions each evaluation writes."""
 
     @model_validator(mode="after")
     def _combination(self) -> TrainConfig:

@@ -21,10 +21,10 @@ def recipe_of(head: dict[str, Any], adapter: dict[str, Any], data: dict[str, Any
         "train": {
             "optimizer": {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.98]},
             "clip_grad": 1.0,
-            "pictures": 4,
             "schedule": {"name": "cosine", "warmup": 0.05, "final": 0.05},
             **settings,
         },
+        "evaluate": {"pictures": 4},
         "launch": {"processes": 2, "threads": 1},
     }
 

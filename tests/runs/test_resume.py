@@ -66,9 +66,15 @@ def test_the_ledger_holds_each_sample_once_an_epoch(unbroken: Path) -> None:
 
 
 def test_a_finished_run_stays_as_it_is(detection_recipe: Path, unbroken: Path) -> None:
+    """Started again, it trains nothing; an evaluation under another protocol is made anew."""
     before = losses(unbroken)
+    result = unbroken / "results" / "step-00000020.json"
+    evaluation = json.loads(result.read_text())
+    result.write_text(json.dumps({**evaluation, "id": "of another protocol", "metrics": {}}))
     train(detection_recipe, unbroken)
     assert losses(unbroken) == before
+    again = json.loads(result.read_text())
+    assert (again["id"], again["metrics"]) == (evaluation["id"], evaluation["metrics"])
 
 
 def test_retention_and_listing(unbroken: Path) -> None:
