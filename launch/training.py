@@ -54,9 +54,11 @@ def check_model(recipe: Recipe, classes: int) -> None:
         ConfigError: a missing weights file, an unknown timm name, a rule that matches no parameter.
     """
     backbone = recipe.model.backbone
-    if backbone.weights not in (None, "timm") and not Path(str(backbone.weights)).expanduser().is_file():
-        raise ConfigError(f"model.backbone.weights: {backbone.weights}: no such file; name a .safetensors or .pth file")
-    if backbone.timm is None and not recipe.train.param_groups:
+    for key, weights in ("model.backbone.weights", backbone.weights), ("model.weights", recipe.model.weights):
+        on_disk = weights is not None and weights != "timm" and not weights.startswith(("hf:", "hf-hub:"))
+        if on_disk and not Path(str(weights)).expanduser().is_file():
+            raise ConfigError(f"{key}: {weights}: no such file; name a .safetensors or .pth file")
+    if getattr(backbone, "timm", None) is None and not recipe.train.param_groups:
         return
     # Importing torch takes seconds, so it is left to the ranks where the recipe alone tells enough.
     import torch

@@ -9,15 +9,37 @@ from torch import Tensor, nn
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import ModelConfig, NoAdapterConfig
 from vitgraft.models import registry
-from vitgraft.models.adapters import adaptformer, none, simple_pyramid
+from vitgraft.models.adapters import adaptformer, bitfit, lora, none, simple_pyramid, vit_adapter, vpt
 from vitgraft.models.adapters.base import Adapter, Neck
-from vitgraft.models.backbones import vit
+from vitgraft.models.backbones import beit, eva01, eva02, mimdet, uniperceiver, videomae, vit
 from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.contract import Losses, Predictions, Targets
-from vitgraft.models.heads import mask_rcnn, upernet, video_transformer
+from vitgraft.models.heads import classifier, mask_rcnn, upernet, video_transformer
+from vitgraft.models.necks import fpn
+from vitgraft.models.weights import load_weights, read_tensors
 
 # Imported for what they register.
-REGISTERING = (adaptformer, none, simple_pyramid, vit, mask_rcnn, upernet, video_transformer)
+REGISTERING = (
+    adaptformer,
+    bitfit,
+    lora,
+    none,
+    simple_pyramid,
+    vit_adapter,
+    vpt,
+    beit,
+    eva01,
+    eva02,
+    mimdet,
+    videomae,
+    uniperceiver,
+    vit,
+    classifier,
+    mask_rcnn,
+    upernet,
+    video_transformer,
+    fpn,
+)
 
 
 class GraftedModel(nn.Module):
@@ -77,6 +99,10 @@ def build_model(config: ModelConfig, *, num_classes: int, image_size: tuple[int,
         neck = registry.build("neck", part, channels=adapter.channels)
     channels = adapter.channels if neck is None else neck.channels
     head = registry.build("head", config.head, channels=channels, num_classes=num_classes)
+    if config.weights is not None:
+        tensors = read_tensors(config.weights, where="model.weights")
+        loaded = {"backbone": trunk, "adapter": adapter} | ({} if neck is None else {"neck": neck})
+        load_weights(loaded, tensors, where=f"model.weights: {config.weights}")
     return GraftedModel(trunk, adapter, neck, head)
 
 

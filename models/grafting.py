@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 
 class Graft(nn.Module):
     """Base of modules that are inserted into a trunk's blocks: trained, and in training mode, when the trunk is not."""
+
+    tuning: ClassVar[str] = "graft"
+    """The recipe's name for what it belongs to, under which its parameters are reported."""
 
 
 class GraftableBlock(nn.Module):

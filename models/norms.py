@@ -67,8 +67,8 @@ class BatchNorm(nn.BatchNorm2d):
     The running statistics stay float32 when the module's precision is changed: bfloat16 cannot hold a slow average.
     """
 
-    def __init__(self, channels: int, *, synchronised: bool = False) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, *, synchronised: bool = False, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(channels, eps=eps, affine=affine)
         self.synchronised = synchronised
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class BatchNorm(nn.BatchNorm2d):
         tracked = not of_batch or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.float(), self.bias.float()
+            weight, bias = (self.weight.float(), self.bias.float()) if self.affine else (None, None)
             return F.batch_norm(x.float(), mean, var, weight, bias, of_batch, self.momentum or 0.0, self.eps).to(
                 x.dtype
             )

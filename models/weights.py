@@ -1,149 +1,320 @@
-"""Loading a trunk's weights from a file, strictly and without running any code from it.
+"""Loading published weights: read without running any code, matched by name, resized, checked and reported.
 
-What is understood: .safetensors, and .pth/.pt/.bin files of tensors (``torch.load(weights_only=True)``); the layouts
-that timm's own converter knows (DINOv2, CLIP, OpenCLIP and others); tops ``state_dict``, ``model`` and ``module``;
-prefixes ``module.``, ``backbone.`` and ``vit.``. Positions and patch embeddings are resized to the trunk.
+A file is .safetensors, or .pth/.pt/.bin of tensors (``torch.load(weights_only=True)``), local or on the Hugging Face
+hub. Every trunk, adapter and neck says in its ``layout`` how the official names become its own; the spellings that many
+files share (:mod:`vitgraft.models.weight_layouts`) need no saying. For a trunk from timm, timm's own converter is asked
+where that does not suffice (CLIP, OpenCLIP, DINOv2 with registers and others).
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import pickle
-import warnings
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import eva
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitgraft.configs.errors import CheckpointError
+from vitgraft.models.backbones.relative_position import resize_rel_pos_linear
+from vitgraft.models.grafting import Graft
+from vitgraft.models.resizing import resize_patch_kernel, resize_positions, resize_square_table, square_grid
+from vitgraft.models.weight_files import read_tensors
+from vitgraft.models.weight_layouts import (
+    GRAFTED,
+    IGNORED,
+    Found,
+    Layout,
+    View,
+    find,
+    prefixes,
+    reason_for,
+    view_of,
+    without_wrappers,
+)
+from vitgraft.models.weight_report import LoadReport, some
 
 log = logging.getLogger(__name__)
 
-_TOPS = ("state_dict", "model", "module")
-_PREFIXES = ("module.", "backbone.", "vit.")
+_NUMBERED = re.compile(r"(.*\b(?:blocks|layers|interactions|extra_extractors))\.(\d+)\.")
 
 
-class LoadReport(NamedTuple):
-    """What a load did: the tensors loaded, those of them that were resized, and those of the file left unused."""
+@dataclass
+class Conversion:
+    """A file's tensors under our names and in our shapes, by part, and the report of how they came about."""
 
-    loaded: int
-    resized: list[str]
-    unused: list[str]
-
-    def __str__(self) -> str:
-        resized = f", resized {', '.join(self.resized)}" if self.resized else ""
-        unused = f", left unused {_some(self.unused)}" if self.unused else ""
-        return f"{self.loaded} tensors{resized}{unused}"
+    values: dict[str, dict[str, Tensor]]
+    report: LoadReport
 
 
-def load_trunk(vit: nn.Module, file: str | Path) -> LoadReport:
-    """Load every tensor of a timm VisionTransformer without head from ``file``.
+def load_weights(
+    parts: Mapping[str, nn.Module] | nn.Module, state: Mapping[str, Tensor], *, where: str, strict: bool = False
+) -> LoadReport:
+    """Load ``state``, the tensors of a file, into a module or into the parts of a model; the report is logged once.
 
-    Raises ``CheckpointError`` when the file is missing or holds anything but tensors, when one of the trunk's tensors
-    is missing in it or has another shape, or when it holds more blocks than the trunk.
+    A module alone and the part called ``backbone`` must be found whole, but for what its layout calls fresh. Of the
+    other parts, and of what is grafted on a trunk, either all is found or nothing, and then it stays as initialised.
+    With ``strict`` every part must be found, and every tensor of the file be taken or be ignored with a reason.
+    ``where``: the recipe's key and the file, for errors and the log.
+
+    Raises ``CheckpointError``, naming key and expectation, for what is missing, has another shape, belongs to more
+    blocks than there are, or is the statistics of a BatchNorm where there is another norm. Nothing is loaded then.
     """
-    path = Path(file).expanduser()
-    state = _trunk_state(_read(path))
-    sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    state = _convert(state, vit, path)
-    wanted = vit.state_dict()
-    _check(wanted, state, path)
-    vit.load_state_dict({name: state[name] for name in wanted})
-    resized = [name for name in wanted if name in sizes and sizes[name] != tuple(wanted[name].shape)]
-    report = LoadReport(len(wanted), resized, sorted(set(state) - set(wanted)))
-    log.info("trunk weights from %s: %s", path, report)
-    return report
+    conversion = convert_weights(parts, state, where=where, strict=strict)
+    modules = {"": parts} if isinstance(parts, nn.Module) else parts
+    with torch.no_grad():
+        for part, values in conversion.values.items():
+            targets = modules[part].state_dict()
+            for name, value in values.items():
+                targets[name].copy_(value)
+    log.info("weights of %s:\n%s", where, conversion.report)
+    return conversion.report
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"model.backbone.weights: no file {path}; give an existing .safetensors or .pth file")
+def load_trunk(trunk: nn.Module, file: str | Path, *, where: str = "model.backbone.weights") -> LoadReport:
+    """Load every tensor of a trunk, or of a timm VisionTransformer without head, from a file or a name on the hub.
+
+    Raises ``CheckpointError`` as :func:`read_tensors` and :func:`load_weights` do.
+    """
+    return load_weights(trunk, read_tensors(file, where=where), where=f"{where}: {file}")
+
+
+def convert_weights(
+    parts: Mapping[str, nn.Module] | nn.Module, state: Mapping[str, Tensor], *, where: str, strict: bool = False
+) -> Conversion:
+    """What :func:`load_weights` loads, without loading it; differentiable in the tensors of ``state``."""
+    modules = {"": parts} if isinstance(parts, nn.Module) else dict(parts)
+    matches = [_match(name, module, state) for name, module in modules.items() if module is not None]
+    report = LoadReport()
+    for match in matches:
+        _check_found(match, where, report, strict)
+    _check_left_over(matches, state, where, report, strict)
+    values = {match.part: {name: _fitted(match, name, where, report) for name in match.found} for match in matches}
+    return Conversion(values, report)
+
+
+@dataclass
+class _Match:
+    """What a view of the file holds for one part."""
+
+    part: str
+    module: nn.Module
+    layout: Layout
+    targets: dict[str, Tensor]
+    view: View
+    found: dict[str, Found]
+    timm: set[str] = field(default_factory=set)
+    """Names in the file that timm's converter made something else of."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Our names without anything in the file; old files have no counters of batches, and nothing reads them."""
+        return [name for name in self.targets if name not in self.found and not name.endswith("num_batches_tracked")]
+
+    @property
+    def taken(self) -> set[str]:
+        """The names in the file that something is made of."""
+        return self.timm | {self.view.originals[n] for found in self.found.values() for n in found.sources}
+
+    @property
+    def what(self) -> str:
+        """The part, in a message."""
+        return "the trunk" if self.part in ("", "backbone") else f"the {self.part}"
+
+    def label(self, name: str) -> str:
+        return f"{self.part}.{name}" if self.part else name
+
+
+def _match(part: str, module: nn.Module, state: Mapping[str, Tensor]) -> _Match:
+    """Under the prefix of which most of the part is found; with timm's converter where names alone do not suffice."""
+    layout: Layout = getattr(module, "layout", Layout())
+    targets = module.state_dict()
+
+    def under(view: View) -> _Match:
+        found = {name: hit for name in targets if (hit := find(name, view.tensors)) is not None}
+        return _Match(part, module, layout, targets, view, found)
+
+    best = max((under(view_of(state, p, layout.renames)) for p in prefixes(state)), key=lambda m: len(m.found))
+    vit = module if isinstance(module, VisionTransformer) else getattr(module, "vit", None)
+    if not best.missing or not isinstance(vit, VisionTransformer | Eva):
+        return best
+    prefix = [p for p in prefixes(state) if all(name.startswith(p) for name in state)][-1]
     try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about what the error then says better
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"model.backbone.weights: {path} holds Python objects beside tensors, and loading them could run code; "
-            "save its tensors alone, best as .safetensors"
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"model.backbone.weights: {path} cannot be read ({type(error).__name__}: {str(error)[:120]}); "
-            "expected a .safetensors file, or a .pth file of tensors"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"model.backbone.weights: {path} holds a {type(content).__name__}; expected a dictionary of tensors"
+        bare = {name.removeprefix(prefix): value for name, value in state.items()}
+        converted = (
+            eva.checkpoint_filter_fn(bare, vit)
+            if isinstance(vit, Eva)
+            else checkpoint_filter_fn(bare, vit, adapt_layer_scale=True)
         )
-    return content
+    except Exception:  # a foreign file meets timm's converter here; what is missing is told by the caller
+        return best
+    by_timm = under(view_of(converted, "", layout.renames))
+    by_timm.timm = {name for name in state if name.removeprefix(prefix) not in converted}
+    by_timm.view = View(by_timm.view.tensors, {new: prefix + name for new, name in by_timm.view.originals.items()})
+    return max(best, by_timm, key=lambda m: len(m.found))
 
 
-def _trunk_state(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors by their names in the trunk: tops unwrapped, prefixes stripped, everything else left out."""
-    while (top := next((name for name in _TOPS if isinstance(content.get(name), dict)), None)) is not None:
-        content = content[top]
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if inside:
-            state = inside
-    return state
-
-
-def _convert(state: dict[str, Tensor], vit: nn.Module, path: Path) -> dict[str, Tensor]:
-    """timm's names and this trunk's sizes."""
-    if not state:
-        raise CheckpointError(f"model.backbone.weights: {path} holds no tensors; expected those of a ViT")
-    if getattr(vit, "cls_token", None) is None and "cls_token" in state:
-        # A trunk given by its sizes has no class token; the token's own position comes first.
-        state = {name: value for name, value in state.items() if name != "cls_token"}
-        positions = state.get("pos_embed")
-        if (
-            positions is not None
-            and positions.ndim == 3
-            and math.isqrt(positions.shape[1] - 1) ** 2 == (positions.shape[1] - 1)
-        ):
-            state["pos_embed"] = positions[:, 1:]
-    try:
-        converted: dict[str, Tensor] = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
-    except Exception as error:  # timm's converter meets a foreign file here: whatever it raises, the file is at fault
+def _check_found(match: _Match, where: str, report: LoadReport, strict: bool) -> None:
+    """Raises unless everything is found that must be; what may be missing goes into the report."""
+    grafts = {f"{path}.": module.tuning for path, module in match.module.named_modules() if isinstance(module, Graft)}
+    groups: dict[str, list[str]] = {}
+    for name in match.targets:
+        groups.setdefault(next((kind for path, kind in grafts.items() if name.startswith(path)), ""), []).append(name)
+    absent = set(match.missing)
+    for pattern, reason in match.layout.fresh:
+        if not any(re.match(pattern, name) for name in match.found):
+            fresh = [name for name in absent if re.match(pattern, name)]
+            report.fresh.update({match.label(name): reason for name in sorted(fresh)})
+            absent.difference_update(fresh)
+    for kind, wanted in groups.items():
+        names = [name for name in wanted if name in absent]
+        if not names:
+            continue
+        if not strict and (kind or match.part not in ("", "backbone")) and not any(n in match.found for n in wanted):
+            report.fresh[kind or match.part] = f"the file holds none of its {len(wanted)} tensors"
+            continue
+        what = f"the {kind}" if kind else match.what
         raise CheckpointError(
-            f"model.backbone.weights: {path} is no ViT that timm can convert ({type(error).__name__}: "
-            f"{str(error)[:120]}); expected the tensors of a VisionTransformer"
-        ) from error
-    return converted
-
-
-def _check(wanted: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> None:
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        raise CheckpointError(
-            f"model.backbone.weights: {path} lacks {len(missing)} of the trunk's {len(wanted)} tensors: "
-            f"{_some(missing)}; it holds {_some(sorted(state))}; name the weights of the same architecture"
+            f"{where} lacks {len(names)} of {what}'s {len(wanted)} tensors: {some(names)}; it "
+            f"holds {some(sorted(match.view.originals.values()))}; name the weights of the same architecture"
         )
-    for name, tensor in wanted.items():
-        if tensor.shape != state[name].shape:
-            raise CheckpointError(
-                f"model.backbone.weights: {path}: {name} has shape {tuple(state[name].shape)}, the trunk's is "
-                f"{tuple(tensor.shape)}; name the weights of the same architecture"
-            )
-    extra = [name for name in state if name.startswith("blocks.") and name not in wanted]
-    if extra:
+    if match.targets:
+        report.loaded[match.part] = sum(1 for found in match.found.values() if found.sources)
+
+
+def _check_left_over(
+    matches: list[_Match], state: Mapping[str, Tensor], where: str, report: LoadReport, strict: bool
+) -> None:
+    """Raises when a tensor that nothing takes tells that the file is another architecture's; reports the others."""
+    taken = {name for match in matches for name in match.taken}
+    for original in [name for name in state if name not in taken]:
+        names = [(match, new) for match in matches for new, name in match.view.originals.items() if name == original]
+        reasons = [reason_for(new, match.layout.ignored) for match, new in names]
+        reasons += [reason_for(without_wrappers(original), match.layout.ignored) for match in matches]
+        if not strict and GRAFTED.search(original):
+            reasons.append("grafted on a trunk; name the file in model.weights, and the graft, to load it too")
+        reason = next(filter(None, [*reasons, reason_for(without_wrappers(original), IGNORED)]), None)
+        if reason is not None:
+            report.ignored[original] = reason
+        else:
+            report.unexpected.append(original)
+            for match, new in names:
+                _check_foreign(match, new, where)
+    if strict and report.unexpected:
         raise CheckpointError(
-            f"model.backbone.weights: {path} holds more than the trunk's blocks: {_some(extra)}; "
+            f"{where} holds {len(report.unexpected)} tensors that nothing here takes: {some(report.unexpected)}; "
             "name the weights of the same architecture"
         )
 
 
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _check_foreign(match: _Match, name: str, where: str) -> None:
+    """Raises when ``name``, which is left over in a view, could not be left out without computing something else."""
+    if not match.found or GRAFTED.search(name):
+        return
+    stem, _, last = name.rpartition(".")
+    used = {n for found in match.found.values() for n in found.sources}
+    if last in ("running_mean", "running_var") and f"{stem}.weight" in used:
+        raise CheckpointError(
+            f"{where}: {name} is the statistics of a BatchNorm, but {stem} is another norm here; "
+            "choose norm: bn or syncbn, or other weights"
+        )
+    inside = _NUMBERED.match(name)
+    numbers = {
+        int(numbered[2])
+        for ours in match.targets
+        if inside is not None and (numbered := _NUMBERED.match(ours)) is not None and numbered[1] == inside[1]
+    }
+    if inside is None or not numbers:
+        return
+    if int(inside[2]) > max(numbers):
+        more = sorted(
+            file for n, file in match.view.originals.items() if n.startswith(f"{inside[1]}.") and n not in used
+        )
+        raise CheckpointError(
+            f"{where} holds more than {match.what}'s {inside[1].rpartition('.')[2]}: {some(more)}; there are "
+            f"{max(numbers) + 1}; name the weights of the same architecture"
+        )
+    raise CheckpointError(
+        f"{where}: {match.view.originals[name]} has no place in {match.what}, which would compute something else "
+        "without it; set the option that adds it, or name the weights of the same architecture"
+    )
+
+
+def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
+    """What is found for ``name``, in the target's shape. Raises where it has another that cannot be resized."""
+    target, (value, sources) = match.targets[name], match.found[name]
+    if not sources:
+        counts = "zero, as keys without a bias" if name.endswith("bias") else "one"
+        report.fresh[match.label(name)] = f"absent in this kind of file, where it counts as {counts}"
+        return value.expand_as(target)
+    fitted: Tensor | None = value
+    if value.is_floating_point() != target.is_floating_point():
+        raise CheckpointError(f"{where}: {match.label(name)} is of type {value.dtype}, expected {target.dtype}")
+    if value.shape != target.shape or _other_grid(match, name):
+        hook = getattr(match.module, "resize_loaded", None)
+        fitted = None if hook is None else hook(name, value)
+        fitted = _resized(match, name, value, target) if fitted is None else fitted
+    if fitted is None or fitted.shape != target.shape:
+        raise CheckpointError(
+            f"{where}: {match.label(name)} has shape {tuple(value.shape)}, {match.what}'s is {tuple(target.shape)}; "
+            "name the weights of the same architecture"
+        )
+    if fitted is not value:
+        report.resized[match.label(name)] = f"{tuple(value.shape)} → {tuple(target.shape)}"
+    return fitted
+
+
+def _resized(match: _Match, name: str, value: Tensor, target: Tensor) -> Tensor | None:
+    """``value`` in the shape of ``target``, where it is a tensor that can be resized; otherwise ``None``."""
+    last = name.rpartition(".")[2]
+    if last.endswith("pos_embed") and value.ndim == target.ndim == 3:
+        owner, grid = _grid(match, name)
+        if grid is None:
+            return None
+        before = target.shape[1] - grid[0] * grid[1]
+        return resize_positions(value, target, before, grid, antialias=isinstance(owner, VisionTransformer))
+    if last in ("rel_pos_h", "rel_pos_w") and value.ndim == 2:
+        return resize_rel_pos_linear(value, len(target))
+    if last == "relative_position_bias_table" and value.ndim == 2:
+        return resize_square_table(value, target)
+    if name.endswith("patch_embed.proj.weight"):
+        # Of the published files only DINOv2's name their layer scales so.
+        dinov2 = any(n.endswith(".ls1.gamma") for n in match.view.tensors)
+        return resize_patch_kernel(value, tuple(target.shape[2:]), "bilinear" if dinov2 else "bicubic")
+    return None
+
+
+def _grid(match: _Match, name: str) -> tuple[nn.Module, tuple[int, int] | None]:
+    """The module that owns a table of positions, and the grid that the table is laid out for."""
+    owner = match.module.get_submodule(name.rpartition(".")[0])
+    rows = match.targets[name].shape[1]
+    grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+    if grid is not None and grid[0] * grid[1] <= rows:
+        return owner, (int(grid[0]), int(grid[1]))
+    square = square_grid(rows)
+    return owner, None if square is None else (square[1], square[1])
+
+
+def _other_grid(match: _Match, name: str) -> bool:
+    """Whether a table of as many rows as ours may be of another grid: a published (square) one for an oblong canvas."""
+    originals = [match.view.originals[source] for source in match.found[name].sources]
+    if not name.endswith("pos_embed") or any(original.endswith("vit.pos_embed") for original in originals):
+        return False  # of a model of ours, on the same canvas
+    owner, grid = _grid(match, name)
+    return isinstance(owner, VisionTransformer) and grid is not None and grid[0] != grid[1]
+
+
+__all__ = [
+    "Conversion",
+    "Layout",
+    "LoadReport",
+    "convert_weights",
+    "load_trunk",
+    "load_weights",
+    "read_tensors",
+]

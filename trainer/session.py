@@ -18,10 +18,11 @@ from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import train_batches
 from vitgraft.data_shards.plan import MicroBatch, data_state, micro_batches, samples_before, steps_per_epoch
-from vitgraft.models.build import GraftedModel, build_model, parameter_counts
+from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.layer_decay import layer_of
 from vitgraft.models.norms import convert_sync_batchnorm
 from vitgraft.models.recompute import apply_recompute
+from vitgraft.models.tuning import tuning_report
 from vitgraft.trainer import comm, param_groups
 from vitgraft.trainer.checkpoint.layout import DataState, Normalisation
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint, read_weights
@@ -116,9 +117,8 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
     model = build_model(config, num_classes=len(classes), image_size=size)
     groups = _group_parameters(recipe, model)
     frozen = _load_or_store(model, assignment.run, checkpoint)
-    trainable, total = parameter_counts(model)
     if comm.rank() == 0:
-        reporter.note(f"{trainable:,} of {total:,} parameters are trained; {dataset.manifest.samples:,} samples")
+        reporter.note(f"{tuning_report(model)}; {dataset.manifest.samples:,} samples")
     engine = _initialize(recipe, model.to(device), groups, device)
     state = TrainerState(engine, train.ema)
     if checkpoint is not None:

@@ -70,4 +70,19 @@ class VideoTransformerConfig(Section):
         return self
 
 
-HeadConfig = Annotated[MaskRCNNConfig | UperNetConfig | VideoTransformerConfig, Field(discriminator="name")]
+class ClassifierConfig(Section):
+    """One linear classifier on the mean of the tokens of a clip."""
+
+    task: ClassVar[Task] = "video"
+    name: Literal["classifier"] = "classifier"
+    num_classes: Positive | None = None
+    fc_norm: bool = True
+    """LayerNorm of the mean, as VideoMAE has it."""
+    batch_norm: bool = False
+    """BatchNorm without weights before the classifier, as linear probes have it (arXiv 2111.06377, appendix A.1)."""
+    label_smoothing: Fraction = 0.0
+
+
+HeadConfig = Annotated[
+    MaskRCNNConfig | UperNetConfig | VideoTransformerConfig | ClassifierConfig, Field(discriminator="name")
+]

@@ -14,7 +14,14 @@ from vitgraft.configs.schema.adapters import (
     SimplePyramidConfig,
 )
 from vitgraft.configs.schema.backbones import BackboneConfig, ViTConfig
-from vitgraft.configs.schema.heads import HeadConfig, MaskRCNNConfig, Task, UperNetConfig, VideoTransformerConfig
+from vitgraft.configs.schema.heads import (
+    ClassifierConfig,
+    HeadConfig,
+    MaskRCNNConfig,
+    Task,
+    UperNetConfig,
+    VideoTransformerConfig,
+)
 from vitgraft.configs.schema.section import Section
 
 
@@ -26,10 +33,13 @@ class ModelConfig(Section):
     """One adapter or a list: grafts on the trunk's blocks (adaptformer), at most one that makes the maps, and at most
     one neck."""
     head: HeadConfig
+    weights: str | None = None
+    """One official file (or ``hf:OWNER/REPO/FILE``) for trunk, grafts, adapter and neck together, instead of
+    ``backbone.weights``; what of the last three it holds nothing of starts at random, and so does the head."""
 
     def without_weights(self) -> ModelConfig:
         """The same model with random weights: what a checkpoint is loaded into."""
-        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": None})})
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": None}), "weights": None})
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -38,6 +48,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _combination(self) -> ModelConfig:
+        if self.weights is not None and self.backbone.weights is not None:
+            raise ValueError("weights names a file for the trunk too; remove backbone.weights, or weights")
         for role in ("adapter", "neck"):
             same = [part.name for part in self.adapter if part.role == role]
             if len(same) > 1:
@@ -45,13 +57,19 @@ class ModelConfig(Section):
         if len({part.name for part in self.adapter}) < len(self.adapter):
             raise ValueError("adapter: the same adapter is listed twice; keep one")
         makers = [part for part in self.adapter if part.role != "graft"]
-        sources = [*reversed(makers), self.backbone]
-        strides = next((source.map_strides() for source in sources if source.map_strides()), None)
+        strides = self.backbone.map_strides()
+        for part in sorted(makers, key=lambda part: part.role == "neck"):
+            strides = part.strides_over(strides)
         if isinstance(self.head, MaskRCNNConfig | UperNetConfig) and strides is None:
             raise ValueError(f"head {self.head.name} reads several strides; add adapter simple_pyramid")
-        if isinstance(self.head, VideoTransformerConfig) and strides is not None:
+        if isinstance(self.head, VideoTransformerConfig | ClassifierConfig) and strides is not None:
             named = ", ".join(part.name for part in makers)
-            raise ValueError(f"head video_transformer reads the trunk's last map; remove adapter {named}")
+            remedy = "choose a plain backbone" if self.backbone.map_strides() else f"remove adapter {named}"
+            raise ValueError(f"head {self.head.name} reads the trunk's last map; {remedy}")
+        if self.backbone.takes_clips and self.head.task != "video":
+            raise ValueError(f"backbone {self.backbone.name} reads clips, head {self.head.name} images; change one")
+        if any(part.name == "bitfit" for part in self.adapter) and not self.backbone.frozen:
+            raise ValueError("adapter bitfit trains the biases of a frozen trunk; set backbone.frozen: true")
         if (
             isinstance(self.head, MaskRCNNConfig)
             and strides is not None

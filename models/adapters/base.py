@@ -14,8 +14,8 @@ class Adapter(nn.Module):
     """Makes maps by stride, from a trunk and the images that it sees.
 
     ``strides``: of the maps it makes, ascending. ``channels``: of each. A subclass's ``forward(trunk, images)`` gets
-    images whose sides are multiples of the patch size and of every stride, calls the trunk, and returns the maps in the
-    order of ``strides``: a tuple, because the hooks of ZeRO-3 read a module's output only from tuples and from dicts
+    images whose sides are multiples of :meth:`canvas_multiple`, calls the trunk, and returns the maps in the order of
+    ``strides``: a tuple, because the hooks of ZeRO-3 read a module's output only from tuples and from dicts
     with names as keys. Everyone else calls :meth:`maps`.
     """
 
@@ -34,13 +34,17 @@ class Adapter(nn.Module):
             frames = self.maps(trunk, images.transpose(1, 2).flatten(0, 1))
             return {stride: x.view(len(images), -1, *x.shape[1:]) for stride, x in frames.items()}
         height, width = images.shape[-2:]
-        multiple = math.lcm(trunk.patch_size, *self.strides)
+        multiple = self.canvas_multiple(trunk)
         right, bottom = -width % multiple, -height % multiple
         found = self(trunk, F.pad(images, (0, right, 0, bottom)) if right or bottom else images)
         return {
             stride: x[..., : -(-height // stride), : -(-width // stride)]
             for stride, x in zip(self.strides, found, strict=True)
         }
+
+    def canvas_multiple(self, trunk: Trunk) -> int:
+        """What the sides of the images that :meth:`forward` gets are multiples of."""
+        return math.lcm(trunk.patch_size, *self.strides)
 
     def recompute_units(self) -> list[nn.Module]:
         """Modules whose activations are worth recomputing."""

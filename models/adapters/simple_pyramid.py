@@ -2,10 +2,17 @@
 
 For a map of patch size p, the branch of stride s first changes the resolution by p / s (two transposed convolutions
 for 4, one for 2, nothing for 1, max-pooling for 1/2 and 1/4) and then brings it to the pyramid's channels by a 1 × 1
-and a 3 × 3 convolution, each without bias and followed by a norm.
+and a 3 × 3 convolution, each without bias and followed by a norm. The top block adds one map more, every other place
+of the last one.
+
+Names in the state dict are the official ones: ``simfp_n`` is the branch whose stride is 2ⁿ, or, for patches that are
+no power of two, lies between 2ⁿ and 2ⁿ⁺¹.
 """
 
 from __future__ import annotations
+
+import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -15,39 +22,61 @@ from vitgraft.models.adapters.base import Adapter
 from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.norms import make_norm
 from vitgraft.models.registry import register
+from vitgraft.models.weights import Layout
 
 
 @register("adapter", "simple_pyramid")
 class SimplePyramid(Adapter):
-    """Maps of several strides: (B, 3, H, W) → {stride: (B, channels, H / stride, W / stride)}.
+    """Maps of several strides: (B, 3, H, W) → {stride: (B, channels, H / stride, W / stride)}, rounded up.
 
     Raises ``ConfigError`` for a stride that is not the patch size times 4, 2, 1, 1/2 or 1/4.
     """
+
+    layout: ClassVar[Layout] = Layout()
 
     def __init__(self, config: SimplePyramidConfig, *, trunk: Trunk) -> None:
         super().__init__()
         if len(trunk.channels) > 1:
             raise ConfigError("model.adapter: simple_pyramid reads a plain trunk's one map, this trunk makes several")
-        embed_dim, patch_size = trunk.embed_dim, trunk.patch_size
-        self.strides = list(config.strides)
+        width, patch_size = trunk.embed_dim, trunk.patch_size
+        self.branches: list[str] = []
+        for stride in config.strides:
+            name = f"simfp_{stride.bit_length() - 1}"
+            resample = _resample(width, patch_size, stride, config.norm)
+            project = _project(width // max(1, patch_size // stride), config.channels, config.norm)
+            self.add_module(name, nn.Sequential(*resample, *project))
+            self.branches.append(name)
+        self.made_strides = list(config.strides)
+        self.top_block = config.top_block
+        self.strides = config.map_strides() or []
         self.channels = dict.fromkeys(self.strides, config.channels)
-        self.branches = nn.ModuleDict(
-            {
-                str(stride): nn.Sequential(
-                    *_resample(embed_dim, patch_size, stride, config.norm),
-                    *_project(_resampled_width(embed_dim, patch_size, stride), config.channels, config.norm),
-                )
-                for stride in self.strides
-            }
-        )
 
     def forward(self, trunk: Trunk, images: Tensor) -> tuple[Tensor, ...]:
         (features,) = trunk(images)
-        return tuple(self.branches[str(stride)](features) for stride in self.strides)
+        maps = [self.get_submodule(name)(features) for name in self.branches]
+        if self.top_block:
+            maps.append(maps[-1][..., ::2, ::2])
+        return tuple(maps)
+
+    def canvas_multiple(self, trunk: Trunk) -> int:
+        """The top block takes maps of any size, so its stride does not count."""
+        return math.lcm(trunk.patch_size, *self.made_strides)
 
     def recompute_units(self) -> list[nn.Module]:
         """Modules whose activations are worth recomputing: the branches."""
-        return list(self.branches.values())
+        return [self.get_submodule(name) for name in self.branches]
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution without bias that keeps the size, then ``norm``; named as detectron2's."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, norm: Norm) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = make_norm(norm, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(super().forward(x))
+        return result
 
 
 def _resample(width: int, patch_size: int, stride: int, norm: Norm) -> list[nn.Module]:
@@ -70,14 +99,5 @@ def _resample(width: int, patch_size: int, stride: int, norm: Norm) -> list[nn.M
     )
 
 
-def _resampled_width(width: int, patch_size: int, stride: int) -> int:
-    return width // max(1, patch_size // stride)
-
-
 def _project(width: int, channels: int, norm: Norm) -> list[nn.Module]:
-    return [
-        nn.Conv2d(width, channels, 1, bias=False),
-        make_norm(norm, channels),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        make_norm(norm, channels),
-    ]
+    return [ConvNorm(width, channels, 1, norm), ConvNorm(channels, channels, 3, norm)]

@@ -137,8 +137,12 @@ class Trunk(nn.Module):
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """(B, h·w, C) → (B, C, h, w)."""
-    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[-1], *grid)
+    """(B, h·w, C) → (B, C, h, w).
+
+    Not by transposing and reshaping: of a single image, that makes strides with which torch's BatchNorm on a CPU
+    returns wrong gradients (2.15).
+    """
+    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
 def check_canvas(image_size: tuple[int, int], patch_size: int) -> None:

@@ -53,13 +53,19 @@ class Sampled(NamedTuple):
 class MaskRCNN(nn.Module):
     """Boxes, classes and masks from maps of one width and ascending strides.
 
-    Raises ``ConfigError`` when the recipe has not one anchor size for each stride.
+    Raises ``ConfigError`` when the recipe has not one anchor size for each stride, or the maps are of several widths.
     """
 
     def __init__(self, config: MaskRCNNConfig, *, channels: dict[int, int], num_classes: int) -> None:
         super().__init__()
         self.strides = sorted(channels)
+        # A fifth level (FPN's p6) proposes large boxes, but no features are taken from it (arXiv 1612.03144).
+        self.roi_strides = self.strides[:4]
         width = channels[self.strides[0]]
+        if len(set(channels.values())) > 1:
+            raise ConfigError(
+                f"model.head: mask_rcnn reads maps of one width, got channels by stride {channels}; add adapter fpn"
+            )
         if len(config.anchor_sizes) != len(self.strides):
             raise ConfigError(
                 f"model.head.anchor_sizes: {config.anchor_sizes} for the maps of strides {self.strides}; "
@@ -118,15 +124,15 @@ class MaskRCNN(nn.Module):
         return [self.box_head, self.mask_head] if self.has_masks else [self.box_head]
 
     def _align(self, bins: int) -> MultiScaleRoIAlign:
-        align = MultiScaleRoIAlign([str(stride) for stride in self.strides], bins, sampling_ratio=2)
+        align = MultiScaleRoIAlign([str(stride) for stride in self.roi_strides], bins, sampling_ratio=2)
         # torchvision would infer powers of two from the first batch; the strides are known.
-        align.scales = [1 / stride for stride in self.strides]
-        align.map_levels = Level(self.strides)
+        align.scales = [1 / stride for stride in self.roi_strides]
+        align.map_levels = Level(self.roi_strides)
         return align
 
     def _roi_features(self, align: MultiScaleRoIAlign, levels: list[Tensor], boxes: list[Tensor]) -> Tensor:
         with torch.autocast(levels[0].device.type, enabled=False):
-            named = {str(stride): level.float() for stride, level in zip(self.strides, levels, strict=True)}
+            named = {str(stride): level.float() for stride, level in zip(self.roi_strides, levels, strict=False)}
             features: Tensor = align(named, boxes, [])
             return features.to(levels[0].dtype)
 

@@ -153,6 +153,21 @@ def test_levels_are_those_of_the_pyramid_paper() -> None:
     assert Level([7, 14])(boxes).tolist() == [0] * 4 + [1] * 6  # 14 × 14 = 196 pixels
 
 
+def test_a_fifth_level_only_proposes() -> None:
+    strides = [4, 8, 16, 32, 64]
+    config = MaskRCNNConfig.model_validate(
+        HEADS["mask_rcnn"] | {"anchor_sizes": [8, 16, 32, 64, 128], "rpn_batch": 10000}
+    )
+    head = MaskRCNN(config, channels=dict.fromkeys(strides, 16), num_classes=CLASSES)
+    maps = {stride: torch.randn(2, 16, 64 // stride, 64 // stride, requires_grad=True) for stride in strides}
+    batch = batch_of("mask_rcnn")
+    losses = head(maps, batch["sizes"], (64, 64), batch["targets"])
+    (of_boxes,) = torch.autograd.grad(losses["box_class"].total, maps[64], allow_unused=True, retain_graph=True)
+    (of_proposals,) = torch.autograd.grad(losses["rpn_objectness"].total, maps[64])
+    assert of_boxes is None
+    assert of_proposals.abs().max() > 0
+
+
 def test_one_anchor_size_for_each_stride() -> None:
     with pytest.raises(ConfigError, match=r"\[8\] for the maps of strides \[4, 8\]"):
         MaskRCNN(MaskRCNNConfig(anchor_sizes=[8]), channels={4: 16, 8: 16}, num_classes=3)

@@ -6,18 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from model_samples import ADAPTFORMER, BACKBONE, batch_of, loss_of, model_of
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitgraft.configs.errors import CheckpointError, ConfigError
-from vitgraft.configs.schema.model import ViTConfig
-from vitgraft.models.backbones.vit import ViT
+from vitgraft.configs.schema.model import AdaptFormerConfig, ViTConfig
+from vitgraft.models.adapters.adaptformer import graft_adaptformer
+from vitgraft.models.backbones.vit import ViT, WindowedBlock
 from vitgraft.models.layer_decay import layer_of
+from vitgraft.models.recompute import apply_recompute
 from vitgraft.models.weights import load_trunk
 
 NAME = "test_vit.r160_in1k"
@@ -42,6 +46,25 @@ def test_the_map_is_timms_last_one(size: tuple[int, int]) -> None:
         (expected,) = reference.eval().forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
     assert features.shape == (2, vit.embed_dim, size[0] // 16, size[1] // 16)
     torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_rotary_trunks_are_timms(name: str, tmp_path: Path) -> None:
+    """Also on a canvas that is not square and not the one built for, and with a bottleneck grafted on."""
+    patch = 14 if "14" in name else 16
+    vit = by_name((4 * patch, 6 * patch), name=name).eval()
+    reference = timm.create_model(name, img_size=(4 * patch, 6 * patch), dynamic_img_size=True, num_classes=0)
+    save_file(reference.state_dict(), tmp_path / "file.safetensors")
+    load_trunk(vit, tmp_path / "file.safetensors")
+    for size in ((4 * patch, 6 * patch), (5 * patch, 3 * patch)):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = reference.eval().forward_features(images)[:, vit.prefix_tokens :]
+            assert torch.equal(vit.tokens(images)[:, vit.prefix_tokens :], expected)
+    graft_adaptformer(AdaptFormerConfig(bottleneck=4), trunk=vit)
+    assert torch.equal(vit.tokens(images)[:, vit.prefix_tokens :], expected)
+    vit.forward_features(images).sum().backward()
+    assert [n for n, p in vit.named_parameters() if p.grad is None] == []
 
 
 def test_positions_follow_the_input() -> None:
@@ -69,7 +92,7 @@ def test_nothing_is_left_that_only_classifies() -> None:
     [
         ("vit_bsae_patch16_224", "did you mean 'vit_base_patch16_224'"),
         ("resnet18", "VisionTransformer"),
-        ("eva02_tiny_patch14_224", "is a Eva, expected a VisionTransformer"),
+        ("vit_small_patch16_rope_mixed_224", "is a Eva, expected a VisionTransformer"),
     ],
 )
 def test_other_names_are_refused(name: str, message: str) -> None:
@@ -144,7 +167,10 @@ def test_safetensors_and_pth_in_several_wrappings(tmp_path: Path) -> None:
         for key, value in vit.vit.state_dict().items():
             assert torch.equal(value, state[key]), (name, key)
     report = load_trunk(trunk().vit, tmp_path / "a.safetensors")
-    assert report == (len(state) - 2, [], ["head.bias", "head.weight"])
+    assert report.loaded == {"": len(state) - 2}
+    assert set(report.ignored) == {"head.bias", "head.weight"}
+    assert not report.resized
+    assert not report.unexpected
 
 
 def test_positions_are_resized(tmp_path: Path) -> None:
@@ -152,7 +178,7 @@ def test_positions_are_resized(tmp_path: Path) -> None:
     save_file(source().state_dict(), file)
     vit = trunk((32, 96))
     report = load_trunk(vit.vit, file)
-    assert report.resized == ["pos_embed"]
+    assert report.resized == {"pos_embed": "(1, 64, 24) → (1, 48, 24)"}
     # The file's model, given the same image, resizes its positions on the way: the same map.
     reference = source(img_size=64, dynamic_img_size=True).eval()
     images = torch.randn(1, 3, 32, 96)
@@ -227,3 +253,137 @@ def gradient_of(vit: ViT, images: Tensor) -> Tensor:
 
 def test_gradients_reach_the_first_layer() -> None:
     assert gradient_of(trunk(), torch.randn(1, 3, 64, 64)).abs().max() > 0
+
+
+# -- windows, tokens, layer scale ------------------------------------------------------------------------------------
+
+
+def attended_by_hand(block: Any, tokens: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """Each token with the places of its window, those beyond the map as keys of logit 0 without a value."""
+    attention, result = block.attn, torch.zeros_like(tokens)
+    channels = tokens.shape[-1]
+    q, k, v = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+    for row, column in np.ndindex(*grid):
+        top, left = row // size * size, column // size * size
+        inside = [
+            y * grid[1] + x
+            for y in range(top, min(top + size, grid[0]))
+            for x in range(left, min(left + size, grid[1]))
+        ]
+        here = row * grid[1] + column
+        logits = torch.einsum("bhd,bnhd->bhn", q[:, here], k[:, inside]) / (channels // attention.num_heads) ** 0.5
+        exponentials = logits.exp()
+        mass = exponentials.sum(-1) + (size**2 - len(inside))
+        result[:, here] = (torch.einsum("bhn,bnhd->bhd", exponentials, v[:, inside]) / mass[..., None]).flatten(1)
+    projected: Tensor = attention.proj(result)
+    return projected
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_windows_by_hand(size: int) -> None:
+    vit = trunk((48, 40), window_size=size, global_blocks=[1], layer_scale=0.5).eval()
+    block: Any = vit.blocks[0]
+    nn.init.normal_(block.attn.qkv.bias)
+    assert [isinstance(block, WindowedBlock) for block in vit.blocks] == [True, False]
+    tokens = torch.randn(2, 30, 24)
+    with torch.no_grad():
+        found = vit.run_block(0, tokens, (6, 5))
+        stream = tokens + block.ls1(attended_by_hand(block, block.norm1(tokens), (6, 5), size))
+        expected = stream + block.ls2(block.mlp(block.norm2(stream)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_window_for_each_block() -> None:
+    vit = trunk(depth=3, window_size=[2, 5, 3], global_blocks=[1])
+    assert [getattr(block, "window_size", None) for block in vit.blocks] == [2, None, 3]
+    assert vit(torch.randn(2, 3, 64, 40))[0].shape == (2, 24, 8, 5)
+    # Whatever attends, the names of the tensors are timm's.
+    assert vit.state_dict().keys() == trunk(depth=3).state_dict().keys()
+
+
+def test_windows_and_grafts() -> None:
+    windowed = {"window_size": 3, "global_blocks": [1]}
+    model = model_of("video_transformer", adapter=[ADAPTFORMER], backbone=windowed | {"frozen": True})
+    loss_of(model(**batch_of("video_transformer"))).backward()
+    assert all(p.grad is not None for name, p in model.backbone.named_parameters() if ".adaptmlp." in name)
+    assert all(p.grad is None for name, p in model.backbone.named_parameters() if ".adaptmlp." not in name)
+
+
+def test_windows_in_bfloat16_and_recomputed() -> None:
+    vit = trunk((48, 40), window_size=4)
+    images = torch.randn(2, 3, 48, 40)
+    expected = vit.forward_features(images)
+    apply_recompute(vit.recompute_units(), "full")
+    assert torch.equal(vit.forward_features(images), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (vit.forward_features(images) - expected).abs().max() < 0.2
+    assert gradient_of(vit, images).isfinite().all()
+
+
+def test_layer_scale() -> None:
+    vit = trunk(layer_scale=0.25)
+    scales = {name: p for name, p in vit.named_parameters() if name.endswith(".gamma")}
+    assert len(scales) == 4
+    assert all((p == 0.25).all() for p in scales.values())
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_positions_are_resized_by_the_plain_bicubic_kernel(class_token: bool) -> None:
+    vit = trunk((64, 64), class_token=class_token)
+    timms: Any = vit.vit
+    nn.init.normal_(timms.pos_embed)
+    images = torch.randn(1, 3, 32, 96)
+    tokens = vit.embed(images)
+    table = timms.pos_embed[:, vit.prefix_tokens :].transpose(1, 2).reshape(1, 24, 8, 8)
+    resized = torch.nn.functional.interpolate(table, (4, 12), mode="bicubic", align_corners=False)
+    patches = timms.patch_embed(images).flatten(1, 2) + resized.flatten(2).transpose(1, 2)
+    assert tokens.shape == (1, 48 + class_token, 24)
+    torch.testing.assert_close(tokens[:, vit.prefix_tokens :], patches)
+    if class_token:
+        torch.testing.assert_close(tokens[:, :1], timms.cls_token + timms.pos_embed[:, :1])
+    assert vit(images)[0].shape == (1, 24, 4, 12)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "deit3_small_patch16_224"])
+def test_a_named_trunk_without_its_class_and_register_tokens(name: str) -> None:
+    size = (56, 112) if "patch14" in name else (64, 96)
+    whole, vit = by_name(size, name), by_name(size, name, class_token=False, window_size=3, global_blocks=[0])
+    assert (whole.prefix_tokens > 0, vit.prefix_tokens) == (True, 0)
+    state = {key: value for key, value in whole.state_dict().items() if not key.endswith(("cls_token", "reg_token"))}
+    if not whole.vit.no_embed_class:
+        state["vit.pos_embed"] = state["vit.pos_embed"][:, whole.prefix_tokens :]
+    vit.load_state_dict(state)
+    images = torch.randn(1, 3, *size)
+    torch.testing.assert_close(vit.embed(images), whole.embed(images)[:, whole.prefix_tokens :])
+    assert vit(images)[0].shape[-2:] == vit.grid_of(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"class_token": False}, "VisionTransformerDistilled, whose tokens cannot"),
+        (NAME, {"window_size": 2}, "tokens beside it; set class_token: false"),
+        (NAME, {"window_size": [2], "class_token": False}, "give each a size"),
+        (NAME, {"window_size": 2, "global_blocks": [40], "class_token": False}, "count from 0 to"),
+        ("vit_small_patch16_18x2_224", {"class_token": False, "window_size": 2}, "has a ParallelThingsBlock"),
+    ],
+)
+def test_windows_that_a_named_trunk_cannot_have(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        by_name(name=name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_blocks": [0]}, "give window_size too"),
+        ({"window_size": 2, "class_token": True}, "set class_token: false"),
+        ({"window_size": [2]}, "has 1 sizes, there are 2 blocks"),
+        ({"window_size": 2, "global_blocks": [2]}, r"global_blocks \[2\] are beyond the last of 2 blocks"),
+    ],
+)
+def test_windows_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ViTConfig.model_validate(BACKBONE | options)
+    with pytest.raises(ValidationError, match="remove class_token, or set it to false"):
+        ViTConfig(timm=NAME, class_token=True)

@@ -1,0 +1,68 @@
+"""One linear classifier on the mean of a clip's tokens.
+
+mean over time and place → ``fc_norm`` (VideoMAE, arXiv 2203.12602) → BatchNorm without weights (linear probes,
+arXiv 2111.06377) → Linear. Names are those of AdaptFormer's code: ``fc_norm``, and ``head`` or, with the BatchNorm,
+``head.0`` and ``head.1``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.schema.heads import ClassifierConfig
+from vitgraft.models.contract import Losses, LossTerm
+from vitgraft.models.norms import BatchNorm
+from vitgraft.models.registry import register
+
+
+@register("head", "classifier")
+class Classifier(nn.Module):
+    """Logits for a clip.
+
+    Raises ``ConfigError`` when there are maps of several strides.
+    """
+
+    def __init__(self, config: ClassifierConfig, *, channels: dict[int, int], num_classes: int) -> None:
+        super().__init__()
+        if len(channels) != 1:
+            raise ConfigError(
+                f"model.head: classifier reads one map, not those of strides {list(channels)}; name a plain trunk "
+                "without an adapter that makes several"
+            )
+        ((self.stride, width),) = channels.items()
+        self.label_smoothing = config.label_smoothing
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6) if config.fc_norm else nn.Identity()
+        linear = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        probe = BatchNorm(width, eps=1e-6, affine=False)
+        self.head = nn.Sequential(probe, linear) if config.batch_norm else linear
+
+    def forward(
+        self,
+        maps: dict[int, Tensor],
+        sizes: Tensor,
+        canvas: tuple[int, int],
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Losses | Tensor:
+        """maps: {stride: (B, T, C, H/stride, W/stride)}; sizes and canvas are not needed.
+
+        With targets (B,) int64, the loss ``video`` with weights (B,) for each clip; without, logits (B, K) float32.
+        """
+        pooled = self.fc_norm(maps[self.stride].mean((1, 3, 4)))
+        logits: Tensor = self.head(pooled).float()
+        if targets is None:
+            return logits
+        with torch.autocast(logits.device.type, enabled=False):
+            wrong = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+            if weights is None:
+                weights = torch.ones_like(wrong)
+            return {"video": LossTerm((wrong * weights).sum(), weights.sum())}
+
+    def recompute_units(self) -> list[nn.Module]:
+        """Modules whose activations are worth recomputing: none."""
+        return []

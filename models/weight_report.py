@@ -1,0 +1,41 @@
+"""What a load of weights did, for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LoadReport:
+    """What a load did. Names are ours, those of ``ignored`` and ``unexpected`` the file's."""
+
+    loaded: dict[str, int] = field(default_factory=dict)
+    """How many tensors were loaded, by part."""
+    resized: dict[str, str] = field(default_factory=dict)
+    """Name → the shapes before and after."""
+    fresh: dict[str, str] = field(default_factory=dict)
+    """Name of a tensor or of a whole part that keeps its initial value → why that is expected."""
+    ignored: dict[str, str] = field(default_factory=dict)
+    """Name in the file → why it is not wanted."""
+    unexpected: list[str] = field(default_factory=list)
+    """Names in the file that nothing here takes, and nobody said why."""
+
+    def __str__(self) -> str:
+        lines = ["loaded: " + ", ".join(f"{part} {count} tensors".lstrip() for part, count in self.loaded.items())]
+        lines += [f"resized: {name} {shapes}" for name, shapes in self.resized.items()]
+        lines += [f"freshly initialised: {names}: {reason}" for reason, names in _by_reason(self.fresh)]
+        lines += [f"not wanted: {names}: {reason}" for reason, names in _by_reason(self.ignored)]
+        if self.unexpected:
+            lines.append(f"unexpected: {some(self.unexpected)}")
+        return "\n".join(f"  {line}" for line in lines)
+
+
+def _by_reason(entries: Mapping[str, str]) -> list[tuple[str, str]]:
+    reasons = dict.fromkeys(entries.values())
+    return [(reason, some([name for name, why in entries.items() if why == reason])) for reason in reasons]
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
