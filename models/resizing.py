@@ -28,7 +28,7 @@ def square_grid(rows: int) -> tuple[int, int] | None:
 def resize_positions(
     table: Tensor, initial: Tensor, prefix: int, grid: tuple[int, int], *, antialias: bool = False
 ) -> Tensor | None:
-    """Absolute positions (1, rows, C) of a square grid → (1, prefix + h·w, C), bicubic; ``None`` if no square or width fits.
+    """Absolute positions (1, rows, C) of a square grid → (1, prefix + h·w, C), bicubic; ``None`` if they do not fit.
 
     The class token's row comes first, so of prefix rows that the file has too many the last are dropped; where it has
     too few, those of ``initial`` (the model's own table) stay. ``antialias``: as timm resizes, another bicubic kernel.

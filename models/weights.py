@@ -252,9 +252,10 @@ def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
         counts = "zero, as keys without a bias" if name.endswith("bias") else "one"
         report.fresh[match.label(name)] = f"absent in this kind of file, where it counts as {counts}"
         return value.expand_as(target)
-    fitted: Tensor | None = value
     if value.is_floating_point() != target.is_floating_point():
         raise CheckpointError(f"{where}: {match.label(name)} is of type {value.dtype}, expected {target.dtype}")
+    value = value.to(target.dtype)  # before it is resized: files of half precision would round what comes out
+    fitted: Tensor | None = value
     if value.shape != target.shape or _other_grid(match, name):
         hook = getattr(match.module, "resize_loaded", None)
         fitted = None if hook is None else hook(name, value)
