@@ -24,7 +24,7 @@ from vitgraft.models.backbones.windows import within_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.norms import ChannelLayerNorm
 from vitgraft.models.registry import register
-from vitgraft.models.weights import Layout, load_weights, read_tensors
+from vitgraft.models.weights import Layout, load_trunk
 
 
 @register("backbone", "eva01")
@@ -58,10 +58,17 @@ class EVA01(Trunk):
         places = 1 + (config.pretrain_size // config.patch_size) ** 2
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
         self._modules["blocks"] = nn.ModuleList(Block(config, index, (height, width)) for index in range(config.depth))
+        self.geometric = config.rel_pos == "geometric"
         self.apply(_initialise)
         if config.weights is not None:
-            load_weights(self, read_tensors(config.weights), where="model.backbone.weights")
+            load_trunk(self, config.weights)
         self.freeze()
+
+    def resize_loaded(self, name: str, value: Tensor) -> Tensor | None:
+        """Tables of relative positions from a file, resized by the recipe's rule; ``None`` for anything else."""
+        if not self.geometric or not name.endswith((".rel_pos_h", ".rel_pos_w")):
+            return None
+        return resize_rel_pos_geometric(value, len(self.get_parameter(name)))
 
     @property
     def blocks(self) -> nn.ModuleList:

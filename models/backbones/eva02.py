@@ -21,7 +21,7 @@ from vitgraft.models.backbones.trunk import Grid, Trunk
 from vitgraft.models.backbones.windows import within_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
-from vitgraft.models.weights import Layout, load_weights, read_tensors
+from vitgraft.models.weights import Layout, load_trunk
 
 NORM_EPS = 1e-6
 
@@ -54,7 +54,7 @@ class EVA02(Trunk):
         self._modules["blocks"] = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.apply(_initialise)
         if config.weights is not None:
-            load_weights(self, read_tensors(config.weights), where="model.backbone.weights")
+            load_trunk(self, config.weights)
         self.freeze()
 
     @property

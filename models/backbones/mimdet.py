@@ -26,7 +26,7 @@ from vitgraft.models.backbones.trunk import Grid, Trunk, Visit, to_map
 from vitgraft.models.norms import GroupNorm
 from vitgraft.models.registry import register
 from vitgraft.models.resizing import resize_positions
-from vitgraft.models.weights import Layout, load_weights, read_tensors
+from vitgraft.models.weights import Layout, load_trunk
 
 PADDING_NOISE = 100.0
 """What a patch of padding draws instead of a number in [0, 1): it is sampled last."""
@@ -84,7 +84,7 @@ class MIMDet(Trunk):
         self.decoder = MIMDetDecoder(config)
         self.apply(_initialise)
         if config.weights is not None:
-            load_weights(self, read_tensors(config.weights), where="model.backbone.weights")
+            load_trunk(self, config.weights)
         self.freeze()
 
     @property

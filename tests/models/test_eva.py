@@ -23,6 +23,7 @@ from vitgraft.models.adapters.adaptformer import graft_adaptformer
 from vitgraft.models.adapters.simple_pyramid import SimplePyramid
 from vitgraft.models.backbones.eva01 import EVA01
 from vitgraft.models.backbones.eva02 import EVA02, rotary_angles, rotate
+from vitgraft.models.backbones.relative_position import resize_rel_pos_geometric, resize_rel_pos_linear
 from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.backbones.windows import join_windows, split_windows
 from vitgraft.models.build import build_model
@@ -294,6 +295,19 @@ def test_tables_are_resized_by_the_named_rule(rule: Any) -> None:
     assert not torch.allclose(other.forward_features(images), found, atol=1e-3)
     square = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(other.forward_features(square), trunk.forward_features(square))
+
+
+@pytest.mark.parametrize("rule", ["linear", "geometric"])
+def test_tables_of_a_file_are_resized_by_the_named_rule(rule: Any) -> None:
+    state = small("eva01", rel_pos=rule, residual_blocks=[]).state_dict()
+    larger = small("eva01", size=(48, 40), rel_pos=rule, residual_blocks=[])
+    load_weights(larger, state, where="a file", strict=True)
+    resize = resize_rel_pos_linear if rule == "linear" else resize_rel_pos_geometric
+    for axis, length in (("h", 11), ("w", 9)):
+        name = f"blocks.1.attn.rel_pos_{axis}"
+        torch.testing.assert_close(larger.state_dict()[name], resize(state[name], length))
+    windowed = "blocks.0.attn.rel_pos_h"
+    assert torch.equal(larger.state_dict()[windowed], state[windowed])
 
 
 def test_linear_resizing_is_torchs() -> None:
