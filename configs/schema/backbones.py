@@ -33,6 +33,8 @@ class ViTConfig(BackboneSection):
     mlp_ratio: PositiveFloat | None = None
     layer_scale: PositiveFloat | None = None
     """Where the factors on the branches of every block start; ``null``: there are none."""
+    qkv_bias: bool | None = None
+    """Whether queries, keys and values have a bias; ``null``: they do where sizes are given."""
     class_token: bool | None = None
     """Whether a class token runs along; ``null``: as timm's model has it, none where sizes are given. ``false`` with a
     timm name leaves its class and register tokens out, as ViT-Adapter does."""
@@ -50,7 +52,7 @@ class ViTConfig(BackboneSection):
 
     @model_validator(mode="after")
     def _one_way_to_say_sizes(self) -> ViTConfig:
-        sizes = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "layer_scale")
+        sizes = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "layer_scale", "qkv_bias")
         given = [key for key in sizes if getattr(self, key) is not None]
         if self.timm is not None and given:
             raise ValueError(f"timm names the sizes already; remove {', '.join(given)}")
@@ -60,8 +62,6 @@ class ViTConfig(BackboneSection):
                 raise ValueError(f"give timm: NAME, or the sizes: {', '.join(missing)} missing")
             if self.weights == "timm":
                 raise ValueError("weights: timm needs timm: NAME")
-            if (self.embed_dim or 0) % 4:
-                raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of 4 (sines and cosines of two axes)")
             if (self.embed_dim or 0) % (self.num_heads or 1):
                 raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
         self._check_windows()
@@ -100,6 +100,9 @@ class WindowedSection(BackboneSection):
     """The blocks (from 0) that attend globally."""
     pretrain_size: Positive = 224
     """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
+    absolute_positions: bool = True
+    residual_blocks: list[NonNegative] = []
+    """The blocks that a residual bottleneck of convolutions follows."""
     weights: str | None = None
     drop_path: Fraction = 0.0
     frozen: bool = False
@@ -111,6 +114,9 @@ class WindowedSection(BackboneSection):
         if self.pretrain_size % self.patch_size:
             raise ValueError(f"pretrain_size {self.pretrain_size} must be a multiple of patch_size {self.patch_size}")
         _within_depth("global_blocks", self.global_blocks, self.depth)
+        _within_depth("residual_blocks", self.residual_blocks, self.depth)
+        if self.residual_blocks and self.embed_dim % 2:
+            raise ValueError(f"residual_blocks halve the width: embed_dim {self.embed_dim} must be even")
         return self
 
 
@@ -150,21 +156,12 @@ class EVA01Config(WindowedSection):
     """Where gamma_1 and gamma_2 start; ``null``: there are none."""
     rel_pos: Literal["linear", "geometric", "none"] = "linear"
     """Decomposed relative positions, and how their tables are resized: linear as in ViTDet, or by BEiT's rule."""
-    residual_blocks: list[NonNegative] = []
-    """The blocks that a residual bottleneck of convolutions follows."""
     norm_eps: PositiveFloat = 1e-5
 
     @model_validator(mode="before")
     @classmethod
     def _of_size(cls, values: Any) -> Any:
         return _filled(values, _EVA01_SIZES)
-
-    @model_validator(mode="after")
-    def _residual_sizes(self) -> EVA01Config:
-        _within_depth("residual_blocks", self.residual_blocks, self.depth)
-        if self.residual_blocks and self.embed_dim % 2:
-            raise ValueError(f"residual_blocks halve the width: embed_dim {self.embed_dim} must be even")
-        return self
 
 
 _EVA02_SIZES: dict[str, dict[str, Any]] = {
@@ -215,6 +212,8 @@ class VideoMAEConfig(BackboneSection):
     tubelet_size: Positive = 2
     """How many frames one token covers; clips have a multiple of it."""
     mlp_ratio: PositiveFloat = 4.0
+    qkv_bias: bool = True
+    """Whether queries and values (never keys) have a bias."""
     weights: str | None = None
     drop_path: Fraction = 0.0
     frozen: bool = False

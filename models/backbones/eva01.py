@@ -56,7 +56,9 @@ class EVA01(Trunk):
         self.patch_embed = PatchEmbed(None, config.patch_size, embed_dim=config.embed_dim)
         # One more than the patches: the class token of the pre-training, whose row goes unused.
         places = 1 + (config.pretrain_size // config.patch_size) ** 2
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
+        self.pos_embed: nn.Parameter | None = None
+        if config.absolute_positions:
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
         self._modules["blocks"] = nn.ModuleList(Block(config, index, (height, width)) for index in range(config.depth))
         self.geometric = config.rel_pos == "geometric"
         self.apply(_initialise)
@@ -77,6 +79,8 @@ class EVA01(Trunk):
 
     def embed(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.patch_embed(images)
+        if self.pos_embed is None:
+            return tokens
         positions = resample_abs_pos_embed(
             self.pos_embed[:, 1:], list(self.grid_of(images)), num_prefix_tokens=0, antialias=False
         )

@@ -17,7 +17,8 @@ from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vitgraft.configs.schema.backbones import EVA02Config
-from vitgraft.models.backbones.trunk import Grid, Trunk
+from vitgraft.models.backbones.eva01 import ResidualBottleneck
+from vitgraft.models.backbones.trunk import Grid, Trunk, to_map
 from vitgraft.models.backbones.windows import within_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
@@ -42,6 +43,7 @@ class EVA02(Trunk):
             (r"(norm|fc_norm|head|lm_head)\.", "the trunk ends with its last block"),
             (r"(.*\.)?rope(_win|_glb)?\.freqs_(cos|sin)$", "the rotary tables are computed"),
         ),
+        fresh=((r"blocks\.\d+\.residual\.", "classifiers have no convolutions; they start as the identity"),),
     )
 
     def __init__(self, config: EVA02Config, *, image_size: tuple[int, int]) -> None:
@@ -50,7 +52,9 @@ class EVA02(Trunk):
         self.patch_embed = PatchEmbed(None, config.patch_size, embed_dim=config.embed_dim)
         # One more than the patches: the class token of the pre-training, whose row goes unused.
         places = 1 + (config.pretrain_size // config.patch_size) ** 2
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
+        self.pos_embed: nn.Parameter | None = None
+        if config.absolute_positions:
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
         self._modules["blocks"] = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.apply(_initialise)
         if config.weights is not None:
@@ -64,6 +68,8 @@ class EVA02(Trunk):
 
     def embed(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.patch_embed(images)
+        if self.pos_embed is None:
+            return tokens
         positions = resample_abs_pos_embed(
             self.pos_embed[:, 1:], list(self.grid_of(images)), num_prefix_tokens=0, antialias=False
         )
@@ -87,12 +93,16 @@ class Block(GraftableBlock):
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
         self.mlp = SwiGLU(config)
         self.drop_path = DropPath(config.drop_path * index / max(1, config.depth - 1))
+        self.residual = ResidualBottleneck(config.embed_dim) if index in config.residual_blocks else None
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         maps = self.norm1(tokens).unflatten(1, grid)
         attended = within_windows(self.attn, maps, self.window_size).flatten(1, 2)
         tokens = tokens + self.drop_path(attended)
-        return self.add_ffn(tokens, self.drop_path(self.mlp(self.norm2(tokens))))
+        tokens = self.add_ffn(tokens, self.drop_path(self.mlp(self.norm2(tokens))))
+        if self.residual is not None:
+            tokens = self.residual(to_map(tokens, grid)).flatten(2).transpose(1, 2)
+        return tokens
 
 
 class Attention(nn.Module):

@@ -109,18 +109,22 @@ class TubeletEmbed(nn.Module):
 class VideoAttention(nn.Module):
     """Global self-attention over tokens (B, N, C), with biases on queries and values only."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_bias: nn.Parameter | None = None
+        self.v_bias: nn.Parameter | None = None
+        if bias:
+            self.q_bias = nn.Parameter(torch.zeros(width))
+            self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv: Tensor = self.qkv(x)
-        heads = (qkv + bias.to(qkv.dtype)).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias]).to(qkv.dtype)
+        heads = qkv.reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
         result: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return result
@@ -148,7 +152,7 @@ class VideoBlock(GraftableBlock):
         super().__init__()
         width = config.embed_dim
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = VideoAttention(width, config.num_heads)
+        self.attn = VideoAttention(width, config.num_heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()

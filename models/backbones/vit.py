@@ -232,6 +232,7 @@ def _by_sizes(config: ViTConfig, image_size: tuple[int, int]) -> Any:
         class_token=bool(config.class_token),
         global_pool="",
         init_values=config.layer_scale,
+        qkv_bias=config.qkv_bias is not False,
         num_classes=0,
         dynamic_img_size=True,
         drop_path_rate=config.drop_path,
@@ -239,6 +240,8 @@ def _by_sizes(config: ViTConfig, image_size: tuple[int, int]) -> Any:
     # Positions that start as noise of 0.02 say nothing for hundreds of steps; these tell neighbours at once
     # (arXiv 2205.01580 keeps them fixed, here they are learned on).
     grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+    if vit.embed_dim % 4:
+        return vit  # sines and cosines of two axes do not fill such a width
     with torch.no_grad():
         vit.pos_embed[:, vit.num_prefix_tokens :] = build_sincos2d_pos_embed(list(grid), dim=vit.embed_dim)
     return vit

@@ -59,7 +59,8 @@ def _vit_adapter(case: Case) -> Built:
     if any(windows):
         backbone["window_size"] = [size or 14 for size in windows]
         backbone["global_blocks"] = [index for index, size in enumerate(windows) if not size]
-    options.expect(in_chans=3, qkv_bias=True)
+    backbone["qkv_bias"] = options.take("qkv_bias", True)
+    options.expect(in_chans=3)
     _without_influence(options)
     return _pyramid_of(backbone, side, sections)
 
@@ -178,8 +179,9 @@ def _adaptformer_image(case: Case) -> Built:
         "patch_size": options.take("patch_size", 16),
         "mlp_ratio": options.take("mlp_ratio", 4.0),
         "class_token": True,
+        "qkv_bias": options.take("qkv_bias", True),
     }
-    options.expect(in_chans=3, qkv_bias=True, representation_size=None, distilled=False)
+    options.expect(in_chans=3, representation_size=None, distilled=False)
     trunk = build_trunk(backbone, options.take("img_size", 224))
     _without_influence(options)
     _tune(case, trunk)
@@ -205,8 +207,9 @@ def _adaptformer_video(case: Case) -> Built:
         "patch_size": options.take("patch_size", 16),
         "tubelet_size": options.take("tubelet_size", 2),
         "mlp_ratio": options.take("mlp_ratio", 4.0),
+        "qkv_bias": options.take("qkv_bias", False),
     }
-    options.expect(in_chans=3, qkv_bias=True, qk_scale=None, use_learnable_pos_emb=False, use_mean_pooling=True)
+    options.expect(in_chans=3, qk_scale=None, use_learnable_pos_emb=False, use_mean_pooling=True)
     options.drop("all_frames")  # positions are computed for any number of frames
     trunk = build_trunk(backbone, options.take("img_size", 224))
     _without_influence(options)
@@ -349,7 +352,10 @@ def _eva02(case: Case) -> Built:
         "rope_grid": options.take("pt_hw_seq_len", 16),
         "sub_ln": "net.blocks.0.mlp.ffn_ln.weight" in case.state,
     }
-    options.expect(qkv_bias=True, use_rel_pos=False, rope=True, intp_freq=True, residual_block_indexes=[])
+    backbone["residual_blocks"] = options.take("residual_block_indexes", [])
+    options.expect(qkv_bias=True, use_rel_pos=False, rope=True)
+    # Without intp_freq the tables fit only the grid that they were trained on, where they are the same.
+    options.drop("intp_freq")
     options.drop("xattn", "subln", "swiglu", "naiveswiglu")  # ways to the same numbers, or told by the names
     return _simple_pyramid_of(case, backbone, options)
 
@@ -358,7 +364,8 @@ def _windowed_section(options: Options, name: str) -> dict[str, Any]:
     depth = options.take("depth", 12)
     windowed = options.take("window_block_indexes", [])
     window = options.take("window_size", 0)
-    options.expect(use_abs_pos=True, in_chans=3)
+    positions = options.take("use_abs_pos", True)
+    options.expect(in_chans=3)
     options.drop("pretrain_use_cls_token")  # whether the table has its row, which is not used: the loader sees it
     return {
         "name": name,
@@ -370,6 +377,7 @@ def _windowed_section(options: Options, name: str) -> dict[str, Any]:
         "window_size": window,
         "global_blocks": [index for index in range(depth) if index not in windowed],
         "pretrain_size": options.take("pretrain_img_size", 224),
+        "absolute_positions": positions,
     }
 
 
