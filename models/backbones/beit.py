@@ -17,7 +17,7 @@ from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from vitgraft.configs.schema.backbones import BEiTConfig
@@ -27,7 +27,7 @@ from vitgraft.models.backbones.relative_position import (
     relative_position_index,
     resize_bias_table,
 )
-from vitgraft.models.backbones.trunk import Grid, Trunk, whole_patches
+from vitgraft.models.backbones.trunk import Grid, Trunk, start_linear, whole_patches, with_positions
 from vitgraft.models.backbones.windows import within_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
@@ -70,32 +70,19 @@ class BEiT(Trunk):
             # The first row is the class token's; like the official dense trunks, this one does not use it.
             places = 1 + (config.pretrain_size // config.patch_size) ** 2
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, width), std=0.02))
-        self._modules["blocks"] = nn.ModuleList(Block(config, index, (rows, columns)) for index in range(config.depth))
-        self.apply(_initialise)
+        self.hold_blocks(Block(config, index, (rows, columns)) for index in range(config.depth))
+        self.apply(start_linear)
         for index, block in enumerate(self.blocks):
             cast(Block, block).scale_start(index + 1)
         if config.weights is not None:
             load_trunk(self, config.weights)
         self.freeze()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, first to last."""
-        return cast(nn.ModuleList, self._modules["blocks"])
-
     def embed(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.patch_embed(images)
-        if self.pos_embed is not None:
-            grid = list(self.grid_of(images))
-            tokens = tokens + resample_abs_pos_embed(self.pos_embed[:, 1:], grid, num_prefix_tokens=0, antialias=False)
+        tokens = with_positions(self.patch_embed(images), self.pos_embed, self.grid_of(images))
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
         return tokens
-
-    def run_block(self, index: int, tokens: Tensor, grid: Grid) -> Tensor:
-        """One block over all tokens, class token included."""
-        result: Tensor = self.blocks[index](tokens, grid)
-        return result
 
     def resize_loaded(self, name: str, value: Tensor) -> Tensor | None:
         """A bias table from a file, (rows, heads), for the block that it belongs to; ``None`` for anything else.
@@ -213,10 +200,3 @@ class Attention(nn.Module):
         resized = resize_bias_table(table, self.built, grid, self.extra_rows, lowest_ratio=1)
         index = relative_position_index(grid, self.extra_rows > 0, table.device)
         return resized[index.flatten()].view(*index.shape, self.num_heads).permute(2, 0, 1).contiguous()
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -10,16 +10,16 @@ Names in the state dict are the official ones.
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from vitgraft.configs.schema.backbones import EVA01Config
 from vitgraft.models.backbones.relative_position import resize_rel_pos_geometric, resize_rel_pos_linear
-from vitgraft.models.backbones.trunk import Grid, Trunk, to_map, whole_patches
+from vitgraft.models.backbones.trunk import Grid, Trunk, start_linear, to_map, whole_patches, with_positions
 from vitgraft.models.backbones.windows import within_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.norms import ChannelLayerNorm
@@ -59,9 +59,9 @@ class EVA01(Trunk):
         self.pos_embed: nn.Parameter | None = None
         if config.absolute_positions:
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
-        self._modules["blocks"] = nn.ModuleList(Block(config, index, (height, width)) for index in range(config.depth))
+        self.hold_blocks(Block(config, index, (height, width)) for index in range(config.depth))
         self.geometric = config.rel_pos == "geometric"
-        self.apply(_initialise)
+        self.apply(start_linear)
         if config.weights is not None:
             load_trunk(self, config.weights)
         self.freeze()
@@ -72,25 +72,8 @@ class EVA01(Trunk):
             return None
         return resize_rel_pos_geometric(value, len(self.get_parameter(name)))
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, first to last."""
-        return cast(nn.ModuleList, self._modules["blocks"])
-
     def embed(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.patch_embed(images)
-        if self.pos_embed is None:
-            return tokens
-        positions = resample_abs_pos_embed(
-            self.pos_embed[:, 1:], list(self.grid_of(images)), num_prefix_tokens=0, antialias=False
-        )
-        embedded: Tensor = tokens + positions
-        return embedded
-
-    def run_block(self, index: int, tokens: Tensor, grid: Grid) -> Tensor:
-        """One block over all tokens."""
-        result: Tensor = self.blocks[index](tokens, grid)
-        return result
+        return with_positions(self.patch_embed(images), self.pos_embed, self.grid_of(images))
 
 
 class Block(GraftableBlock):
@@ -196,10 +179,3 @@ class ResidualBottleneck(nn.Module):
         x = F.gelu(self.norm2(self.conv2(x)))
         result: Tensor = maps + self.norm3(self.conv3(x))
         return result
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -9,16 +9,16 @@ The rotary tables are computed for the grid at hand and never loaded. Names in t
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 
 from vitgraft.configs.schema.backbones import EVA02Config
 from vitgraft.models.backbones.eva01 import ResidualBottleneck
-from vitgraft.models.backbones.trunk import Grid, Trunk, to_map
+from vitgraft.models.backbones.trunk import Grid, Trunk, start_linear, to_map, with_positions
 from vitgraft.models.backbones.windows import within_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
@@ -55,31 +55,14 @@ class EVA02(Trunk):
         self.pos_embed: nn.Parameter | None = None
         if config.absolute_positions:
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, places, config.embed_dim), std=0.02))
-        self._modules["blocks"] = nn.ModuleList(Block(config, index) for index in range(config.depth))
-        self.apply(_initialise)
+        self.hold_blocks(Block(config, index) for index in range(config.depth))
+        self.apply(start_linear)
         if config.weights is not None:
             load_trunk(self, config.weights)
         self.freeze()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, first to last."""
-        return cast(nn.ModuleList, self._modules["blocks"])
-
     def embed(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.patch_embed(images)
-        if self.pos_embed is None:
-            return tokens
-        positions = resample_abs_pos_embed(
-            self.pos_embed[:, 1:], list(self.grid_of(images)), num_prefix_tokens=0, antialias=False
-        )
-        embedded: Tensor = tokens + positions
-        return embedded
-
-    def run_block(self, index: int, tokens: Tensor, grid: Grid) -> Tensor:
-        """One block over all tokens."""
-        result: Tensor = self.blocks[index](tokens, grid)
-        return result
+        return with_positions(self.patch_embed(images), self.pos_embed, self.grid_of(images))
 
 
 class Block(GraftableBlock):
@@ -167,10 +150,3 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
         return result
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -7,10 +7,11 @@ one, and goes on with what it returns. Class and register tokens stay with the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vitgraft.configs.errors import ConfigError
@@ -27,9 +28,9 @@ row-major order of ``grid`` in, tokens of the same shape out."""
 class Trunk(nn.Module):
     """Base of backbones.
 
-    A subclass sets ``embed_dim``, ``patch_size``, ``prefix_tokens`` and ``frozen``, holds its transformer blocks where
-    :attr:`blocks` finds them, and defines :meth:`embed`, :meth:`finish` and, where its blocks want more than tokens,
-    :meth:`run_block`. It calls :meth:`freeze` at the end of its constructor.
+    A subclass sets ``embed_dim``, ``patch_size``, ``prefix_tokens`` and ``frozen``, gives its transformer blocks to
+    :meth:`hold_blocks` (or overrides :attr:`blocks`), and defines :meth:`embed`, :meth:`finish` and, where its blocks
+    want other than tokens and their grid, :meth:`run_block`. It calls :meth:`freeze` at the end of its constructor.
     """
 
     takes_clips: ClassVar[bool] = False
@@ -43,7 +44,14 @@ class Trunk(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
         """The transformer blocks, first to last."""
-        raise NotImplementedError
+        held = self._modules["blocks"]
+        assert isinstance(held, nn.ModuleList)
+        return held
+
+    def hold_blocks(self, blocks: Iterable[nn.Module]) -> None:
+        """Keep the transformer blocks under the name ``blocks``."""
+        # Past the property of that name, to where torch keeps its modules.
+        self._modules["blocks"] = nn.ModuleList(blocks)
 
     @property
     def depth(self) -> int:
@@ -61,7 +69,7 @@ class Trunk(nn.Module):
 
     def run_block(self, index: int, tokens: Tensor, grid: Grid) -> Tensor:
         """One block over all tokens, prefix included."""
-        result: Tensor = self.blocks[index](tokens)
+        result: Tensor = self.blocks[index](tokens, grid)
         return result
 
     def finish(self, tokens: Tensor) -> Tensor:
@@ -134,6 +142,26 @@ class Trunk(nn.Module):
             return visit(index, tokens, grid)
         prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
         return torch.cat([prefix, visit(index, patches, grid)], 1)
+
+
+def with_positions(tokens: Tensor, table: Tensor | None, grid: Grid) -> Tensor:
+    """Patch tokens (B, h · w, C) plus absolute positions.
+
+    ``table``: (1, 1 + side², C) of a square grid, resized bicubically; its first row is that of a class token which a
+    dense trunk does not use. ``None``: there are no positions.
+    """
+    if table is None:
+        return tokens
+    positions: Tensor = resample_abs_pos_embed(table[:, 1:], list(grid), num_prefix_tokens=0, antialias=False)
+    return tokens + positions
+
+
+def start_linear(module: nn.Module) -> None:
+    """BEiT's start of every Linear: normal of 0.02, cut off; biases zero. For ``Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:

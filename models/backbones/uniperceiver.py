@@ -10,7 +10,7 @@ Names in the state dict are the official ones of the converted files, but for ``
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,25 +58,15 @@ class UniPerceiver(Trunk):
         super().__init__()
         self.embed_dim, self.patch_size, self.frozen = config.embed_dim, config.patch_size, config.frozen
         self.visual_embed = VisualEmbedding(config)
-        self._modules["blocks"] = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.hold_blocks(Block(config, index) for index in range(config.depth))
         self.apply(_initialise)
         if config.weights is not None:
             load_trunk(self, config.weights)
         self.freeze()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, first to last."""
-        return cast(nn.ModuleList, self._modules["blocks"])
-
     def embed(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.visual_embed(images)
         return tokens
-
-    def run_block(self, index: int, tokens: Tensor, grid: Grid) -> Tensor:
-        """One block over all tokens."""
-        result: Tensor = self.blocks[index](tokens, grid)
-        return result
 
 
 class VisualEmbedding(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.backbones import VideoMAEConfig
-from vitgraft.models.backbones.trunk import Grid, Trunk, Visit
+from vitgraft.models.backbones.trunk import Grid, Trunk, Visit, start_linear
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
 from vitgraft.models.weights import Layout, load_trunk
@@ -43,21 +43,11 @@ class VideoMAE(Trunk):
         self.frozen = config.frozen
         self.patch_embed = TubeletEmbed(config)
         last = max(1, config.depth - 1)
-        # The property of the contract has this name, so the list goes where torch keeps its modules.
-        self._modules["blocks"] = nn.ModuleList(
-            VideoBlock(config, config.drop_path * index / last) for index in range(config.depth)
-        )
-        self.blocks.apply(_initialise)
+        self.hold_blocks(VideoBlock(config, config.drop_path * index / last) for index in range(config.depth))
+        self.blocks.apply(start_linear)
         if config.weights is not None:
             load_trunk(self, config.weights)
         self.freeze()
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, first to last."""
-        blocks = self._modules["blocks"]
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
 
     def embed(self, images: Tensor) -> Tensor:
         """images: (B, 3, T, H, W), float, normalised RGB → tokens with positions (B, T / tubelet · h · w, C).
@@ -76,6 +66,11 @@ class VideoMAE(Trunk):
             )
         tokens: Tensor = self.patch_embed(images)
         return (tokens + positions(tokens.shape[1], self.embed_dim, tokens.device)).to(images.dtype)
+
+    def run_block(self, index: int, tokens: Tensor, grid: Grid) -> Tensor:
+        """One block over all tokens; they attend to each other across the clip."""
+        result: Tensor = self.blocks[index](tokens)
+        return result
 
     def _maps(self, images: Tensor, visit: Visit | None) -> tuple[Tensor, ...]:
         tokens = self.tokens(images, visit)[:, self.prefix_tokens :]
@@ -172,11 +167,3 @@ def positions(length: int, width: int, device: torch.device) -> Tensor:
     rate = 10000.0 ** -(2 * (channel // 2).double() / width)
     angle = torch.arange(length, device=device).double()[:, None] * rate
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
-
-
-def _initialise(module: nn.Module) -> None:
-    """VideoMAE's start of every Linear: normal of 0.02, cut off; biases zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
