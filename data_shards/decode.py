@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
+from vitgraft.data_shards.video import Decoder, open_video
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused before they are decoded."""
 MAX_JSON_BYTES = 256 << 20
-MAX_FRAMES = 1_000_000
+MAX_MASK_BYTES = 2 << 30
+"""All masks of one image together, a byte for each pixel."""
+MAX_COORDINATE = 1e9
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov")
 
@@ -46,7 +48,9 @@ def _opened(data: bytes | Path, where: str) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise DataError(f"{where}: no such file; check the path") from None
     except _BROKEN as error:
-        raise DataError(f"{where}: broken image ({error}); expected a whole JPEG, PNG or WebP; replace it") from None
+        # Pillow's own text names an object by its address, another in each process.
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{where}: broken image ({reason}); expected a whole JPEG, PNG or WebP; replace it") from None
 
 
 def image_size(data: bytes | Path, where: str) -> tuple[int, int]:
@@ -115,26 +119,78 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def shown(value: Any) -> str:
+    """A value from outside as a short part of one line, for error messages."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:100])
+
+
+def stated_size(metadata: dict[str, Any], where: str) -> tuple[int, int]:
+    """(height, width) that a sample's metadata states.
+
+    Raises:
+        DataError: absent, not positive integers, or of more than ``MAX_PIXELS``.
+    """
+    height, width = metadata.get("height"), metadata.get("width")
+    if not (type(height) is int and type(width) is int and height > 0 and width > 0):
+        raise DataError(
+            f"{where}: metadata says height {shown(height)} and width {shown(width)}, expected positive integers; "
+            "pack again"
+        )
+    if height * width > MAX_PIXELS:
+        size = shown(f"{width}x{height}")
+        raise DataError(f"{where}: metadata says {size} pixels, more than {MAX_PIXELS}; pack again")
+    return height, width
+
+
 def check_annotations(metadata: dict[str, Any], classes: int, where: str) -> list[dict[str, Any]]:
     """A detection sample's annotations after a check of everything that decoding relies on.
 
     Raises:
-        DataError: a box that is not four finite numbers, a class outside 0..classes-1, or a mask of another size.
+        DataError: a size that is none, a box that is not four finite numbers, a class outside 0..classes-1, or a mask
+            of another size.
     """
+    size = list(stated_size(metadata, where))
     try:
-        size = [int(metadata["height"]), int(metadata["width"])]
         annotations: list[dict[str, Any]] = metadata["annotations"]
         for item in annotations:
-            box, segmentation = item["bbox"], item["segmentation"]
-            if len(box) != 4 or not all(math.isfinite(float(v)) for v in box):
+            box, number, segmentation = item["bbox"], item["class"], item["segmentation"]
+            # Comparing takes integers of any length, and is false for NaN.
+            if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < MAX_COORDINATE for v in box):
                 raise ValueError(f"box {box}")
-            if not isinstance(item["class"], int) or not 0 <= item["class"] < classes:
-                raise ValueError(f"class {item['class']} of {classes}")
+            if type(number) is not int or not 0 <= number < classes:
+                raise ValueError(f"class {number} of {classes}")
             if segmentation is not None and (list(segmentation["size"]) != size or not segmentation["counts"]):
                 raise ValueError(f"mask of {segmentation['size']} on an image of {size}")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: annotations are damaged ({error}); pack again") from None
+        raise DataError(f"{where}: annotations are damaged ({shown(error)}); pack again") from None
     return annotations
+
+
+def covered(counts: bytes) -> int:
+    """How many pixels COCO's compressed run lengths cover: pycocotools leaves what they do not cover uninitialised.
+
+    Each number is of six-bit characters, low bits first, bit 5 for more to come and bit 4 of the last for the sign;
+    from the fourth on they are differences to the one before the last (``rleFrString`` in maskApi.c).
+
+    Raises:
+        ValueError: no such text, or a negative length.
+    """
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    last = (codes & 32) == 0
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not last[-1]:
+        raise ValueError("no run lengths")
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    if places.max() > 8:
+        raise ValueError("run length too large")
+    numbers = np.add.reduceat((codes & 31) << 5 * places, starts)
+    numbers -= np.where(codes[ends] & 16, np.int64(32) << 5 * places[ends], 0)
+    for first in (1, 2):
+        numbers[first::2] = np.cumsum(numbers[first::2])
+    if numbers.min() < 0:
+        raise ValueError("negative run length")
+    return int(numbers.sum())
 
 
 def decode_masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int], where: str) -> Tensor:
@@ -146,6 +202,11 @@ def decode_masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int], w
     from pycocotools import mask as coco_mask
 
     height, width = size
+    if len(annotations) * height * width > MAX_MASK_BYTES:
+        raise DataError(
+            f"{where}: {len(annotations)} masks of {width}x{height} pixels take more than {MAX_MASK_BYTES} bytes; "
+            "cut the image into tiles"
+        )
     masks = np.zeros((len(annotations), height, width), dtype=np.uint8)
     for mask, item in zip(masks, annotations, strict=True):
         if item["segmentation"] is None:
@@ -154,9 +215,12 @@ def decode_masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int], w
             continue
         try:
             counts = item["segmentation"]["counts"].encode("ascii")
+            if (found := covered(counts)) != height * width:
+                raise ValueError(f"run lengths of {found} pixels")
             mask[:] = coco_mask.decode({"size": [height, width], "counts": counts})
         except (ValueError, AttributeError, TypeError) as error:
-            raise DataError(f"{where}: annotation {item.get('id')}: damaged mask ({error}); pack again") from None
+            number = shown(item.get("id"))
+            raise DataError(f"{where}: annotation {number}: damaged mask ({error}); pack again") from None
     return torch.from_numpy(masks)
 
 
@@ -184,75 +248,28 @@ def sample_frames(count: int, clip: ClipConfig, train: bool, generator: torch.Ge
     return [draw(low, high) for low, high in itertools.pairwise(edges)]
 
 
-@contextmanager
-def _video(data: bytes | Path, where: str) -> Iterator[tuple[Any, Any]]:
-    """An open container and its first video stream; whatever goes wrong inside the block becomes a DataError."""
-    import av
-
-    try:
-        # Metadata in any encoding: titles are never read, so they must not stop the decoding.
-        source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
-        with av.open(source, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise DataError(f"{where}: no video stream; expected a video")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            if stream.width * stream.height > MAX_PIXELS:
-                raise DataError(f"{where}: frames of {stream.width}x{stream.height} pixels; shrink the video")
-            yield container, stream
-    except FileNotFoundError:
-        raise DataError(f"{where}: no such file; check the path") from None
-    except (av.FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
-        raise DataError(f"{where}: broken video ({error}); expected one that FFmpeg decodes; replace it") from None
-
-
 def probe_video(data: bytes | Path, where: str) -> dict[str, Any]:
     """{frames, fps, height, width} by decoding everything: what headers claim is often one frame off or absent.
 
-    Height and width are those after the rotation tag.
+    Height and width are those after the rotation tag. Always by PyAV: what a packed data set says of its videos must
+    not depend on what else is installed.
 
     Raises:
         DataError: broken, without a frame, or too large.
     """
-    with _video(data, where) as (container, stream):
-        frames, size = 0, (0, 0)
-        for frame in container.decode(stream):
-            if frames == 0:
-                turned = int(getattr(frame, "rotation", 0)) % 180 != 0
-                size = (frame.width, frame.height) if turned else (frame.height, frame.width)
-            frames += 1
-            if frames > MAX_FRAMES:
-                raise DataError(f"{where}: more than {MAX_FRAMES} frames; cut the video")
-        rate = stream.average_rate or stream.guessed_rate
-    if not frames:
-        raise DataError(f"{where}: not one frame can be decoded; replace the video")
-    return {"frames": frames, "fps": float(rate) if rate else 0.0, "height": size[0], "width": size[1]}
+    video = open_video(data, where, "pyav")
+    height, width = video.size
+    return {"frames": video.length, "fps": video.fps, "height": height, "width": width}
 
 
-def decode_frames(data: bytes | Path, indices: Sequence[int], where: str) -> Tensor:
+def decode_frames(data: bytes | Path, indices: Sequence[int], where: str, decoder: Decoder | None = None) -> Tensor:
     """The frames with these ascending numbers (repetitions allowed): (T, 3, H, W) uint8 RGB, rotation tags applied.
 
-    Decodes from the start, as seeking is not exact in all containers.
+    Args:
+        decoder: see :func:`~vitgraft.data_shards.video.open_video`.
 
     Raises:
         DataError: broken, or shorter than the numbers ask for.
+        ConfigError: ``decoder`` is not installed.
     """
-    wanted = set(indices)
-    found: dict[int, np.ndarray[Any, Any]] = {}
-    with _video(data, where) as (container, stream):
-        for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
-                pixels = frame.to_ndarray(format="rgb24")
-                turns = round(int(getattr(frame, "rotation", 0)) / 90) % 4
-                found[number] = np.rot90(pixels, turns)
-            if len(found) == len(wanted):
-                break
-    if missing := sorted(wanted - found.keys()):
-        raise DataError(
-            f"{where}: frame {missing[0]} cannot be decoded, {len(found)} of {len(wanted)} found; pack again"
-        )
-    shapes = {value.shape for value in found.values()}
-    if len(shapes) > 1:
-        raise DataError(f"{where}: frames change their size ({sorted(shapes)}); convert the video to one size")
-    stacked = np.stack([found[index] for index in indices])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    return open_video(data, where, decoder).frames_at(indices)

@@ -3,6 +3,8 @@
 DIR/manifest.json       written last: its presence means that packing finished
 DIR/shard-000000.tar    samples one after the other, the members of a sample next to each other
 DIR/shard-000000.idx    little-endian uint64: byte offset of each sample, then the end of the last (n + 1 numbers)
+
+DIR may be a URL. Tars that others wrote stay as and where they are (foreign.py writes their indices and the manifest).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema.section import NonNegative, Positive, Section
+from vitgraft.data_shards.remote import is_url, join, read_small, shown
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -25,18 +28,23 @@ MAX_MANIFEST_BYTES = 256 << 20
 IGNORE = 255
 """Label of pixels that count neither in the loss nor in the metrics."""
 
-Kind = Literal["detection", "semantic", "video"]
+Kind = Literal["detection", "semantic", "video", "image"]
+CLASSED: tuple[Kind, ...] = ("video", "image")
+"""Kinds whose samples have one class each."""
+SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.tar$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Shard(Section):
     """One tar file and its index."""
 
-    name: Annotated[str, Field(pattern=r"^shard-\d{6,9}\.tar$")]
+    name: Annotated[str, Field(pattern=SHARD_NAME)]
     samples: Positive
     bytes: Positive
     sha256: Sha256
     index_sha256: Sha256
+    index_size: Positive | None = None
+    """Of a foreign tar's index, which holds metadata too; ``None``: the size follows from ``samples``."""
 
     @property
     def index_name(self) -> str:
@@ -45,8 +53,19 @@ class Shard(Section):
 
     @property
     def index_bytes(self) -> int:
-        """Size of the index: one uint64 for each sample and one for the end."""
-        return 8 * (self.samples + 1)
+        """Size of the index; of our own shards: one uint64 for each sample and one for the end."""
+        return 8 * (self.samples + 1) if self.index_size is None else self.index_size
+
+
+class Foreign(Section):
+    """What makes tars of others readable.
+
+    ``members``: the name that a member is read by, by its name in the tar (what follows the key); others are passed
+    over. ``root``: folder or URL of the tars; ``None``: the manifest's.
+    """
+
+    members: dict[str, str]
+    root: str | None = None
 
 
 class Manifest(Section):
@@ -66,6 +85,7 @@ class Manifest(Section):
     shards: list[Shard]
     source: dict[str, Any] = Field(default_factory=dict)
     fingerprint: Sha256
+    foreign: Foreign | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -76,7 +96,9 @@ class Manifest(Section):
             raise ValueError(f"{len(self.category_ids)} category_ids for {len(self.classes)} classes")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
-        expected = fingerprint_of(self.kind, self.classes, self.category_ids, self.shards)
+        if any((shard.index_size is None) != (self.foreign is None) for shard in self.shards):
+            raise ValueError("index_size belongs to the shards of foreign tars, and to all of them")
+        expected = fingerprint_of(self.kind, self.classes, self.category_ids, self.shards, self.foreign)
         if self.fingerprint != expected:
             raise ValueError("fingerprint does not fit the content: the manifest was edited")
         return self
@@ -86,15 +108,36 @@ class Manifest(Section):
         """Samples of each shard, in order: what :class:`~vitgraft.data_shards.plan.EpochPlan` needs."""
         return [shard.samples for shard in self.shards]
 
+    def tars(self, folder: Path | str) -> Path | str:
+        """The folder (or URL, a ``str``) of the tars of a data set whose manifest is in ``folder``."""
+        if self.foreign is None or self.foreign.root is None:
+            return folder
+        return self.foreign.root if is_url(self.foreign.root) else Path(self.foreign.root)
 
-def fingerprint_of(kind: Kind, classes: list[str], category_ids: list[int] | None, shards: list[Shard]) -> str:
+
+def fingerprint_of(
+    kind: Kind,
+    classes: list[str],
+    category_ids: list[int] | None,
+    shards: list[Shard],
+    foreign: Foreign | None = None,
+) -> str:
     """SHA-256 (hex) over everything that decides what a training run reads."""
-    content = [[shard.name, shard.samples, shard.sha256] for shard in shards]
-    return sha256_of({"kind": kind, "classes": classes, "category_ids": category_ids, "shards": content})
+    content: list[Any] = [[shard.name, shard.samples, shard.sha256] for shard in shards]
+    tree = {"kind": kind, "classes": classes, "category_ids": category_ids, "shards": content}
+    if foreign is not None:
+        # Here the labels are in the index.
+        tree["foreign"] = [foreign.members, [shard.index_sha256 for shard in shards]]
+    return sha256_of(tree)
 
 
 def make_manifest(
-    kind: Kind, classes: list[str], category_ids: list[int] | None, shards: list[Shard], source: dict[str, Any]
+    kind: Kind,
+    classes: list[str],
+    category_ids: list[int] | None,
+    shards: list[Shard],
+    source: dict[str, Any],
+    foreign: Foreign | None = None,
 ) -> Manifest:
     """The manifest of these shards, with totals and fingerprint filled in."""
     return Manifest(
@@ -104,13 +147,20 @@ def make_manifest(
         samples=sum(shard.samples for shard in shards),
         shards=shards,
         source=source,
-        fingerprint=fingerprint_of(kind, classes, category_ids, shards),
+        fingerprint=fingerprint_of(kind, classes, category_ids, shards, foreign),
+        foreign=foreign,
     )
 
 
 def dump_manifest(manifest: Manifest) -> str:
     """The manifest as JSON text."""
-    return json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+    tree = manifest.model_dump(mode="json", by_alias=True)
+    if manifest.foreign is None:
+        # Our own shards are described as ever.
+        del tree["foreign"]
+        for shard in tree["shards"]:
+            del shard["index_size"]
+    return json.dumps(tree, indent=1) + "\n"
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
@@ -137,9 +187,17 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 def read_manifest(folder: Path | str) -> Manifest:
     """Read a data set's manifest and check that every file it names is there in full (sizes, not hashes).
 
+    Files behind a URL are checked when they are fetched.
+
+    Args:
+        folder: a folder, or a URL as ``str``.
+
     Raises:
         DataError: the folder or manifest is missing or damaged, or a shard or index is missing or has another size.
+        ConfigError: a URL whose scheme is not supported here.
     """
+    if isinstance(folder, str) and is_url(folder):
+        return _read_remote(folder)
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -155,9 +213,26 @@ def read_manifest(folder: Path | str) -> Manifest:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     manifest = parse_manifest(text, str(path))
+    tars = manifest.tars(folder)
     for shard in manifest.shards:
-        _check_size(folder / shard.name, shard.bytes)
+        if isinstance(tars, Path):
+            _check_size(tars / shard.name, shard.bytes)
         _check_size(folder / shard.index_name, shard.index_bytes)
+    return manifest
+
+
+def _read_remote(url: str) -> Manifest:
+    where = join(url, MANIFEST)
+    try:
+        text = read_small(where, MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise DataError(
+            f"{shown(url)}: no {MANIFEST}, so this is not a packed data set, or its upload was interrupted; upload the "
+            "folder that vitgraft shards pack wrote"
+        ) from None
+    manifest = parse_manifest(text, shown(where))
+    if not is_url(manifest.tars(url)):
+        raise DataError(f"{shown(where)}: names tars on another machine; index them again where they are now")
     return manifest
 
 

@@ -12,6 +12,7 @@ import torch
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
+from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -23,7 +24,9 @@ from vitgraft.data_shards.decode import (
     image_size,
     probe_video,
 )
-from vitgraft.data_shards.manifest import IGNORE, Manifest, read_manifest
+from vitgraft.data_shards.manifest import CLASSED, IGNORE, Manifest, read_manifest
+from vitgraft.data_shards.remote import UnreachableError
+from vitgraft.data_shards.sources import open_cache, resolve_source
 from vitgraft.data_shards.stream import RawSample, ShardReader
 
 Progress = Callable[[int, int], None]
@@ -36,7 +39,7 @@ class VerifyReport:
     ``bad_files``: a line for each shard or index whose bytes changed. ``bad_samples``: reasons by key.
     """
 
-    folder: Path
+    folder: Path | str
     manifest: Manifest
     bad_files: list[str] = field(default_factory=list)
     bad_samples: dict[str, str] = field(default_factory=dict)
@@ -53,18 +56,25 @@ def verify(folder: Path | str, progress: Progress | None = None) -> VerifyReport
     Raises:
         DataError: there is no readable manifest, or a file is missing or of another size.
     """
-    folder = Path(folder)
+    folder = resolve_source(str(folder))
     manifest = read_manifest(folder)
     report = VerifyReport(folder, manifest)
+    tars = manifest.tars(folder)
     for shard in manifest.shards:
-        for name, expected in ((shard.name, shard.sha256), (shard.index_name, shard.index_sha256)):
-            found = _hash(folder / name)
+        for place, name, expected in (
+            (tars, shard.name, shard.sha256),
+            (folder, shard.index_name, shard.index_sha256),
+        ):
+            # What is behind a URL is hashed when it is fetched.
+            found = _hash(place / name) if isinstance(place, Path) else expected
             if found != expected:
-                report.bad_files.append(f"{folder / name}: SHA-256 {found[:12]}, expected {expected[:12]}")
-    reader = ShardReader(folder, manifest)
+                report.bad_files.append(f"{place}/{name}: SHA-256 {found[:12]}, expected {expected[:12]}")
+    reader = ShardReader(folder, manifest, open_cache(CacheConfig()))
     for sample in range(len(reader)):
         try:
             check_sample(reader.read(sample), manifest)
+        except UnreachableError:
+            raise
         except DataError as error:
             report.bad_samples[reader.key(sample)] = str(error)
         if progress is not None:
@@ -92,16 +102,17 @@ def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
         facts = probe_video(raw.first(VIDEO_EXTENSIONS), raw.where)
         if facts["frames"] != metadata.get("frames"):
             raise DataError(f"{raw.where}: {facts['frames']} frames, expected {metadata.get('frames')}; pack again")
-        label = metadata.get("label")
-        if not isinstance(label, int) or not 0 <= label < len(manifest.classes):
-            raise DataError(f"{raw.where}: label {label!r} of {len(manifest.classes)} classes; pack again")
         found = (facts["height"], facts["width"])
     else:
         image = decode_image(raw.first(IMAGE_EXTENSIONS), raw.where)
         found = (image.shape[1], image.shape[2])
     if found != expected:
         raise DataError(f"{raw.where}: (height, width) {found}, metadata says {expected}; pack again")
-    if manifest.kind == "detection":
+    if manifest.kind in CLASSED:
+        label = metadata.get("label")
+        if not isinstance(label, int) or not 0 <= label < len(manifest.classes):
+            raise DataError(f"{raw.where}: label {label!r} of {len(manifest.classes)} classes; pack again")
+    elif manifest.kind == "detection":
         annotations = check_annotations(metadata, len(manifest.classes), raw.where)
         decode_masks(annotations, (found[0], found[1]), raw.where)
     elif manifest.kind == "semantic":
@@ -116,9 +127,9 @@ def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
 class InspectReport:
     """Statistics of a data set.
 
-    ``class_counts``: detection: instances; semantic: pixels; video: clips, by class name. ``sizes``: how many images
-    have each (height, width). ``unlabelled``: detection: images without annotations; semantic: ignored pixels.
-    ``unreadable``: samples left out of the statistics.
+    ``class_counts``: detection: instances; semantic: pixels; video: clips; image: images, by class name. ``sizes``: how
+    many images have each (height, width). ``unlabelled``: detection: images without annotations; semantic: ignored
+    pixels. ``unreadable``: samples left out of the statistics.
     """
 
     manifest: Manifest
@@ -139,14 +150,14 @@ def inspect(
     """
     from vitgraft.data_shards.draw import draw_sample
 
-    folder = Path(folder)
+    folder = resolve_source(str(folder))
     manifest = read_manifest(folder)
     counts: Counter[int] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     unlabelled = 0
     unreadable: dict[str, str] = {}
     pictures: list[Path] = []
-    reader = ShardReader(folder, manifest)
+    reader = ShardReader(folder, manifest, open_cache(CacheConfig()))
     for sample in range(len(reader)):
         try:
             raw = reader.read(sample)
@@ -155,6 +166,8 @@ def inspect(
                 out.mkdir(parents=True, exist_ok=True)
                 pictures.append(out / f"{raw.key}.png")
                 draw_sample(raw, manifest).save(pictures[-1])
+        except UnreachableError:
+            raise
         except DataError as error:
             unreadable[reader.key(sample)] = str(error)
             continue

@@ -38,7 +38,7 @@ def run(out: Path, tasks: list[str] | None = None) -> None:
     for task in chosen:
         recipe = load_recipe(f"quickstart/{task}")
         with Screen(f"{task}: ") as screen:
-            for source in (recipe.data.train, recipe.data.val):
+            for source in (*recipe.data.train, recipe.data.val):
                 if source is not None:
                     ensure_digits(source.path, screen.callback("pack"))
             training.train(recipe, out / task, screen)

@@ -36,6 +36,7 @@ def coco(
             overwrite=overwrite,
             samples_per_shard=samples_per_shard,
             progress=screen.callback("pack"),
+            say=screen.note,
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -70,38 +71,172 @@ def semantic(
             overwrite=overwrite,
             samples_per_shard=samples_per_shard,
             progress=screen.callback("pack"),
+            say=screen.note,
         )
+    _say(manifest.samples, len(manifest.classes), out)
+
+
+@pack.command(
+    epilog="Example: vitgraft shards pack bdd100k --images bdd100k/images/100k/train "
+    "--labels bdd100k/labels/det_20/det_train.json --out data/train"
+)
+def bdd100k(
+    images: Annotated[list[Path], typer.Option("--images", help="Folder of images; may be given several times.")],
+    labels: Annotated[Path, typer.Option("--labels", help="detection: JSON or folder of JSONs; else folder of masks.")],
+    out: Out,
+    task: Annotated[
+        Literal["detection", "drivable", "semantic"], typer.Option("--task", help="What the labels are.")
+    ] = "detection",
+    overwrite: Overwrite = False,
+    samples_per_shard: PerShard = 1000,
+) -> None:
+    """Pack BDD100K: boxes, drivable areas or semantic masks; images and labels meet by their stems."""
+    from vitgraft.data_shards.pack.bdd100k import pack_bdd100k
+    from vitgraft.launch.ui import Screen
+
+    with Screen() as screen:
+        manifest = pack_bdd100k(
+            images,
+            labels,
+            out,
+            task=task,
+            overwrite=overwrite,
+            samples_per_shard=samples_per_shard,
+            progress=screen.callback("pack"),
+            say=screen.note,
+        )
+    _say(manifest.samples, len(manifest.classes), out)
+
+
+@pack.command(
+    epilog="Example: vitgraft shards pack panoptic --images val2017 --annotations panoptic_val2017.json --out data/val"
+)
+def panoptic(
+    images: Annotated[Path, typer.Option("--images", help="Folder of the images.")],
+    annotations: Annotated[Path, typer.Option("--annotations", help="COCO panoptic JSON.")],
+    out: Out,
+    masks: Annotated[
+        Path | None, typer.Option("--masks", help="Folder of the PNGs [default: beside the JSON, with its stem].")
+    ] = None,
+    overwrite: Overwrite = False,
+    samples_per_shard: PerShard = 1000,
+) -> None:
+    """Pack COCO panoptic as label maps over all categories, things and stuff; the segments are kept."""
+    from vitgraft.data_shards.pack.panoptic import pack_panoptic
+    from vitgraft.launch.ui import Screen
+
+    with Screen() as screen:
+        manifest = pack_panoptic(
+            images,
+            annotations,
+            out,
+            masks=masks,
+            overwrite=overwrite,
+            samples_per_shard=samples_per_shard,
+            progress=screen.callback("pack"),
+            say=screen.note,
+        )
+    _say(manifest.samples, len(manifest.classes), out)
+
+
+@pack.command(
+    epilog="Example: vitgraft shards pack imagefolder --images flowers/train --out data/train; "
+    "or: vitgraft shards pack imagefolder --arrays cifar10_train.npz --out data/train"
+)
+def imagefolder(
+    out: Out,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder with one folder for each class.")] = None,
+    arrays: Annotated[
+        Path | None, typer.Option("--arrays", help=".npz with images and labels, or .npy with images.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help=".npy with labels, beside an .npy of images.")] = None,
+    classes: Annotated[str | None, typer.Option("--classes", help="Class names: a file or names with commas.")] = None,
+    overwrite: Overwrite = False,
+    samples_per_shard: PerShard = 1000,
+) -> None:
+    """Pack images with one class each: folders of classes, or arrays as CIFAR's."""
+    from vitgraft.configs.errors import ConfigError
+    from vitgraft.data_shards.pack.imagefolder import pack_arrays, pack_imagefolder
+    from vitgraft.launch.ui import Screen
+
+    if (images is None) == (arrays is None):
+        raise ConfigError("give either --images FOLDER or --arrays FILE")
+    if arrays is None and labels is not None:
+        raise ConfigError("--labels belongs to --arrays; folders name the classes of their images")
+    names = None if classes is None else _class_names(classes)
+    with Screen() as screen:
+        progress = screen.callback("pack")
+        if images is not None:
+            manifest = pack_imagefolder(
+                images,
+                out,
+                classes=names,
+                overwrite=overwrite,
+                samples_per_shard=samples_per_shard,
+                progress=progress,
+                say=screen.note,
+            )
+        else:
+            assert arrays is not None
+            manifest = pack_arrays(
+                arrays,
+                out,
+                labels=labels,
+                classes=names,
+                overwrite=overwrite,
+                samples_per_shard=samples_per_shard,
+                progress=progress,
+                say=screen.note,
+            )
     _say(manifest.samples, len(manifest.classes), out)
 
 
 @pack.command(epilog="Example: vitgraft shards pack video --list train.csv --root videos --out data/train")
 def video(
-    list_file: Annotated[Path, typer.Option("--list", help="Lines of PATH LABEL, parted by a space or a comma.")],
+    list_file: Annotated[
+        Path, typer.Option("--list", help="The list: a file; hmdb51 and folders: a folder.", metavar="PATH")
+    ],
     out: Out,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder that the paths start from [default: the list's].")
+    format: Annotated[
+        Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"],
+        typer.Option("--format", help="auto: by name and header; list: lines of PATH LABEL; folders: CLASS/CLIP."),
+    ] = "auto",
+    split: Annotated[
+        str | None, typer.Option("--split", help="kinetics: train, val or test [default: all]; hmdb51: train or test.")
     ] = None,
-    classes: Annotated[str | None, typer.Option("--classes", help="Class names: a file or names with commas.")] = None,
+    fold: Annotated[int | None, typer.Option("--fold", min=1, max=3, help="hmdb51: which split [default: 1].")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the videos [default: the list's, or the list].")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", help="Class names in order: text, classInd.txt or labels JSON, or with commas."),
+    ] = None,
     on_error: Annotated[
-        Literal["raise", "skip"], typer.Option("--on-error", help="What an undecodable clip does.")
+        Literal["raise", "skip"], typer.Option("--on-error", help="What a missing or undecodable clip does.")
     ] = "raise",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
 ) -> None:
     """Pack video clips with one label each (mp4, avi, mkv, webm, mov)."""
     from vitgraft.data_shards.pack.video import pack_video
+    from vitgraft.data_shards.pack.video_lists import read_classes
     from vitgraft.launch.ui import Screen
 
     with Screen() as screen:
         manifest = pack_video(
             list_file,
             out,
+            format=format,
+            split=split,
+            fold=fold,
             root=root,
-            classes=None if classes is None else _class_names(classes),
+            classes=None if classes is None else read_classes(classes),
             on_error=on_error,
             overwrite=overwrite,
             samples_per_shard=samples_per_shard,
             progress=screen.callback("pack"),
+            say=screen.note,
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -136,8 +271,63 @@ def digits(
     _say(manifest.samples, len(manifest.classes), out)
 
 
+@shards.command(
+    "index", epilog="Example: vitgraft shards index laion --kind image --classes names.txt --member label=json:breed"
+)
+def index_shards(
+    source: Annotated[str, typer.Argument(help="Folder or URL of tars in WebDataset's format.")],
+    kind: Annotated[
+        Literal["detection", "semantic", "video", "image"], typer.Option("--kind", help="Kind of samples.")
+    ],
+    classes: Annotated[str, typer.Option("--classes", help="Class names: a file or names with commas.")],
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--member",
+            help="ROLE=NAME,…: members to take for image, video or label; json:FIELD for a field.",
+            metavar="",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for indices and manifest [default: beside the tars].")
+    ] = None,
+    on_error: Annotated[
+        Literal["raise", "skip"], typer.Option("--on-error", help="What an incomplete or broken sample does.")
+    ] = "raise",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Index again what is indexed already.")] = False,
+) -> None:
+    """Make tars that others wrote readable as they are: indices and a manifest, no copy."""
+    from vitgraft.configs.errors import ConfigError
+    from vitgraft.data_shards.foreign import index_tars
+    from vitgraft.launch.ui import Screen
+
+    members: dict[str, list[str]] = {}
+    for text in member or []:
+        role, mark, names = text.partition("=")
+        if not mark or role in members:
+            raise ConfigError(f"--member {text}: expected ROLE=NAME or ROLE=NAME,NAME, each role once")
+        members[role] = names.split(",")
+    with Screen() as screen:
+        manifest = index_tars(
+            source,
+            kind,
+            _class_names(classes),
+            out=out,
+            members=members,
+            on_error=on_error,
+            overwrite=overwrite,
+            progress=screen.callback("index"),
+        )
+    for line in manifest.source["first_skipped"]:
+        typer.echo(f"left out: {line}")
+    typer.echo(
+        f"{manifest.samples} samples in {len(manifest.shards)} tars indexed, {manifest.source['skipped']} left out; "
+        f"the data set is {out or source}"
+    )
+
+
 @shards.command("verify", epilog="Example: vitgraft shards verify data/train")
-def verify_shards(folder: Annotated[Path, typer.Argument(help="A packed data set.")]) -> None:
+def verify_shards(folder: Annotated[str, typer.Argument(help="A packed data set: folder or URL.")]) -> None:
     """Hash every shard and decode every sample; exits with 3 when something is damaged."""
     from vitgraft.configs.errors import DataError
     from vitgraft.data_shards.report import verify
@@ -157,7 +347,7 @@ def verify_shards(folder: Annotated[Path, typer.Argument(help="A packed data set
 
 @shards.command("inspect", epilog="Example: vitgraft shards inspect data/train --draw 16 --out pictures")
 def inspect_shards(
-    folder: Annotated[Path, typer.Argument(help="A packed data set.")],
+    folder: Annotated[str, typer.Argument(help="A packed data set: folder or URL.")],
     draw: Annotated[int, typer.Option("--draw", min=0, help="Draw so many samples with their labels.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:
@@ -168,7 +358,7 @@ def inspect_shards(
     with Screen() as screen:
         report = inspect(folder, draw, out, screen.callback("inspect"))
     manifest = report.manifest
-    unit = {"detection": "instances", "semantic": "pixels", "video": "clips"}[manifest.kind]
+    unit = {"detection": "instances", "semantic": "pixels", "video": "clips", "image": "images"}[manifest.kind]
     typer.echo(f"{manifest.kind}: {manifest.samples} samples, fingerprint {manifest.fingerprint[:12]}")
     for name, count in report.class_counts.items():
         typer.echo(f"  {name:24s} {count:>12,} {unit}")

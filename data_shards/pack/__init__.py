@@ -1,1 +1,1 @@
-"""Packing: COCO, label maps, video lists and the built-in digits into shards."""
+"""Packing: labelled data sets in their usual formats, and the built-in digits, into shards."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,13 @@ from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, read_bytes, read_json
+from vitgraft.data_shards.pack.label_report import BOXES, MASKS, MISSING, SIZES, UNKNOWN, LabelFault, LabelReport, Say
 from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
 
 TOLERANCE = 1.0
 """Boxes may stick out of the image by this many pixels and are then clipped; more is an error."""
+
+MAX_NUMBER = 1e15
 
 
 @dataclass
@@ -34,6 +36,7 @@ class CocoSet:
     category_ids: list[int]
     images: list[CocoImage]
     degenerate: list[int]
+    report: LabelReport
 
 
 def pack_coco(
@@ -44,6 +47,7 @@ def pack_coco(
     overwrite: bool = False,
     samples_per_shard: int = 1000,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Manifest:
     """Check everything, then pack. Classes are numbered from 0 by ascending category id.
 
@@ -53,23 +57,44 @@ def pack_coco(
     Args:
         images: the folder to which ``file_name`` is relative.
         annotations: the instances JSON.
+        say: told the report on the labels, line by line, before anything is written.
 
     Raises:
         DataError: one line that names file and annotation; nothing was written.
     """
-    content = read_coco(images, annotations)
+    content = read_coco(images, annotations, say)
     source = {
         "packer": "coco",
         "images": str(images),
         "annotations": str(annotations),
         "degenerate_boxes_left_out": content.degenerate,
     }
+    return pack_boxes(
+        content,
+        out,
+        source=source,
+        overwrite=overwrite,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
+
+
+def pack_boxes(
+    content: CocoSet,
+    out: Path,
+    *,
+    source: dict[str, Any],
+    overwrite: bool,
+    samples_per_shard: int,
+    progress: Progress | None,
+) -> Manifest:
+    """Write checked images and their annotations as a data set for detection."""
     writer = DatasetWriter(
         out,
         "detection",
         content.classes,
         category_ids=content.category_ids,
-        source=source,
+        source={**source, "label_report": content.report.as_source()},
         total=len(content.images),
         overwrite=overwrite,
         samples_per_shard=samples_per_shard,
@@ -82,8 +107,8 @@ def pack_coco(
     return writer.result()
 
 
-def read_coco(images: Path, annotations: Path) -> CocoSet:
-    """Read and check an instances file against the images' headers.
+def read_coco(images: Path, annotations: Path, say: Say | None = None) -> CocoSet:
+    """Read and check an instances file against the images' headers; ``say`` is told the report on it.
 
     Raises:
         DataError: one line that names file and annotation.
@@ -93,25 +118,49 @@ def read_coco(images: Path, annotations: Path) -> CocoSet:
     where = str(annotations)
     if not isinstance(tree, dict) or not isinstance(tree.get("annotations"), list):
         raise DataError(f"{where}: expected a COCO instances file with images, annotations and categories")
-    categories = _by_id(tree, "categories", where)
-    listed = _by_id(tree, "images", where)
+    categories = by_id(tree, "categories", where)
+    listed = by_id(tree, "images", where)
     if not listed:
         raise DataError(f"{where}: the data set is empty: no images are listed; check the file")
     ids = sorted(categories)
     classes = [str(categories[i].get("name", "")) for i in ids]
     check_classes(classes, where)
-    found = {i: CocoImage(*_image(images, entry, where)) for i, entry in sorted(listed.items())}
+    report = LabelReport("instances", classes, samples=len(listed))
+    found: dict[int, CocoImage] = {}
+    for number, entry in sorted(listed.items()):
+        with report.collect():
+            found[number] = CocoImage(*_image(images, entry, where))
     degenerate: list[int] = []
     numbers = {category: number for number, category in enumerate(ids)}
-    for annotation in _by_id(tree, "annotations", where).values():
-        _annotate(annotation, found, numbers, degenerate, where)
-    return CocoSet(classes, ids, list(found.values()), degenerate)
+    faulty = listed.keys() - found.keys()
+    for annotation in by_id(tree, "annotations", where).values():
+        with report.collect():
+            if _id(annotation, "image_id", f"{where}: annotation {annotation['id']}") not in faulty:
+                _annotate(annotation, found, numbers, degenerate, where)
+    count_boxes(report, found.values())
+    for number in degenerate:
+        report.leave_out("boxes without area", f"annotation {number}")
+    report.close(say)
+    return CocoSet(classes, ids, list(found.values()), degenerate, report)
 
 
-def _by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, Any]]:
+def count_boxes(report: LabelReport, images: Iterable[CocoImage]) -> None:
+    """Count instances by class, and images without any."""
+    for image in images:
+        items = image.metadata["annotations"]
+        report.counts.update(item["class"] for item in items)
+        report.unlabelled += not items
+
+
+def by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, Any]]:
+    """The objects of one list of a COCO file, by their ids.
+
+    Raises:
+        DataError: no such list, or an id that is missing or occurs twice.
+    """
     entries = tree.get(key)
     if not isinstance(entries, list):
-        raise DataError(f"{where}: no list {key!r}; expected a COCO instances file")
+        raise DataError(f"{where}: no list {key!r}; expected a COCO file")
     found: dict[int, dict[str, Any]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
@@ -125,12 +174,14 @@ def _by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, An
 def _image(images: Path, entry: dict[str, Any], where: str) -> tuple[Path, dict[str, Any]]:
     path = inside(images, entry.get("file_name"), f"{where}: image {entry['id']}")
     if not path.is_file():
-        raise DataError(f"{path}: no such image, though {where} lists it (id {entry['id']}); check --images")
+        message = f"{path}: no such image, though {where} lists it (id {entry['id']}); check --images"
+        raise LabelFault(message, MISSING)
     height, width = image_size(path, str(path))
     if (entry.get("height"), entry.get("width")) != (height, width):
-        raise DataError(
+        raise LabelFault(
             f"{path}: image {entry['id']} is {width}x{height} pixels (width x height), {where} says "
-            f"{entry.get('width')}x{entry.get('height')}; the annotations belong to another version of it"
+            f"{entry.get('width')}x{entry.get('height')}; the annotations belong to another version of it",
+            SIZES,
         )
     keys = {"image_id": entry["id"], "file_name": entry["file_name"], "height": height, "width": width}
     return path, {**keys, "annotations": []}
@@ -145,13 +196,14 @@ def _annotate(
 ) -> None:
     """Check one annotation and add it to its image."""
     where = f"{where}: annotation {annotation['id']}"
-    image = images.get(annotation.get("image_id", -1))
+    image = images.get(annotation["image_id"])
     if image is None:
-        raise DataError(f"{where}: image_id {annotation.get('image_id')} is not among the images; fix the file")
-    if annotation.get("category_id") not in numbers:
-        raise DataError(
+        raise LabelFault(f"{where}: image_id {annotation['image_id']} is not among the images; fix the file", MISSING)
+    if _id(annotation, "category_id", where) not in numbers:
+        raise LabelFault(
             f"{where}: category_id {annotation.get('category_id')} is not among the categories "
-            f"({', '.join(map(str, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); fix the file"
+            f"({', '.join(map(str, list(numbers)[:10]))}{', ...' if len(numbers) > 10 else ''}); fix the file",
+            UNKNOWN,
         )
     metadata = image.metadata
     box = _box(annotation.get("bbox"), metadata, where)
@@ -165,29 +217,41 @@ def _annotate(
             "id": annotation["id"],
             "bbox": box,
             "class": numbers[annotation["category_id"]],
-            "area": float(area) if area is not None and _number(area) else box[2] * box[3],
+            "area": float(area) if area is not None and is_number(area) else box[2] * box[3],
             "iscrowd": int(bool(annotation.get("iscrowd", 0))),
             "segmentation": rle,
         }
     )
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _id(annotation: dict[str, Any], key: str, where: str) -> int:
+    value = annotation.get(key)
+    if not isinstance(value, int):
+        raise LabelFault(
+            f"{where}: {key} {str(value)[:80]}; expected an integer id, as images and categories have them"
+        )
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    # Not math.isfinite: JSON has integers that no float can hold.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 def _box(box: Any, metadata: dict[str, Any], where: str) -> list[float] | None:
     """The box inside the image, or ``None`` when it has no area."""
-    if not isinstance(box, list) or len(box) != 4 or not all(_number(v) for v in box):
-        raise DataError(f"{where}: bbox {str(box)[:80]}; expected four numbers [x, y, width, height]")
+    if not isinstance(box, list) or len(box) != 4 or not all(is_number(v) for v in box):
+        raise LabelFault(f"{where}: bbox {str(box)[:80]}; expected four numbers [x, y, width, height]", BOXES)
     x, y, w, h = (float(v) for v in box)
     if w <= 0 or h <= 0:
         return None
     height, width = metadata["height"], metadata["width"]
     if min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE:
-        raise DataError(
+        raise LabelFault(
             f"{where}: bbox {box} reaches out of {metadata['file_name']} ({width}x{height} pixels) by more than "
-            f"{TOLERANCE:g} pixel; boxes are [x, y, width, height] in pixels"
+            f"{TOLERANCE:g} pixel; boxes are [x, y, width, height] in pixels",
+            BOXES,
         )
     left, top = max(x, 0.0), max(y, 0.0)
     right, bottom = min(x + w, float(width)), min(y + h, float(height))
@@ -208,7 +272,7 @@ def _rle(segmentation: Any, height: int, width: int, where: str) -> dict[str, An
         if isinstance(segmentation, list):
             if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
                 raise ValueError("a polygon needs at least three points x, y")
-            if not all(_number(v) for p in segmentation for v in p):
+            if not all(is_number(v) for p in segmentation for v in p):
                 raise ValueError("a polygon holds something that is not a number")
             _near_image([v for p in segmentation for v in p], height, width)
             rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
@@ -226,7 +290,8 @@ def _rle(segmentation: Any, height: int, width: int, where: str) -> dict[str, An
                     raise ValueError(f"run lengths add up to {total}, the image has {height * width} pixels")
                 coco_mask.decode(rle)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: segmentation cannot be read: {error}; expected polygons or run lengths") from None
+        message = f"{where}: segmentation cannot be read: {error}; expected polygons or run lengths"
+        raise LabelFault(message, MASKS) from None
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,6 @@ def check_classes(classes: list[str], where: str) -> None:
     """Raises DataError unless there is at least one class name and none occurs twice."""
     if not classes or not all(name.strip() for name in classes):
         raise DataError(f"{where}: no class names, or an empty one; give one name for each class")
-    twice = next((name for name in classes if classes.count(name) > 1), None)
+    twice = next((name for name, count in Counter(classes).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{where}: class {twice!r} is listed twice; give each class one name")

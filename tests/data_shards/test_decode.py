@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
 
-from vitgraft.configs.errors import DataError
+from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema.data import ClipConfig
-from vitgraft.data_shards import decode
+from vitgraft.data_shards import decode, video
 from vitgraft.data_shards.pack.digits import encode_clip
 
 
@@ -163,9 +166,9 @@ def test_real_videos_against_recorded_facts(test_data: Path) -> None:
         path = root / fact["file"]
         found = decode.probe_video(path, fact["file"])
         assert found["frames"] == fact["frames_decoded_pyav"], fact["file"]
-        indices = [0, found["frames"] - 1]
+        indices = [0, found["frames"] // 2, found["frames"] - 1]
         means = decode.decode_frames(path.read_bytes(), indices, fact["file"]).float().mean((2, 3))
-        expected = torch.tensor([fact["mean_rgb_first"], fact["mean_rgb_last"]])
+        expected = torch.tensor([fact[f"mean_rgb_{name}"] for name in ("first", "middle", "last")])
         assert torch.allclose(means, expected, atol=0.05), fact["file"]
         checked += 1
     assert checked >= 19
@@ -225,3 +228,144 @@ def test_frames_may_repeat_and_come_by_number() -> None:
     frames = [np.full((32, 32, 3), 20 * i, dtype=np.uint8) for i in range(10)]
     found = decode.decode_frames(encode_clip(frames, 10), [0, 3, 9, 9], "x").float().mean((1, 2, 3))
     assert torch.allclose(found, torch.tensor([0.0, 60.0, 180.0, 180.0]), atol=4)
+
+
+class StandIn:
+    """torchcodec's VideoDecoder as documented, over PyAV: what it claims may be more than it can decode."""
+
+    promised = 0
+    opened = 0
+
+    def __init__(self, source: Any, *, num_ffmpeg_threads: int, seek_mode: str) -> None:
+        assert (num_ffmpeg_threads, seek_mode) == (1, "exact")
+        StandIn.opened += 1
+        try:
+            self._video = video.PyAVVideo(Path(source) if isinstance(source, str) else source, "stand-in")
+            height, width = self._video.size
+        except DataError as error:
+            raise RuntimeError(f"Could not open: {error}") from None
+        self.metadata = SimpleNamespace(width=width, height=height, average_fps=self._video.fps or None)
+
+    def __len__(self) -> int:
+        return self._video.length + StandIn.promised
+
+    def get_frame_at(self, index: int) -> Any:
+        return SimpleNamespace(data=self.get_frames_at([index]).data[0])
+
+    def get_frames_at(self, indices: list[int]) -> Any:
+        if max(indices) >= len(self):
+            raise IndexError(f"Index {max(indices)} is out of bounds")
+        try:
+            return SimpleNamespace(data=self._video.frames_at(indices))
+        except DataError as error:
+            raise RuntimeError(f"Requested next frame while there are no more frames: {error}") from None
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a torchcodec; ``promised``: frames at the end that hold nothing."""
+
+    def install(promised: int = 0, fields: Sequence[str] = ("rotation",)) -> None:
+        decoders: Any = ModuleType("torchcodec.decoders")
+        decoders.VideoDecoder = StandIn
+        decoders.VideoStreamMetadata = SimpleNamespace(__dataclass_fields__=dict.fromkeys(fields))
+        monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+        monkeypatch.setattr(StandIn, "promised", promised)
+        monkeypatch.setattr(StandIn, "opened", 0)
+        video._torchcodec.cache_clear()
+
+    yield install  # type: ignore[misc]
+    monkeypatch.undo()
+    video._torchcodec.cache_clear()
+
+
+NAMES = ["torchvision/TrumanShow_wave_f_nm_np1_fr_med_26.avi", "decord/flipping_a_pancake.mkv", "decord/video_90.mov"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("promised", [0, 2])
+def test_torchcodec_gives_what_pyav_gives(
+    test_data: Path, stand_in: Callable[..., None], name: str, promised: int
+) -> None:
+    stand_in(promised)
+    path = test_data / "video_clips" / name
+    for source in (path, path.read_bytes()):
+        ours, theirs = video.open_video(source, "x"), video.open_video(source, "x", "pyav")
+        assert (ours.length, ours.fps, ours.size) == (theirs.length, theirs.fps, theirs.size)
+        last = theirs.length - 1
+        assert torch.equal(ours.frames_at([0, last, last]), theirs.frames_at([0, last, last]))
+    assert StandIn.opened == 2
+    # What a packed data set says of its videos does not depend on torchcodec.
+    decode.probe_video(path, "x")
+    assert StandIn.opened == 2
+
+
+def test_what_torchcodec_cannot_read_pyav_may(
+    test_data: Path, stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such codec")
+
+    monkeypatch.setattr(StandIn, "get_frames_at", refuse)
+    path = test_data / "video_clips" / "decord" / "video_0.mov"
+    assert torch.equal(decode.decode_frames(path, [1], "x"), decode.decode_frames(path, [1], "x", "pyav"))
+    with pytest.raises(DataError, match=r"^x: broken video \(no such codec\); .* replace it$"):
+        decode.decode_frames(path, [1], "x", "torchcodec")
+
+
+@pytest.mark.parametrize("decoder", [None, "torchcodec"])
+def test_torchcodec_with_broken_and_short_videos(test_data: Path, stand_in: Callable[..., None], decoder: Any) -> None:
+    stand_in()
+    folder = test_data / "video_clips" / "decord"
+    for path, indices in ((folder / "corrupted.mp4", [9999]), (folder / "video_0.mov", [2, 3])):
+        with pytest.raises(DataError, match=r"^x: "):
+            decode.decode_frames(path, indices, "x", decoder)
+    with pytest.raises(DataError, match="no such file"):
+        decode.decode_frames(folder / "none.mp4", [0], "x", decoder)
+
+
+@pytest.mark.parametrize("fields", [(), None])
+def test_without_torchcodec(
+    test_data: Path, stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch, fields: Any
+) -> None:
+    """Absent, or older than 0.11, which does not turn frames upright: PyAV decodes, and asking for it is an error."""
+    if fields is None:
+        stand_in()
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+        video._torchcodec.cache_clear()
+    else:
+        stand_in(fields=fields)
+    path = test_data / "video_clips" / "decord" / "video_90.mov"
+    assert isinstance(video.open_video(path, "x"), video.PyAVVideo)
+    with pytest.raises(ConfigError, match=r"data\.clip\.decoder: torchcodec 0\.11 .* set the key to pyav$"):
+        video.open_video(path, "x", "torchcodec")
+
+
+def test_the_real_torchcodec_where_it_is_installed(test_data: Path) -> None:
+    pytest.importorskip("torchcodec", exc_type=ImportError)
+    root = test_data / "video_clips"
+    for fact in json.loads((root / "clips.json").read_text()):
+        if fact["file"].endswith("corrupted.mp4"):
+            continue
+        ours, theirs = (video.open_video(root / fact["file"], "x", name) for name in (None, "pyav"))
+        assert (ours.length, ours.size) == (theirs.length, theirs.size), fact["file"]
+        indices = [0, ours.length // 2, ours.length - 1]
+        difference = ours.frames_at(indices).float() - theirs.frames_at(indices).float()
+        assert float(difference.abs().mean()) < 2, fact["file"]
+
+
+def test_the_recipe_names_the_decoder(packed: dict[str, Path], configure: Any, stand_in: Callable[..., None]) -> None:
+    from vitgraft.data_shards.dataset import PackedDataset
+
+    stand_in()
+    opened = []
+    for decoder in (None, "torchcodec", "pyav"):
+        clip = {"frames": 4, "stride": 2, "decoder": decoder}
+        dataset = PackedDataset(packed["video"], configure(packed["video"], clip=clip), "video")
+        dataset.train_batch(dataset.plan(0).entries(0, 2))
+        dataset.eval_batch([0])
+        opened.append(StandIn.opened)
+    assert opened == [3, 6, 6]

@@ -111,6 +111,10 @@ def change(key: str, value: Any, where: str = "annotations") -> Callable[[dict[s
     [
         (change("category_id", 3), r"annotation 1: category_id 3 .*18, 44"),
         (change("image_id", 8), r"annotation 1: image_id 8"),
+        (change("image_id", [7]), r"annotation 1: image_id \[7\]; expected an integer"),
+        (change("category_id", {}), r"annotation 1: category_id \{\}; expected an integer"),
+        (change("bbox", [1, 2, 10**400, 4]), "expected four numbers"),
+        (change("bbox", [1, 2, float("nan"), 4]), "expected four numbers"),
         (change("bbox", [2, 3, 40, 8]), r"annotation 1: bbox .* a\.png \(40x30 pixels\)"),
         (change("bbox", [-2, 3, 4, 8]), "annotation 1: bbox"),
         (change("bbox", [1, 2, 3]), "expected four numbers"),
@@ -144,6 +148,37 @@ def test_wrong_annotations_are_one_line_and_nothing_is_written(
         pack_coco(folder / "images", write_coco(folder, tree), folder / "set")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in folder.iterdir()) == ["images", "instances.json"]
+
+
+def test_the_report_counts_every_fault_before_anything_is_written(coco: Coco, write_coco: Write) -> None:
+    folder, tree = coco
+    base = tree["annotations"][0]
+    told: list[str] = []
+    tree["annotations"] += [base | {"id": 2, "bbox": [3, 3, 0, 5]}, base | {"id": 3, "category_id": 44}]
+    manifest = pack_coco(folder / "images", write_coco(folder, tree), folder / "set", say=told.append)
+    assert told == [
+        "labels: 2 samples, 2 instances, 1 samples without label",
+        f"  {'dog':24s} {1:>12} instances",
+        f"  {'bottle':24s} {1:>12} instances",
+        "  left out: 1 boxes without area: annotation 2",
+        "  faults: none",
+    ]
+    assert manifest.source["label_report"] == {
+        "unit": "instances",
+        "classes": {"dog": 1, "bottle": 1},
+        "unlabelled": 1,
+        "left_out": {"boxes without area": {"count": 1, "first": ["annotation 2"]}},
+    }
+    # Image 9 has another size: its annotations are no faults of their own.
+    tree["images"][1]["width"] = 41
+    tree["annotations"] += [base | {"id": 4, "image_id": 9}, base | {"id": 5, "category_id": 1}]
+    tree["annotations"] += [base | {"id": 6, "bbox": [0, 0, 99, 9]}, base | {"id": 7, "segmentation": 3}]
+    kinds = "1 size mismatches, 1 ids outside the class list, 1 wrong boxes, 1 wrong masks"
+    told.clear()
+    with pytest.raises(DataError, match=rf"b\.png: image 9 is 40x30 .* \(4 faults in all: {kinds}\)"):
+        pack_coco(folder / "images", write_coco(folder, tree), folder / "other", say=told.append)
+    assert sum(" the first: " in line for line in told) == 4
+    assert not (folder / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,22 @@ def test_without_saying_what_is_ignored_the_id_is_named(test_data: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_report_counts_pixels_and_every_fault(pair: Path) -> None:
+    told: list[str] = []
+    manifest = pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y", "z"], say=told.append)
+    assert told[0] == "labels: 1 samples, 11 pixels, 1 pixels without label"
+    assert told[-2:] == ["  classes without any: z", "  faults: none"]
+    assert manifest.source["label_report"]["classes"] == {"x": 7, "y": 4, "z": 0}
+    for name in ("b", "c"):
+        Image.new("RGB", (5, 3)).save(pair / "images" / f"{name}.png")
+    Image.new("L", (4, 3)).save(pair / "labels" / "b.png")
+    Image.new("L", (5, 3), 9).save(pair / "labels" / "c.png")
+    counted = r"b\.png: 4x3 .*\(2 faults in all: 1 size mismatches, 1 ids outside the class list\)"
+    with pytest.raises(DataError, match=counted):
+        pack_semantic(pair / "images", pair / "labels", pair / "other", ["x", "y", "z"])
+    assert not (pair / "other").exists()
+
+
 def test_palette_images_are_read_as_indices(test_data: Path, tmp_path: Path) -> None:
     root = test_data / "seg_samples_small" / "palette_256x128"
     (tmp_path / "gts").mkdir()

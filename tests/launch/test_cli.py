@@ -28,7 +28,9 @@ def commands() -> list[list[str]]:
 def test_the_commands_are_those_of_the_design() -> None:
     found = {" ".join(words) for words in commands()}
     assert {"train", "evaluate", "predict", "demo", "checkpoints list", "checkpoints verify"} <= found
-    assert {f"shards pack {kind}" for kind in ("coco", "semantic", "video", "digits")} <= found
+    assert {
+        f"shards pack {kind}" for kind in ("coco", "semantic", "bdd100k", "panoptic", "imagefolder", "video", "digits")
+    } <= found
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

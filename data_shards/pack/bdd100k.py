@@ -1,0 +1,268 @@
+"""Pack BDD100K: boxes from its JSON, and the masks of its drivable areas and semantic classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.hashing import sha256_file
+from vitgraft.data_shards.decode import image_size
+from vitgraft.data_shards.manifest import IGNORE, Manifest
+from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
+from vitgraft.data_shards.pack.files import check_folder, read_json
+from vitgraft.data_shards.pack.label_report import (
+    BOXES,
+    MISSING,
+    SIZES,
+    UNKNOWN,
+    LabelFault,
+    LabelReport,
+    Say,
+)
+from vitgraft.data_shards.pack.semantic import IMAGE_SUFFIXES, LabelledImage, pack_label_maps, packed_ids
+from vitgraft.data_shards.pack.writer import Progress
+
+Task = Literal["detection", "drivable", "semantic"]
+
+# Classes in the order of the official ids, the data set's names for them in other releases, and the uncertain regions,
+# which official conversions turn into crowds of a class (bdd100k/configs/det.toml, bdd100k/label/to_coco.py).
+DETECTION = ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+DETECTION += ["traffic light", "traffic sign"]
+ALIASES = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian", "van": "car"}
+UNCERTAIN = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
+DRIVABLE = ["direct", "alternative", "background"]
+SEMANTIC = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"]
+SEMANTIC += ["terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+
+OLD_DRIVABLE = "_drivable_id"
+"""The first release's drivable masks end so; their ids are 0 background, 1 direct, 2 alternative."""
+_ENDINGS = (OLD_DRIVABLE, "_train_id")
+
+
+def pack_bdd100k(
+    images: Sequence[Path],
+    labels: Path,
+    out: Path,
+    *,
+    task: Task = "detection",
+    overwrite: bool = False,
+    samples_per_shard: int = 1000,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Manifest:
+    """Check everything, then pack. Images and labels belong together by their file's stem, which is packed once.
+
+    An image without label is left out, as the release has images that nobody labelled; a label without image is a
+    fault. Of several files or entries of one stem the first is taken when all are the same; different labels are a
+    fault. An image with an empty list of labels is kept.
+
+    Args:
+        images: folders, searched below too (the release has 100k and 10k images, which share some).
+        labels: detection: the JSON, or a folder of JSONs; drivable and semantic: the folder of the masks.
+        task: drivable and semantic give a data set of kind ``semantic``.
+        say: told the report on the labels, line by line, before anything is written.
+
+    Raises:
+        DataError: one line that names the file; nothing was written.
+    """
+    source = {"packer": "bdd100k", "task": task, "images": [str(folder) for folder in images], "labels": str(labels)}
+    if task == "detection":
+        content = _boxes(images, labels, say)
+        return pack_boxes(
+            content,
+            out,
+            source=source,
+            overwrite=overwrite,
+            samples_per_shard=samples_per_shard,
+            progress=progress,
+        )
+    report = LabelReport("pixels", DRIVABLE if task == "drivable" else SEMANTIC)
+    return pack_label_maps(
+        _masks(images, labels, task, report),
+        out,
+        report,
+        source=source,
+        overwrite=overwrite,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+        say=say,
+    )
+
+
+def stem_of(name: str) -> str:
+    """What images, JSON entries and masks of one photograph share."""
+    stem = PurePosixPath(name).stem
+    for ending in _ENDINGS:
+        stem = stem.removesuffix(ending)
+    return stem
+
+
+def _images(folders: Sequence[Path], report: LabelReport) -> dict[str, Path]:
+    """Images by stem; of several the first, in the order of folders and names."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in _files(folder, IMAGE_SUFFIXES):
+            if path.stem in found:
+                report.leave_out("images whose stem was there before", path)
+            else:
+                found[path.stem] = path
+    if not found:
+        listed = ", ".join(map(str, folders))
+        raise DataError(f"{listed}: the data set is empty: no images ({', '.join(sorted(IMAGE_SUFFIXES))}); check it")
+    return found
+
+
+def _files(folder: Path, suffixes: set[str]) -> Iterator[Path]:
+    check_folder(folder)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in suffixes and path.is_file():
+            yield path
+
+
+def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelReport) -> list[str]:
+    """The stems that have a label and an image, sorted; notes the others."""
+    stems = set(labelled)
+    for stem in sorted(images.keys() - stems):
+        report.leave_out("images without label", images[stem])
+    return sorted(stems & images.keys())
+
+
+def _boxes(folders: Sequence[Path], labels: Path, say: Say | None) -> CocoSet:
+    report = LabelReport("instances", DETECTION)
+    images = _images(folders, report)
+    files = list(_files(labels, {".json"})) if labels.is_dir() else [labels]
+    if not files:
+        raise DataError(f"{labels}: no JSON file; give the detection JSON or a folder of such files")
+    frames: dict[str, tuple[str, list[Any]]] = {}
+    for file in files:
+        for name, items in _frames(read_json(file), str(file)):
+            stem, where = stem_of(name), f"{file}: {name}"
+            with report.collect():
+                if stem not in images:
+                    raise LabelFault(f"{where}: no image {stem} in the image folders; check --images", MISSING)
+                if stem not in frames:
+                    frames[stem] = where, items
+                elif items != frames[stem][1]:
+                    raise LabelFault(f"{where}: other labels than {frames[stem][0]}; keep one of them")
+                else:
+                    report.leave_out("entries whose stem was there before", where)
+    content = CocoSet(DETECTION, list(range(1, len(DETECTION) + 1)), [], [], report)
+    number = 0
+    for stem in _matched(images, frames, report):
+        path, (where, items) = images[stem], frames[stem]
+        with report.collect():
+            height, width = image_size(path, str(path))
+            metadata = {"image_id": len(content.images) + 1, "file_name": path.name, "height": height, "width": width}
+            annotations: list[dict[str, Any]] = []
+            for item in items:
+                with report.collect():
+                    annotation = _annotation(item, (height, width), where, report)
+                    if annotation is not None:
+                        number += 1
+                        annotations.append({"id": number, **annotation})
+            content.images.append(CocoImage(path, {**metadata, "annotations": annotations}))
+    report.samples = len(content.images)
+    count_boxes(report, content.images)
+    report.close(say)
+    return content
+
+
+def _frames(tree: Any, where: str) -> Iterator[tuple[str, list[Any]]]:
+    """(name, labels) of each image: a list of frames, ``{"frames": [...]}``, or the first release's one file each."""
+    if isinstance(tree, dict) and isinstance(tree.get("frames"), list):
+        if isinstance(tree.get("name"), str) and len(tree["frames"]) == 1 and isinstance(tree["frames"][0], dict):
+            tree = [{"name": tree["name"], "labels": tree["frames"][0].get("objects")}]
+        else:
+            tree = tree["frames"]
+    if not isinstance(tree, list):
+        raise DataError(f"{where}: expected BDD100K's detection JSON, a list of images with name and labels")
+    for frame in tree:
+        name = frame.get("name") if isinstance(frame, dict) else None
+        if not isinstance(name, str) or not stem_of(name):
+            raise DataError(f"{where}: {str(frame)[:80]} has no name; expected BDD100K's detection JSON")
+        labels = frame.get("labels")
+        if labels is not None and not isinstance(labels, list):
+            raise DataError(f"{where}: {name}: labels {str(labels)[:80]}; expected a list")
+        yield name, labels or []
+
+
+def _annotation(item: Any, size: tuple[int, int], where: str, report: LabelReport) -> dict[str, Any] | None:
+    """One label in the form that is packed; ``None`` for one without box, or whose box has no area."""
+    if not isinstance(item, dict):
+        raise LabelFault(f"{where}: label {str(item)[:80]}; expected an object with category and box2d")
+    where, category = f"{where}: label {str(item.get('id'))[:40]}", item.get("category")
+    corners = item.get("box2d")
+    if corners is None:
+        report.leave_out("labels without box2d (lanes, areas)", where)
+        return None
+    if not isinstance(category, str) or ALIASES.get(category, category) not in {*DETECTION, *UNCERTAIN}:
+        expected = ", ".join(DETECTION)
+        raise LabelFault(f"{where}: category {str(category)[:80]!r} is not among {expected}; fix the file", UNKNOWN)
+    if not isinstance(corners, dict) or not all(is_number(corners.get(key)) for key in ("x1", "y1", "x2", "y2")):
+        raise LabelFault(f"{where}: box2d {str(corners)[:80]}; expected numbers x1, y1, x2, y2", BOXES)
+    left, top, right, bottom = (float(corners[key]) for key in ("x1", "y1", "x2", "y2"))
+    height, width = size
+    if min(left, top) < -TOLERANCE or right > width + TOLERANCE or bottom > height + TOLERANCE:
+        raise LabelFault(
+            f"{where}: box2d {corners} reaches out of the image ({width}x{height} pixels) by more than {TOLERANCE:g} "
+            "pixel; the labels belong to another version of it",
+            SIZES,
+        )
+    # Corners lie in the box, as in the official conversion: a box from 3 to 3 is one pixel wide.
+    left, top = max(left, 0.0), max(top, 0.0)
+    box = [left, top, min(right + 1, float(width)) - left, min(bottom + 1, float(height)) - top]
+    if right < left or bottom < top or min(box[2:]) <= 0:
+        report.leave_out("boxes without area", where)
+        return None
+    attributes = item.get("attributes")
+    crowd = category in UNCERTAIN or (isinstance(attributes, dict) and bool(attributes.get("crowd")))
+    name = ALIASES.get(category, UNCERTAIN.get(category, category))
+    return {
+        "label_id": str(item.get("id")),
+        "bbox": box,
+        "class": DETECTION.index(name),
+        "area": box[2] * box[3],
+        "iscrowd": int(crowd),
+        "segmentation": None,
+    }
+
+
+def _masks(folders: Sequence[Path], labels: Path, task: Task, report: LabelReport) -> list[LabelledImage]:
+    images = _images(folders, report)
+    masks: dict[str, Path] = {}
+    for path in _files(labels, {".png"}):
+        stem = stem_of(path.name)
+        with report.collect():
+            if stem not in images:
+                raise LabelFault(f"{path}: no image {stem} in the image folders; check --images", MISSING)
+            if stem not in masks:
+                masks[stem] = path
+            elif sha256_file(path) != sha256_file(masks[stem]):
+                raise LabelFault(f"{path}: another mask than {masks[stem]}; give the folder of class ids alone")
+            else:
+                report.leave_out("masks whose stem was there before", path)
+    if not masks and not report.faults:
+        raise DataError(f"{labels}: the data set is empty: no PNG masks; check --labels")
+    ids = partial(drivable_ids if task == "drivable" else packed_ids, classes=len(report.classes))
+    return [
+        LabelledImage(images[stem], masks[stem], partial(ids, masks[stem]), {"file_name": images[stem].name})
+        for stem in _matched(images, masks, report)
+    ]
+
+
+def drivable_ids(path: Path, classes: int = len(DRIVABLE)) -> npt.NDArray[np.uint8]:
+    """A drivable mask as packed: 0 direct, 1 alternative, 2 background, 255 ignored, whatever its release.
+
+    Raises:
+        DataError: not a label map, or another id.
+    """
+    ids = packed_ids(path, classes)
+    if path.stem.endswith(OLD_DRIVABLE):
+        ids = np.where(ids == IGNORE, IGNORE, (ids.astype(np.int32) + 2) % 3).astype(np.uint8)
+    return ids

@@ -1,0 +1,242 @@
+"""Pack images with one class each: folders named after their classes, or arrays as CIFAR is passed around."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.decode import MAX_PIXELS, image_format, image_size
+from vitgraft.data_shards.manifest import Manifest
+from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
+from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport, Say
+from vitgraft.data_shards.pack.semantic import IMAGE_SUFFIXES
+from vitgraft.data_shards.pack.video_lists import sort_labels
+from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+
+MAX_ARRAY_BYTES = 64 << 30
+"""Larger arrays are refused before they are read."""
+IMAGE_KEYS = ("images", "data", "x", "x_train", "x_test")
+LABEL_KEYS = ("labels", "fine_labels", "y", "y_train", "y_test")
+
+
+class ClassedImage(NamedTuple):
+    """``read`` gives the file's bytes, when it is packed."""
+
+    name: str
+    label: int
+    size: tuple[int, int]
+    extension: str
+    read: Callable[[], bytes]
+
+
+def pack_imagefolder(
+    images: Path,
+    out: Path,
+    *,
+    classes: list[str] | None = None,
+    overwrite: bool = False,
+    samples_per_shard: int = 1000,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Manifest:
+    """Check everything, then pack IMAGES/CLASS/…/NAME.jpg (or png, webp) as they are.
+
+    Args:
+        classes: names by class id, all folders among them; ``None``: the folders, sorted (by number when all are
+            integers).
+        say: told the report on the labels, line by line, before anything is written.
+
+    Raises:
+        DataError: an image outside a class's folder, or broken, or a folder that is no class; nothing was written.
+    """
+    check_folder(images)
+    folders = {path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    names = sort_labels(folders) if classes is None else classes
+    if not names:
+        raise DataError(f"{images}: the data set is empty: no folders; expected {images}/CLASS/NAME.jpg")
+    check_classes(names, "classes")
+    by_name = {name: number for number, name in enumerate(names)}
+    report = LabelReport("images", names)
+    found: list[ClassedImage] = []
+    for path in sorted(images.rglob("*")):
+        name = path.relative_to(images)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or name.parts[0].startswith(".") or not path.is_file():
+            continue
+        with report.collect():
+            if len(name.parts) < 2:
+                raise LabelFault(f"{path}: lies in no folder of a class; expected {images}/CLASS/{path.name}")
+            if name.parts[0] not in by_name:
+                message = f"{path}: folder {name.parts[0]!r} is none of the {len(names)} classes; add it to --classes"
+                raise LabelFault(message, UNKNOWN)
+            size, extension = image_size(path, str(path)), image_format(path, str(path))
+            found.append(ClassedImage(str(name), by_name[name.parts[0]], size, extension, partial(read_bytes, path)))
+    source = {"packer": "imagefolder", "images": str(images)}
+    return _write(found, out, report, source, overwrite, samples_per_shard, progress, say)
+
+
+def pack_arrays(
+    arrays: Path,
+    out: Path,
+    *,
+    labels: Path | None = None,
+    classes: list[str] | None = None,
+    overwrite: bool = False,
+    samples_per_shard: int = 1000,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Manifest:
+    """Check everything, then pack arrays of uint8 pixels, each image as a PNG of the same pixels.
+
+    Args:
+        arrays: an .npz with images and labels under one of ``IMAGE_KEYS`` and ``LABEL_KEYS``, or an .npy with images:
+            (N, H, W, 3), (N, 3, H, W), grey (N, H, W), or CIFAR's rows (N, 3072), red before green before blue.
+        labels: an .npy with class ids (N,); needed beside an .npy with images.
+        classes: names by class id; ``None``: ``"0"``, ``"1"``, … up to the largest label.
+        say: told the report on the labels, line by line, before anything is written.
+
+    Raises:
+        DataError: not such arrays, other lengths, or a label that is no class; nothing was written. Pickles, also
+            inside of .npy files, are never read.
+    """
+    pixels, ids = _load(arrays, labels)
+    views = _as_images(pixels, str(arrays))
+    where = str(labels or arrays)
+    if ids.dtype.kind not in "iu" or ids.ndim != 1 or len(ids) != len(views):
+        raise DataError(
+            f"{where}: labels {ids.dtype} {ids.shape} for {len(views)} images; expected one integer for each image"
+        )
+    if not len(ids):
+        raise DataError(f"{arrays}: the data set is empty: no images")
+    numbers = ids.tolist()
+    # A stray label as large as an address must not make as many names.
+    names = [str(number) for number in range(min(max(*numbers, 0), 1 << 16) + 1)] if classes is None else classes
+    check_classes(names, "classes")
+    report = LabelReport("images", names)
+    found: list[ClassedImage] = []
+    for index, number in enumerate(numbers):
+        with report.collect():
+            if not 0 <= number < len(names):
+                raise LabelFault(
+                    f"{where}: label {number} of image {index} is none of the {len(names)} classes", UNKNOWN
+                )
+            image = views[index]
+            size = int(image.shape[0]), int(image.shape[1])
+            found.append(ClassedImage(f"{arrays.stem}-{index:09d}.png", number, size, "png", partial(_png, image)))
+    source = {"packer": "imagefolder", "arrays": str(arrays), "array_labels": None if labels is None else str(labels)}
+    return _write(found, out, report, source, overwrite, samples_per_shard, progress, say)
+
+
+def _write(
+    images: Sequence[ClassedImage],
+    out: Path,
+    report: LabelReport,
+    source: dict[str, Any],
+    overwrite: bool,
+    samples_per_shard: int,
+    progress: Progress | None,
+    say: Say | None,
+) -> Manifest:
+    report.samples = len(images)
+    report.counts.update(image.label for image in images)
+    report.close(say)
+    writer = DatasetWriter(
+        out,
+        "image",
+        report.classes,
+        source={**source, "label_report": report.as_source()},
+        total=len(images),
+        overwrite=overwrite,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
+    with writer:
+        for image in images:
+            height, width = image.size
+            metadata = {"label": image.label, "file_name": image.name, "height": height, "width": width}
+            writer.add({image.extension: image.read()}, metadata)
+    return writer.result()
+
+
+def _png(image: npt.NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _load(arrays: Path, labels: Path | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    if arrays.suffix == ".npz" and labels is None:
+        return _member(arrays, IMAGE_KEYS), _member(arrays, LABEL_KEYS)
+    if arrays.suffix == ".npy" and labels is not None:
+        return _npy(arrays), _npy(labels)
+    raise DataError(f"{arrays}: expected an .npz with images and labels, or an .npy with images and --labels FILE.npy")
+
+
+def _npy(path: Path) -> npt.NDArray[Any]:
+    try:
+        # Mapped, so that a header that promises more than the file holds allocates nothing.
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as .npy ({error}); pickled objects are not accepted") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: expected one array of .npy format")
+    return array
+
+
+def _member(path: Path, keys: tuple[str, ...]) -> npt.NDArray[Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            key = next((key for key in keys if key in held), None)
+            if key is None:
+                listed = ", ".join(sorted(held)[:10])
+                raise DataError(f"{path}: holds {listed}; expected an array called {' or '.join(keys)}")
+            if archive.getinfo(held[key]).file_size > MAX_ARRAY_BYTES:
+                raise DataError(f"{path}: {key} has more than {MAX_ARRAY_BYTES} bytes; split it")
+            with archive.open(held[key]) as stream:
+                _check_header(stream, archive.getinfo(held[key]).file_size, f"{path}: {key}")
+            with archive.open(held[key]) as stream:
+                array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+            return array
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError(f"{path}: cannot be read as .npz ({error}); pickled objects are not accepted") from None
+
+
+def _check_header(stream: Any, size: int, where: str) -> None:
+    """Refuse an array that promises more than its file holds, before anything is allocated for it."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    promised = dtype.itemsize
+    for side in shape:
+        promised *= side
+    if promised > size:
+        raise DataError(f"{where}: promises {promised} bytes and holds {size}; save it again")
+
+
+def _as_images(pixels: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
+    """(N, H, W, 3) or grey (N, H, W) uint8, as a view."""
+    shape = pixels.shape
+    if pixels.dtype != np.uint8:
+        raise DataError(f"{where}: images of {pixels.dtype}; expected uint8, 0 to 255")
+    if len(shape) == 2 and shape[1] == 3072:
+        pixels = pixels.reshape(-1, 3, 32, 32)
+    if pixels.ndim == 4 and pixels.shape[3] != 3 and pixels.shape[1] == 3:
+        pixels = pixels.transpose(0, 2, 3, 1)
+    if not (pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)):
+        raise DataError(f"{where}: images {shape}; expected (N, H, W, 3), (N, 3, H, W), (N, H, W) or (N, 3072)")
+    if not 0 < pixels.shape[1] * pixels.shape[2] <= MAX_PIXELS:
+        raise LabelFault(f"{where}: images of {pixels.shape[2]}x{pixels.shape[1]} pixels; shrink them", SIZES)
+    return pixels

@@ -1,0 +1,331 @@
+"""Lists of videos in the common formats: what each names, and which class it gives it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.decode import VIDEO_EXTENSIONS
+from vitgraft.data_shards.pack.files import check_classes, inside, read_json, read_text
+
+ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"]
+
+KINETICS_SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val", "validation": "val"}
+KINETICS_SPLITS |= {"test": "test", "testing": "test"}
+HMDB51_SPLITS = {"train": "1", "test": "2"}
+_HMDB51_FILE = re.compile(r"^(.+)_test_split(\d+)\.txt$")
+_UCF101_FILE = re.compile(r"^(train|test)list\d+\.txt$")
+
+
+class Named(NamedTuple):
+    """One video of a list.
+
+    ``names``: relative paths, or stems of files anywhere below the root; the first that exists is meant. ``label``:
+    class name or id as written. ``where``: file and line.
+    """
+
+    names: tuple[str, ...]
+    label: str
+    where: str
+
+
+class VideoList(NamedTuple):
+    """``classes``: every class that the list knows, in order, whether or not a video has it. ``exact``: names are
+    paths and nothing else."""
+
+    videos: list[Named]
+    classes: list[str]
+    exact: bool
+
+
+def read_video_list(
+    path: Path, format: ListFormat = "auto", *, split: str | None = None, fold: int | None = None
+) -> VideoList:
+    """Read a list of any format.
+
+    Args:
+        path: a file; for hmdb51 and folders a folder.
+        split: kinetics: keep the lines of this split (train, val or test); hmdb51: train (default) or test.
+        fold: hmdb51: which of the three splits (default 1).
+
+    Raises:
+        DataError: unreadable, empty, or not of this format; names the line.
+        ConfigError: a split or fold that the format does not have.
+    """
+    found = detect(path) if format == "auto" else format
+    for option, value, formats in (("--split", split, ("kinetics", "hmdb51")), ("--fold", fold, ("hmdb51",))):
+        if value is not None and found not in formats:
+            raise ConfigError(f"{option} {value}: lists of format {found} have none; it is for {', '.join(formats)}")
+    if found in ("hmdb51", "folders") and not path.is_dir():
+        raise DataError(f"{path}: no such folder; format {found} reads a folder")
+    if found not in ("hmdb51", "folders") and path.is_dir():
+        raise DataError(f"{path}: is a folder; format {found} reads a file")
+    match found:
+        case "kinetics":
+            listed = kinetics(read_text(path), str(path), split)
+        case "ssv2":
+            listed = ssv2(read_json(path), str(path))
+        case "ucf101":
+            listed = ucf101(read_text(path), str(path))
+        case "hmdb51":
+            listed = _hmdb51_folder(path, split or "train", fold or 1)
+        case "folders":
+            listed = _folders(path)
+        case _:
+            listed = plain(read_text(path), str(path))
+    if not listed.videos:
+        raise DataError(f"{path}: the data set is empty: no line names a video; check the list")
+    return listed
+
+
+def detect(path: Path) -> ListFormat:
+    """The format of a list by its name and first line."""
+    if path.is_dir():
+        return "hmdb51" if any(_HMDB51_FILE.match(file.name) for file in path.iterdir()) else "folders"
+    if path.suffix == ".json":
+        return "ssv2"
+    if _UCF101_FILE.match(path.name):
+        return "ucf101"
+    text = read_text(path)
+    return "kinetics" if "youtube_id" in text[: text.find("\n")].split(",") else "list"
+
+
+def plain(text: str, where: str) -> VideoList:
+    """Lines ``PATH LABEL``, separated by the last comma, or without one the last white space; empty lines and lines
+    that start with ``#`` are passed over.
+
+    Raises:
+        DataError: a line without two parts.
+    """
+    videos = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, label = (line.rsplit(",", 1) if "," in line else [*line.rsplit(None, 1), ""])[:2]
+        if not name.strip() or not label.strip():
+            raise DataError(f"{where}:{number}: {line[:80]!r}; expected PATH LABEL or PATH,LABEL")
+        videos.append(Named((name.strip(),), label.strip(), f"{where}:{number}"))
+    return VideoList(videos, sort_labels({video.label for video in videos}), exact=True)
+
+
+def kinetics(text: str, where: str, split: str | None = None) -> VideoList:
+    """CSV with the columns label, youtube_id, time_start, time_end and split, as the data set publishes it.
+
+    A clip is the file ``ID_START_END`` with six digits each (as the usual downloaders write it), else ``ID``: cut to
+    its seconds already. Classes are the sorted labels of the whole file, whatever split is kept.
+
+    Raises:
+        DataError: a column is missing, or a line is not as the header says.
+    """
+    if split is not None and split not in KINETICS_SPLITS:
+        raise ConfigError(f"--split {split}: expected train, val or test")
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    videos, labels = [], set()
+    try:
+        missing = {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames or ())
+        if missing or (split is not None and "split" not in (rows.fieldnames or ())):
+            column = sorted(missing)[0] if missing else "split"
+            raise DataError(
+                f"{where}: no column {column!r}; expected the header label,youtube_id,time_start,time_end,split "
+                "(the files of the test sets without labels cannot be packed)"
+            )
+        for row in rows:
+            line = f"{where}:{rows.line_num}"
+            label, video = (row["label"] or "").strip(), (row["youtube_id"] or "").strip()
+            if not label or not video:
+                raise DataError(f"{line}: no label or youtube_id; expected label,youtube_id,time_start,time_end,split")
+            labels.add(label)
+            found = KINETICS_SPLITS.get((row.get("split") or "").strip().lower())
+            if split is not None and found != KINETICS_SPLITS[split]:
+                continue
+            start, end = (_seconds(row[key], line) for key in ("time_start", "time_end"))
+            videos.append(Named((f"{video}_{start:06d}_{end:06d}", video), label, line))
+    except csv.Error as error:
+        raise DataError(f"{where}:{rows.line_num + 1}: not CSV ({error}); fix the line") from None
+    return VideoList(videos, sort_labels(labels), exact=False)
+
+
+def _seconds(text: str | None, where: str) -> int:
+    try:
+        seconds = int(float(text or ""))
+    except (ValueError, OverflowError):
+        seconds = -1
+    if not 0 <= seconds < 1_000_000:
+        raise DataError(f"{where}: time {text!r}; expected seconds")
+    return seconds
+
+
+def ssv2(tree: Any, where: str) -> VideoList:
+    """Something-Something v2's JSON: a list of {id, template}; a clip is the file ``ID`` of any type.
+
+    Classes are the templates without their brackets, as the labels JSON has them; that file gives their order.
+
+    Raises:
+        DataError: not such a list (the one of the test set has no templates).
+    """
+    if not isinstance(tree, list):
+        raise DataError(f"{where}: expected Something-Something's JSON, a list of id and template")
+    videos = []
+    for number, item in enumerate(tree):
+        entry = f"{where}: entry {number}"
+        video, template = (item.get("id"), item.get("template")) if isinstance(item, dict) else (None, None)
+        if not isinstance(video, str | int) or not str(video) or not isinstance(template, str) or not template.strip():
+            raise DataError(f"{entry}: {str(item)[:80]}; expected id and template (the test set's list has no labels)")
+        videos.append(Named((str(video),), _without_brackets(template), entry))
+    return VideoList(videos, sort_labels({video.label for video in videos}), exact=False)
+
+
+def _without_brackets(template: str) -> str:
+    return template.replace("[", "").replace("]", "").strip()
+
+
+def ucf101(text: str, where: str) -> VideoList:
+    """Lines ``CLASS/v_CLASS_gNN_cNN.avi``, with or without the number of the class behind; the folder is the class.
+
+    Raises:
+        DataError: a line without folder.
+    """
+    videos = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        name = re.sub(r"\s+\d+$", "", line.strip())
+        label = PurePosixPath(name).parent.name
+        if not label:
+            raise DataError(f"{where}:{number}: {line.strip()[:80]!r}; expected CLASS/VIDEO.avi, and maybe a number")
+        videos.append(Named((name, PurePosixPath(name).stem), label, f"{where}:{number}"))
+    return VideoList(videos, sort_labels({video.label for video in videos}), exact=False)
+
+
+def hmdb51(texts: Mapping[str, str], where: str, split: str = "train") -> VideoList:
+    """Lines ``VIDEO.avi N`` of one text for each class, by its name: N is 1 for training, 2 for testing, 0 for neither.
+
+    Raises:
+        DataError: a line of another form.
+    """
+    if split not in HMDB51_SPLITS:
+        raise ConfigError(f"--split {split}: expected train or test")
+    videos = []
+    for label in sorted(texts):
+        for number, line in enumerate(texts[label].splitlines(), 1):
+            if not line.strip():
+                continue
+            name, _, use = line.strip().rpartition(" ")
+            place = f"{where}: {label}:{number}"
+            if not name.strip() or use not in ("0", "1", "2"):
+                raise DataError(f"{place}: {line.strip()[:80]!r}; expected VIDEO.avi and 0, 1 or 2")
+            if use == HMDB51_SPLITS[split]:
+                name = name.strip()
+                videos.append(Named((f"{label}/{name}", name, PurePosixPath(name).stem), label, place))
+    return VideoList(videos, sorted(texts), exact=False)
+
+
+def sort_labels(labels: Collection[str]) -> list[str]:
+    """By number when all are integers, else by name."""
+    return sorted(labels, key=int) if all_ids(labels) else sorted(labels)
+
+
+def all_ids(labels: Collection[str]) -> bool:
+    """Whether all labels are integers from 0, as class ids are."""
+    return all(label.isascii() and label.isdigit() and len(label) < 10 for label in labels)
+
+
+def _hmdb51_folder(folder: Path, split: str, fold: int) -> VideoList:
+    found = [(match, path) for path in sorted(folder.iterdir()) if (match := _HMDB51_FILE.match(path.name))]
+    texts = {match[1]: read_text(path) for match, path in found if int(match[2]) == fold}
+    if not texts:
+        raise DataError(f"{folder}: no files CLASS_test_split{fold}.txt; check the folder and --fold")
+    return hmdb51(texts, str(folder), split)
+
+
+def _folders(folder: Path) -> VideoList:
+    """Folders of one class each, named after it; videos may lie deeper. Classes are the sorted names."""
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    videos = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not is_video(path) or name.parts[0].startswith("."):
+            continue
+        if len(name.parts) < 2:
+            raise DataError(f"{path}: lies in no folder of a class; expected {folder}/CLASS/{path.name}")
+        videos.append(Named((str(name),), name.parts[0], str(path)))
+    return VideoList(videos, sort_labels(names), exact=True)
+
+
+def is_video(path: Path) -> bool:
+    """Whether this is a file with a video's extension."""
+    return path.suffix.lower().removeprefix(".") in VIDEO_EXTENSIONS and path.is_file()
+
+
+class VideoFinder:
+    """Finds the files of a list below ``root``; walks it once, when a name is no path."""
+
+    def __init__(self, root: Path, exact: bool) -> None:
+        self._root, self._exact = root, exact
+        self._stems: dict[str, list[Path]] | None = None
+
+    def find(self, video: Named) -> Path | None:
+        """The first of its names that exists, or ``None``.
+
+        Raises:
+            DataError: a name leads out of the root, or several files have its stem.
+        """
+        for name in video.names:
+            # A plain list is the user's own and may name absolute paths; a relative one stays below the root.
+            own = self._exact and Path(name).is_absolute()
+            path = Path(name) if own else inside(self._root, name, video.where)
+            if path.is_file():
+                return path
+        return None if self._exact else self._by_stem(video)
+
+    def _by_stem(self, video: Named) -> Path | None:
+        if self._stems is None:
+            self._stems = {}
+            for path in sorted(self._root.rglob("*")):
+                if is_video(path):
+                    self._stems.setdefault(path.stem, []).append(path)
+        for name in video.names:
+            paths = self._stems.get(name, [])
+            if len(paths) > 1:
+                raise DataError(f"{video.where}: {paths[0]} and {paths[1]} are both called {name}; remove one")
+            if paths:
+                return paths[0]
+        return None
+
+
+def read_classes(text: str) -> list[str]:
+    """Class names in order: a file with one in each line, UCF101's classInd.txt, Something-Something's labels JSON
+    (name: number) or a JSON list; or names with commas.
+
+    Raises:
+        DataError: a file that cannot be read, or names that are not distinct.
+    """
+    path = Path(text)
+    if path.suffix == ".json":
+        names = _classes_of_json(read_json(path), text)
+    elif path.is_file():
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        numbered = [line.split(None, 1) for line in lines]
+        if path.name == "classInd.txt":
+            if [parts[0] for parts in numbered if len(parts) == 2] != [str(i) for i in range(1, len(lines) + 1)]:
+                raise DataError(f"{path}: expected lines NUMBER NAME, numbered from 1")
+            lines = [parts[1] for parts in numbered]
+        names = lines
+    else:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+    check_classes(names, f"--classes {text}")
+    return names
+
+
+def _classes_of_json(tree: Any, where: str) -> list[str]:
+    if isinstance(tree, list) and all(isinstance(name, str) for name in tree):
+        return list(tree)
+    if isinstance(tree, dict) and sorted(map(str, tree.values())) == sorted(map(str, range(len(tree)))):
+        return [_without_brackets(name) for name in sorted(tree, key=lambda name: int(tree[name]))]
+    raise DataError(f"--classes {where}: expected a JSON list of names, or an object name: number, numbered from 0")

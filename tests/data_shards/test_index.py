@@ -1,0 +1,488 @@
+"""Tars of others are read as they are; what must not be trusted is refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import resource
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from http_folder import HttpFolder
+from PIL import Image
+from typer.testing import CliRunner
+
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.schema import DataConfig
+from vitgraft.data_shards import foreign
+from vitgraft.data_shards.cache import FileCache
+from vitgraft.data_shards.dataset import PackedDataset
+from vitgraft.data_shards.foreign import index_tars, scan_tar
+from vitgraft.data_shards.manifest import dump_manifest, parse_manifest, read_manifest
+from vitgraft.data_shards.report import inspect, verify
+from vitgraft.data_shards.stream import ShardReader
+
+Configure = Callable[..., DataConfig]
+Members = list[tuple[str, bytes]]
+
+
+def picture(value: int, format: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(stream, format)
+    return stream.getvalue()
+
+
+def label_map(value: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full(size[::-1], value, dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: Members, format: int = tarfile.PAX_FORMAT) -> Path:
+    """As webdataset's writer does: times with fractions, hence a pax header before each member."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1700000000.25
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def img2dataset(tar: int, count: int = 3) -> Members:
+    """Keys of shard and number, a caption, and a JSON of what was known; one download failed."""
+    members: Members = []
+    for number in range(count):
+        key = f"{tar:05d}{number:04d}"
+        facts = {"key": key, "caption": "a cat", "status": "success", "breed": "tabby" if number % 2 else "manx"}
+        members += [(f"{key}.jpg", picture(10 * number)), (f"{key}.json", json.dumps(facts).encode())]
+        members.append((f"{key}.txt", b"a cat"))
+    return members
+
+
+@pytest.fixture
+def laion(tmp_path: Path) -> Path:
+    folder = tmp_path / "laion"
+    for tar in range(3):
+        write_tar(folder / f"{tar:05d}.tar", img2dataset(tar))
+    return folder
+
+
+BREEDS = {"members": {"label": ["json:breed"]}}
+
+
+def test_img2dataset_tars_are_read_in_place(laion: Path, configure: Configure) -> None:
+    before = {path.name: path.read_bytes() for path in laion.glob("*.tar")}
+    seen: list[tuple[int, int]] = []
+    manifest = index_tars(
+        laion, "image", ["manx", "tabby"], **BREEDS, progress=lambda done, total: seen.append((done, total))
+    )
+    assert {path.name: path.read_bytes() for path in laion.glob("*.tar")} == before
+    assert sorted(path.name for path in laion.iterdir() if path.suffix != ".tar") == [
+        *(f"{tar:05d}.idx" for tar in range(3)),
+        "manifest.json",
+    ]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert read_manifest(laion) == manifest == parse_manifest(dump_manifest(manifest).encode(), "x")
+    assert verify(laion).ok
+    assert inspect(laion).class_counts == {"manx": 6, "tabby": 3}
+    reader = ShardReader(laion, manifest)
+    raw = reader.read(7)
+    assert set(raw.members) == {"jpg", "json"}
+    assert raw.members["jpg"] == picture(10)
+    expected = {"file_name": "000020001.jpg", "height": 30, "width": 40, "label": 1}
+    assert json.loads(raw.members["json"]) == expected
+    dataset = PackedDataset(laion, configure(laion, image_size=[32, 32]), "image")
+    batch = dataset.train_batch(dataset.plan(0).entries(0, 9))
+    assert batch.targets.tolist() == [entry.sample % 3 % 2 for entry in batch.entries]
+
+
+def test_semantic_and_detection_and_video(tmp_path: Path, test_data: Path) -> None:
+    write_tar(tmp_path / "s" / "a.tar", [("x/1.jpg", picture(3)), ("x/1.seg.png", label_map(1))])
+    manifest = index_tars(tmp_path / "s", "semantic", ["no", "yes"])
+    raw = ShardReader(tmp_path / "s", manifest).read(0)
+    assert raw.members["label.png"] == label_map(1)
+    assert verify(tmp_path / "s").ok
+    boxes = {
+        "annotations": [{"bbox": [1, 2, 3, 4], "class": "dog"}, {"bbox": [1, 2, 3.5, 4], "class": 0, "iscrowd": True}]
+    }
+    write_tar(tmp_path / "d" / "a.tar", [("1.PNG", picture(3, "PNG")), ("1.json", json.dumps(boxes).encode())])
+    manifest = index_tars(tmp_path / "d", "detection", ["cat", "dog"])
+    metadata = json.loads(ShardReader(tmp_path / "d", manifest).read(0).members["json"])
+    assert [(item["class"], item["bbox"], item["iscrowd"]) for item in metadata["annotations"]] == [
+        (1, [1, 2, 3, 4], 0),
+        (0, [1, 2, 3.5, 4], 1),
+    ]
+    assert verify(tmp_path / "d").ok
+    clip = test_data / "video_clips" / "torchvision" / "R6llTwEh07w.mp4"
+    write_tar(tmp_path / "v" / "a.tar", [("1.mp4", clip.read_bytes()), ("1.cls", b"1\n")])
+    manifest = index_tars(tmp_path / "v", "video", ["run", "jump"])
+    assert verify(tmp_path / "v").ok
+    assert json.loads(ShardReader(tmp_path / "v", manifest).read(0).members["json"])["label"] == 1
+
+
+def test_indices_may_lie_elsewhere(laion: Path, tmp_path: Path) -> None:
+    manifest = index_tars(laion, "image", ["manx", "tabby"], out=tmp_path / "out", **BREEDS)
+    assert [path.name for path in laion.iterdir() if path.suffix != ".tar"] == []
+    assert ShardReader(tmp_path / "out", read_manifest(tmp_path / "out")).read(8).members["jpg"] == picture(20)
+    (laion / "00001.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"laion/00001\.tar: 0 bytes, expected"):
+        read_manifest(tmp_path / "out")
+    assert manifest.foreign is not None
+    assert manifest.foreign.root == str(laion)
+
+
+def test_tars_behind_a_url(laion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("vitgraft.data_shards.remote.FIRST_DELAY", 0.01)
+    local = index_tars(laion, "image", ["manx", "tabby"], out=tmp_path / "local", **BREEDS)
+    with HttpFolder(laion) as server:
+        with pytest.raises(ConfigError, match="give --out"):
+            index_tars(server.url, "image", ["manx", "tabby"], **BREEDS)
+        server.faults["00001.tar"] = ["500", "cut"]
+        manifest = index_tars(server.url, "image", ["manx", "tabby"], out=tmp_path / "far", **BREEDS)
+        assert manifest.fingerprint == local.fingerprint
+        assert sorted(path.suffix for path in (tmp_path / "far").iterdir()) == [".idx", ".idx", ".idx", ".json"]
+        reader = ShardReader(tmp_path / "far", read_manifest(tmp_path / "far"), FileCache(tmp_path / "cache", 1 << 20))
+        near = ShardReader(tmp_path / "local", local)
+        server.requests.clear()
+        for sample in range(9):
+            assert reader.read(sample).members == near.read(sample).members
+        assert set(server.requests.values()) == {1}
+        # The whole set may be uploaded; one that names a folder of another machine may not.
+        shutil.copytree(tmp_path / "far", laion / "set")
+        shutil.copytree(tmp_path / "local", laion / "bad")
+        assert read_manifest(f"{server.url}/set") == manifest
+        with pytest.raises(DataError, match="names tars on another machine"):
+            read_manifest(f"{server.url}/bad")
+
+
+def test_incomplete_samples_stop_or_are_left_out(tmp_path: Path) -> None:
+    members = img2dataset(0)
+    members[0:1] = []  # a failed download: no image
+    members[5:5] = [("odd.jpg", b"no image"), ("odd.json", b'{"breed": "manx"}')]
+    members += [("zoo.jpg", picture(1)), ("zoo.json", b'{"breed": "tiger"}')]
+    write_tar(tmp_path / "set" / "0.tar", members)
+    with pytest.raises(DataError, match=r"0\.tar:000000000: no image \(\.jpg, .*among \.json, txt; see --member"):
+        index_tars(tmp_path / "set", "image", ["manx", "tabby"], **BREEDS)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    manifest = index_tars(tmp_path / "set", "image", ["manx", "tabby"], **BREEDS, on_error="skip")
+    assert (manifest.samples, manifest.source["skipped"]) == (2, 3)
+    assert "label 'tiger' is none of the 2 classes" in manifest.source["first_skipped"][2]
+    reader = ShardReader(tmp_path / "set", manifest)
+    names = [json.loads(reader.read(sample).members["json"])["file_name"] for sample in range(2)]
+    assert names == ["000000001.jpg", "000000002.jpg"]
+    with pytest.raises(DataError, match=r"no tar holds a usable image sample; the first: .*0\.tar:000000000: no image"):
+        index_tars(tmp_path / "set", "image", ["lion"], **BREEDS, on_error="skip", overwrite=True)
+
+
+def test_what_decides_the_samples_is_in_the_fingerprint(laion: Path, tmp_path: Path) -> None:
+    one = index_tars(laion, "image", ["manx", "tabby"], out=tmp_path / "1", **BREEDS)
+    two = index_tars(laion, "image", ["manx", "tabby"], out=tmp_path / "2", **BREEDS)
+    other = index_tars(laion, "image", ["tabby", "manx"], out=tmp_path / "3", **BREEDS)
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+    tree = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    tree["foreign"]["members"]["jpg"] = "png"
+    with pytest.raises(DataError, match="fingerprint does not fit"):
+        parse_manifest(json.dumps(tree).encode(), "x")
+    tree = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    del tree["shards"][0]["index_size"]
+    with pytest.raises(DataError, match="index_size"):
+        parse_manifest(json.dumps(tree).encode(), "x")
+
+
+# Hostile tars.
+
+Hostile = Callable[[tarfile.TarFile], None]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data), kind, link
+    tar.addfile(info, io.BytesIO(data))
+
+
+def declared(tar: tarfile.TarFile, size: int) -> None:
+    info = tarfile.TarInfo("2.jpg")
+    info.size = size
+    assert tar.fileobj is not None
+    tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+    tar.offset += 512
+
+
+def sparse(tar: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo("2.jpg")
+    info.size = 4
+    info.pax_headers = {"GNU.sparse.map": "0,4", "GNU.sparse.size": str(10 << 30)}
+    tar.addfile(info, io.BytesIO(b"abcd"))
+
+
+def pax_size(tar: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo("2.jpg")
+    info.pax_headers = {"size": str(10 << 30)}
+    tar.addfile(info)
+
+
+def chained(tar: tarfile.TarFile) -> None:
+    for _ in range(5000):
+        add(tar, "x", b"11 path=ab\n", tarfile.XHDTYPE)
+
+
+def twice_apart(tar: tarfile.TarFile) -> None:
+    for key in ("2", "3", "2"):
+        add(tar, f"{key}.jpg", picture(1))
+        add(tar, f"{key}.cls", b"0")
+
+
+def big_header(tar: tarfile.TarFile) -> None:
+    add(tar, "x", bytes(2 << 20), tarfile.XHDTYPE)
+
+
+def global_header(tar: tarfile.TarFile) -> None:
+    add(tar, "x", b"16 path=all.jpg\n", tarfile.XGLTYPE)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (lambda tar: add(tar, "/etc/2.jpg"), "'/etc/2.jpg': expected a relative path"),
+        (lambda tar: add(tar, "a/../../2.jpg"), "relative path that stays inside"),
+        (lambda tar: add(tar, "2\n.jpg"), "relative path"),
+        (lambda tar: add(tar, "2.jpg", b"", tarfile.SYMTYPE, "/etc/passwd"), "is a link"),
+        (lambda tar: add(tar, "2.jpg", b"", tarfile.LNKTYPE, "1.jpg"), "is a link"),
+        (lambda tar: add(tar, "2.jpg", b"", tarfile.CHRTYPE), "is a special or sparse file"),
+        (lambda tar: add(tar, "2.jpg", b"", tarfile.FIFOTYPE), "is a special or sparse file"),
+        (lambda tar: declared(tar, 10 << 30), "declares 10737418240 bytes, .* follow"),
+        (pax_size, "declares 10737418240 bytes|not a readable tar"),
+        (sparse, "is a special or sparse file"),
+        (lambda tar: (add(tar, "2.jpg"), add(tar, "2.jpg")), "member '2.jpg' occurs twice"),
+        (lambda tar: (add(tar, "2.jpg"), add(tar, "2.JPG")), "member '2.JPG' occurs twice"),
+        (twice_apart, "key '2' occurs twice"),
+        (lambda tar: add(tar, "README"), r"'README': expected KEY\.EXTENSION"),
+        (lambda tar: add(tar, ".hidden"), r"'\.hidden': expected KEY\.EXTENSION"),
+        (big_header, "2097152 bytes of extended header"),
+        (global_header, "global pax header"),
+        (chained, "not a readable tar"),
+    ],
+    ids=[
+        "absolute", "parent", "newline", "symlink", "link", "device", "fifo", "10GB", "10GB-pax", "sparse", "twice",
+        "twice-by-case", "key-twice", "no-extension", "no-key", "big-header", "global-header", "chain",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_hostile_tars_are_refused_whole(tmp_path: Path, hostile: Hostile, message: str, policy: Any) -> None:
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "1.jpg", picture(1))
+        add(tar, "1.cls", b"0")
+        hostile(tar)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=message) as caught:
+        index_tars(tmp_path / "set", "image", ["a"], on_error=policy)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+    assert "\n" not in str(caught.value)
+    assert "0.tar" in str(caught.value)
+    assert [item.name for item in tmp_path.rglob("*")] == ["set", "0.tar"]
+
+
+@pytest.mark.parametrize("damage", ["gzip", "garbage", "empty", "header", "cut", "joined"])
+def test_damaged_tars_are_refused(tmp_path: Path, damage: str) -> None:
+    import gzip
+
+    path = write_tar(tmp_path / "set" / "0.tar", img2dataset(0))
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    if damage == "gzip":
+        path.write_bytes(gzip.compress(data))
+    elif damage == "garbage":
+        path.write_bytes(b"no tar" * 1000)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "header":
+        path.write_bytes(data[: last.offset] + b"?" * 512 + data[last.offset + 512 :])
+    elif damage == "cut":
+        path.write_bytes(data[: last.offset_data + 2])
+    else:
+        path.write_bytes(data * 2)
+    with pytest.raises(DataError, match=r"0\.tar: (not a readable tar|no tar header at byte|member .* declares)"):
+        index_tars(tmp_path / "set", "image", ["manx", "tabby"], **BREEDS)
+
+
+def test_folders_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+    """As written by ``tar cf``."""
+    (tmp_path / "raw" / "sub").mkdir(parents=True)
+    for key in ("a", "b"):
+        (tmp_path / "raw" / "sub" / f"{key}.jpg").write_bytes(picture(1))
+        (tmp_path / "raw" / "sub" / f"{key}.cls").write_text("0")
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(tmp_path / "raw", arcname=".")
+    manifest = index_tars(tmp_path / "set", "image", ["x"])
+    assert manifest.samples == 2
+    assert verify(tmp_path / "set").ok
+
+
+def test_long_names(tmp_path: Path) -> None:
+    key = "k" * 300
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        folder = tmp_path / str(format)
+        write_tar(folder / "0.tar", [(f"{key}.jpg", picture(1)), (f"{key}.cls", b"0")] * 1, format)
+        index_tars(folder, "image", ["x"])
+        assert verify(folder).ok
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ('{"annotations": [{"bbox": [1, 2, NaN, 4], "class": 0}]}', "annotations are damaged"),
+        ('{"annotations": [{"bbox": [1, 2, 3], "class": 0}]}', "annotations are damaged"),
+        ('{"annotations": [{"bbox": [1, 2, 3, 4], "class": 9}]}', "class 9 of 1"),
+        ('{"annotations": [{"bbox": [1, 2, 3, 4], "class": "x"}]}', "annotations are damaged"),
+        ('{"annotations": [{"bbox": [1, 2, 3, 4], "class": 0, "segmentation": [[1, 2]]}]}', "annotations are damaged"),
+        ('{"annotations": [3]}', "expected JSON"),
+        ('{"annotations": 3}', "expected JSON"),
+        ("{}", "expected JSON"),
+        ("[]", "not a JSON object"),
+        ("{", "not readable JSON"),
+    ],
+)
+def test_annotations_of_the_wrong_shape(tmp_path: Path, annotations: str, message: str) -> None:
+    write_tar(tmp_path / "set" / "0.tar", [("1.jpg", picture(1)), ("1.json", annotations.encode())])
+    with pytest.raises(DataError, match=rf"0\.tar:1: .*{message}"):
+        index_tars(tmp_path / "set", "detection", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(label_map(7), "class id 7 of 2"), (label_map(1, (40, 31)), r"label map of \(31, 40\)"), (b"x", "broken image")],
+)
+def test_label_maps_that_do_not_fit(tmp_path: Path, labels: bytes, message: str) -> None:
+    write_tar(tmp_path / "set" / "0.tar", [("1.jpg", picture(1)), ("1.png", labels)])
+    with pytest.raises(DataError, match=message):
+        index_tars(tmp_path / "set", "semantic", ["a", "b"])
+
+
+@pytest.mark.parametrize("label", [b"2", b"-1", b"", b"\xff\xfe", b"1.0", b"9" * 5000])
+def test_labels_that_are_no_class(tmp_path: Path, label: bytes) -> None:
+    write_tar(tmp_path / "set" / "0.tar", [("1.jpg", picture(1)), ("1.cls", label)])
+    with pytest.raises(DataError, match=r"label .* is none of the 2 classes; see --classes"):
+        index_tars(tmp_path / "set", "image", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "message"),
+    [
+        ("image", {"pixels": ["jpg"]}, "an image sample has image and label|a image sample has image and label"),
+        ("image", {"image": [""]}, "expected names of members"),
+        ("image", {"image": ["json:x"]}, "expected names of members"),
+        ("image", {"label": ["json:"]}, "expected names of members"),
+        ("image", {"label": ["jpg"]}, r"\.jpg cannot be both image and label"),
+        ("semantic", {"image": ["png"]}, r"\.png cannot be both"),
+    ],
+)
+def test_members_that_mean_nothing(laion: Path, kind: Any, members: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        index_tars(laion, kind, ["a"], members=members)
+
+
+def test_two_members_for_one_role_are_not_guessed(tmp_path: Path) -> None:
+    members = [("1.jpg", picture(1)), ("1.png", picture(2, "PNG")), ("1.cls", b"0")]
+    write_tar(tmp_path / "set" / "0.tar", members)
+    with pytest.raises(DataError, match=r"both \.jpg and \.png; say which with --member image="):
+        index_tars(tmp_path / "set", "image", ["a"])
+    manifest = index_tars(tmp_path / "set", "image", ["a"], members={"image": ["png"]})
+    assert ShardReader(tmp_path / "set", manifest).read(0).members["png"] == picture(2, "PNG")
+
+
+def test_what_is_there_is_not_replaced_unasked(laion: Path, packed: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a packed data set, which needs no index"):
+        index_tars(packed["video"], "video", ["a"], overwrite=True)
+    (laion / "00000.idx").write_text("of another tool")
+    with pytest.raises(ConfigError, match=r"holds \.idx files of something else"):
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    (laion / "00000.idx").unlink()
+    index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    with pytest.raises(ConfigError, match="is indexed already"):
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    index_tars(laion, "image", ["tabby", "manx"], **BREEDS, overwrite=True)
+    assert read_manifest(laion).classes == ["tabby", "manx"]
+    with pytest.raises(DataError, match=r"nowhere: no such folder"):
+        index_tars(tmp_path / "nowhere", "image", ["a"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"no \.tar files"):
+        index_tars(tmp_path / "none", "image", ["a"])
+    write_tar(tmp_path / "none" / "a b.tar", img2dataset(0))
+    with pytest.raises(DataError, match="rename the tar"):
+        index_tars(tmp_path / "none", "image", ["a"])
+
+
+@pytest.mark.parametrize("place", ["tar", "index"])
+def test_changes_after_indexing_are_found(laion: Path, place: str) -> None:
+    index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    path = laion / ("00001.tar" if place == "tar" else "00001.idx")
+    data = bytearray(path.read_bytes())
+    data[-600 if place == "tar" else -3] ^= 1
+    path.write_bytes(data)
+    assert [line.split(":")[0] for line in verify(laion).bad_files] == [str(path)]
+
+
+def test_an_index_that_lies(laion: Path) -> None:
+    index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    path = laion / "00000.idx"
+    whole = path.read_bytes()
+    for place, value, message in (
+        (0, 1 << 60, "index gives bytes"),
+        (0, 7, "not a readable tar"),
+        (7, 1 << 50, "metadata"),
+    ):
+        numbers = bytearray(whole)
+        numbers[8 * place : 8 * place + 8] = value.to_bytes(8, "little")
+        path.write_bytes(numbers)
+        reader = ShardReader(laion, read_manifest(laion))
+        with pytest.raises(DataError, match=message):
+            reader.read(0)
+
+
+def test_scanning_holds_no_list_of_members(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s" / "0.tar", [(f"{n}.txt", b"") for n in range(2000)], tarfile.GNU_FORMAT)
+    groups = list(scan_tar(path, "x"))
+    assert len(groups) == 2000
+    assert groups[1999].end == 512 * 2000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foreign, "MAX_SAMPLES", 1999)
+        with pytest.raises(DataError, match="more than 1999 samples; split the tar"):
+            list(scan_tar(path, "x"))
+
+
+def test_the_command(laion: Path, tmp_path: Path) -> None:
+    from vitgraft.launch.shards_cli import shards
+
+    run = CliRunner()
+    base = ["index", str(laion), "--kind", "image", "--classes", "manx,tabby", "--member", "label=json:breed"]
+    done = run.invoke(shards, [*base, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "9 samples in 3 tars indexed, 0 left out" in done.output
+    assert run.invoke(shards, ["verify", str(tmp_path / "out")]).exit_code == 0
+    wrong = run.invoke(shards, [*base, "--member", "label"])
+    assert isinstance(wrong.exception, ConfigError)
+    help_text = run.invoke(shards, ["index", "--help"]).output
+    assert "vitgraft shards index" in help_text
+
+
+def test_the_same_pixels_as_packed(laion: Path, configure: Configure) -> None:
+    """The way through the index changes nothing about a picture."""
+    index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    dataset = PackedDataset(laion, configure(laion, image_size=[30, 40]), "image", train=False)
+    found = dataset.eval_batch([1]).batch.images[0]
+    expected = torch.tensor((10 / 255 - 0.485) / 0.229)
+    assert torch.allclose(found[0], expected.expand(30, 40), atol=0.01)
+    assert hashlib.sha256((laion / "00000.tar").read_bytes()).hexdigest() == dataset.manifest.shards[0].sha256
