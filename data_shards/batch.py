@@ -18,6 +18,14 @@ class Entry(NamedTuple):
     repetition: int
 
 
+class Skipped(NamedTuple):
+    """An entry that was left out because its sample cannot be read. ``key``: the sample's; ``reason``: one line."""
+
+    entry: Entry
+    key: str
+    reason: str
+
+
 @dataclass
 class Truth:
     """Ground truth of one sample in the coordinates of its own image, for evaluation and pictures.
@@ -36,9 +44,11 @@ class Batch:
     """One rank's share of a micro-step.
 
     ``images``: (B, 3, H, W) or clips (B, 3, T, H, W), float32, normalised, zero beyond the valid part. ``sizes``: (B,
-    2) int64, valid height and width of each. ``weights``: (B,) float32; 0 for a filler. ``targets``: detection: a list
-    of {boxes (N, 4) float32 xyxy, labels (N,) int64, masks (N, H, W) uint8}; semantic: (B, H, W) int64 with 255
-    ignored; video: (B,) int64. ``truths``: in evaluation only.
+    2) int64, valid height and width of each. ``weights``: (B,) float32; 0 for a filler and for the ``skipped`` entries.
+    ``targets``: detection: a list of {boxes (N, 4) float32 xyxy, labels (N,) int64, masks (N, H, W) uint8}; semantic:
+    (B, H, W) int64 with 255 ignored; video and image: (B,) int64, or with mixup or cutmix (B, K) float32. ``truths``:
+    in evaluation only. Evaluation by V views: ``images`` and ``sizes`` have B x V rows, all views of the first video,
+    then all of the second, and so on.
     """
 
     images: Tensor
@@ -47,6 +57,7 @@ class Batch:
     targets: Any
     entries: list[Entry] = field(default_factory=list)
     truths: list[Truth] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
     def _map(self, function: Any) -> Batch:
         targets = self.targets
@@ -55,7 +66,13 @@ class Batch:
         elif targets is not None:
             targets = [{key: function(value) for key, value in target.items()} for target in targets]
         return Batch(
-            function(self.images), function(self.sizes), function(self.weights), targets, self.entries, self.truths
+            function(self.images),
+            function(self.sizes),
+            function(self.weights),
+            targets,
+            self.entries,
+            self.truths,
+            self.skipped,
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.hashing import seed_of
-from vitgraft.configs.schema.data import DataConfig
-from vitgraft.data_shards.batch import Batch, Entry, Truth
+from vitgraft.configs.schema.data import DataConfig, SourceConfig, ViewsConfig
+from vitgraft.data_shards.batch import Batch, Entry, Skipped, Truth
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -26,12 +26,27 @@ from vitgraft.data_shards.decode import (
     decode_masks,
     probe_video,
     sample_frames,
+    shown,
+    stated_size,
 )
-from vitgraft.data_shards.manifest import IGNORE, Kind, read_manifest
-from vitgraft.data_shards.plan import EpochPlan, MicroBatch
-from vitgraft.data_shards.sources import resolve_source
+from vitgraft.data_shards.geometry import Sample
+from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind, read_manifest
+from vitgraft.data_shards.mixing import partner_of
+from vitgraft.data_shards.mixture import (
+    MixtureReader,
+    Part,
+    check_mixture,
+    mixture_entries,
+    mixture_fingerprint,
+    plan_epoch,
+)
+from vitgraft.data_shards.plan import MicroBatch, Plan
+from vitgraft.data_shards.prefetch import check_room
+from vitgraft.data_shards.remote import UnreachableError
+from vitgraft.data_shards.sources import open_cache, resolve_source
 from vitgraft.data_shards.stream import RawSample, ShardReader
-from vitgraft.data_shards.transforms import Prepared, Sample, Transforms, seeded
+from vitgraft.data_shards.transforms import Prepared, Transforms, seeded
+from vitgraft.data_shards.views import clips_of, crops_of
 
 
 @dataclass
@@ -43,76 +58,175 @@ class EvalItem:
 
 
 class PackedDataset:
-    """A packed data set that makes whole batches.
+    """A packed data set, or a mixture of several, that makes whole batches.
+
+    ``manifest``: of the data set; of a mixture's first, with whose kind and classes all others agree.
 
     Args:
-        source: the folder, or ``digits:KIND/SPLIT``.
+        source: the folder, a URL, ``digits:KIND/SPLIT``, or the sources of a mixture (the recipe's ``data.train``).
         config: the recipe's data section.
         kind: what the model's head needs; another kind of data set is refused.
         seed: the run's seed, from which all augmentation comes.
         train: training transforms and targets; otherwise evaluation's, with truths.
+        views: of each video in evaluation; ``None``: one, which is resized to fit the canvas.
 
     Raises:
         DataError: missing or damaged data set.
-        ConfigError: a data set of another kind.
+        ConfigError: a data set of another kind, or data sets that cannot be mixed.
     """
 
-    def __init__(self, source: Path | str, config: DataConfig, kind: Kind, seed: int = 0, train: bool = True) -> None:
-        folder = resolve_source(str(source))
-        self.manifest = read_manifest(folder)
-        if self.manifest.kind != kind:
-            raise ConfigError(
-                f"{folder}: holds {self.manifest.kind} data, the model's head needs {kind}; change data.*.path or head"
-            )
-        self.folder, self.config, self.kind, self.seed, self.train = folder, config, kind, seed, train
-        self.reader = ShardReader(folder, self.manifest)
-        self.transforms = Transforms(config)
+    def __init__(
+        self,
+        source: Path | str | Sequence[SourceConfig],
+        config: DataConfig,
+        kind: Kind,
+        seed: int = 0,
+        train: bool = True,
+        views: ViewsConfig | None = None,
+    ) -> None:
+        if isinstance(source, Path | str):
+            sources = [(str(source), config.train[0].visits)]
+        else:
+            sources = [(part.path, part.visits) for part in source]
+        folders = [resolve_source(path) for path, _ in sources]
+        manifests = [read_manifest(folder) for folder in folders]
+        for folder, manifest in zip(folders, manifests, strict=True):
+            if manifest.kind != kind:
+                raise ConfigError(
+                    f"{folder}: holds {manifest.kind} data, the model's head needs {kind}; change data.*.path or head"
+                )
+        self.config, self.kind, self.seed, self.train, self.views = config, kind, seed, train, views
+        self.parts = [
+            Part(manifest.fingerprint, manifest.shard_sizes, visits)
+            for manifest, (_, visits) in zip(manifests, sources, strict=True)
+        ]
+        if train:
+            check_mixture([path for path, _ in sources], manifests, [visits for _, visits in sources])
+        cache = open_cache(config.cache)
+        self.readers = [ShardReader(*pair, cache) for pair in zip(folders, manifests, strict=True)]
+        if train:
+            check_room(self.readers)
+        self._open()
+
+    def _open(self) -> None:
+        self.folder, self.manifest = self.readers[0].folder, self.readers[0].manifest
+        self.reader = self.readers[0] if len(self.readers) == 1 else MixtureReader(self.readers)
+        # The transforms hold closures, so they are not pickled but made again from the recipe.
+        self.transforms = Transforms(self.config)
+        self._plan: Plan | None = None
 
     def __len__(self) -> int:
-        return self.manifest.samples
+        return len(self.reader)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        # The transforms hold closures; they are made again from the recipe.
-        return self.reader, self.config, self.kind, self.seed, self.train
+        return self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.reader, self.config, self.kind, self.seed, self.train = state
-        self.folder, self.manifest = self.reader.folder, self.reader.manifest
-        self.transforms = Transforms(self.config)
+        self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views = state
+        self._open()
 
-    def plan(self, epoch: int) -> EpochPlan:
+    @property
+    def fingerprint(self) -> str:
+        """What decides the samples and their numbers, together over all sources."""
+        return mixture_fingerprint([reader.manifest.fingerprint for reader in self.readers])
+
+    def plan(self, epoch: int) -> Plan:
         """The order of one epoch of training."""
-        manifest, repeats = self.manifest, self.config.train.repeats
-        return EpochPlan(manifest.fingerprint, manifest.shard_sizes, self.seed, epoch, repeats)
+        return plan_epoch(self.parts, self.seed, epoch)
 
     @property
     def epoch_size(self) -> int:
         """Entries of an epoch."""
-        return len(self) * self.config.train.repeats
+        return mixture_entries(self.parts)
 
     def train_batch(self, entries: Sequence[Entry]) -> Batch:
         """The batch of these entries; a zero-weight filler where there are none.
 
         Raises:
-            DataError: a sample cannot be read.
+            DataError: a sample cannot be read and ``data.on_error`` says stop, or it cannot be fetched.
         """
         if not entries:
             return self.filler()
-        placed, sizes = [], []
+        placed, sizes, weights = [], [], []
+        skipped: list[Skipped] = []
+        made: dict[Entry, Sample] = {}
         for entry in entries:
-            # Everything random comes from the entry, so neither workers nor restarts can change it.
-            with seeded(seed_of("augment", self.seed, entry.epoch, entry.sample, entry.repetition)):
-                raw = self.reader.read(entry.sample)
-                sample = self.transforms.train(self._load(raw, self._metadata(raw)))
-            placed.append(self.transforms.place(sample))
-            sizes.append(sample.size)
+            try:
+                sample, size = self._finished(entry, made)
+                weights.append(1.0)
+            except UnreachableError:
+                raise
+            except DataError as error:
+                if self.config.on_error == "stop":
+                    raise
+                skipped.append(Skipped(entry, self.reader.key(entry.sample), str(error)))
+                sample, size = self._nothing(), self.transforms.canvas
+                weights.append(0.0)
+            placed.append(sample)
+            sizes.append(size)
         targets = self._targets(placed)
         images = torch.stack([sample.image for sample in placed])
-        weights = torch.ones(len(placed))
-        return Batch(images, torch.tensor(sizes), weights, targets, list(entries))
+        return Batch(images, torch.tensor(sizes), torch.tensor(weights), targets, list(entries), skipped=skipped)
+
+    def _finished(self, entry: Entry, made: dict[Entry, Sample]) -> tuple[Sample, tuple[int, int]]:
+        """An entry on the canvas, mixed with its partner where the recipe says so, and its valid size.
+
+        Args:
+            made: the batch's samples so far, before they met their partners.
+        """
+        sample = self._augmented(entry, made)
+        if self.transforms.pastes:
+            with seeded(self._seed("paste", entry)):
+                sample = self.transforms.paste(sample, self._mate(entry, made))
+        placed = self.transforms.place(sample)
+        if not self.transforms.mixes:
+            return placed, sample.size
+
+        def partner() -> Sample:
+            return self.transforms.place(self._mate(entry, made))
+
+        with seeded(self._seed("mix", entry)):
+            placed = self.transforms.mix(placed, partner, len(self.manifest.classes))
+        # Of two images on the canvas neither's own size is that of the mixture.
+        return placed, self.transforms.canvas
+
+    def _augmented(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
+        """An entry by itself, before it meets a partner; still uint8."""
+        if entry not in made:
+            # Everything random comes from the entry, so neither workers nor restarts can change it.
+            with seeded(self._seed("augment", entry)):
+                raw = self.reader.read(entry.sample)
+                made[entry] = self.transforms.train(self._load(raw, self._metadata(raw)))
+        return made[entry]
+
+    def _mate(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
+        """The partner of an entry, by itself."""
+        try:
+            return self._augmented(self._partner(entry), made)
+        except UnreachableError:
+            raise
+        except DataError:
+            if self.config.on_error == "stop":
+                raise
+            # The partner's own entry is the one that is skipped. Mixed with itself a sample stays what it is.
+            return self._augmented(entry, made)
+
+    def _seed(self, purpose: str, entry: Entry) -> int:
+        return seed_of(purpose, self.seed, entry.epoch, entry.sample, entry.repetition)
+
+    def _partner(self, entry: Entry) -> Entry:
+        if self._plan is None or self._plan.epoch != entry.epoch:
+            self._plan = self.plan(entry.epoch)
+        return partner_of(entry.position, self._plan)
 
     def filler(self) -> Batch:
         """One image (or clip) of zeros at weight zero, with empty targets, for a rank without entries."""
+        sample = self._nothing()
+        sizes = torch.tensor([self.transforms.canvas])
+        return Batch(sample.image[None], sizes, torch.zeros(1), self._targets([sample]))
+
+    def _nothing(self) -> Sample:
+        """Zeros with empty targets on the canvas, to be given weight zero."""
         height, width = self.transforms.canvas
         sample = Sample(self._blank())
         if self.kind == "detection":
@@ -122,30 +236,38 @@ class PackedDataset:
             sample.label_map = torch.full((height, width), IGNORE)
         else:
             sample.labels = torch.zeros((), dtype=torch.int64)
-        sizes = torch.tensor([[height, width]])
-        return Batch(sample.image[None], sizes, torch.zeros(1), self._targets([sample]))
+            if self.transforms.mixes:
+                sample.labels = torch.zeros(len(self.manifest.classes))
+        return sample
 
     def eval_batch(self, samples: Sequence[int]) -> EvalItem:
         """The batch of these samples with truths and without targets.
 
         A sample that cannot be read keeps its place: zero image, weight 0, and its truth where the label can be read
-        (``value`` is ``None`` where not).
+        (``value`` is ``None`` where not). With views, ``images`` and ``sizes`` hold all those of the first video, then
+        all of the second, and so on; ``weights`` and ``truths`` one for each video.
         """
-        images, sizes, weights, truths = [], [], [], []
+        images: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        weights, truths = [], []
+        unread = [Prepared(self._blank(), self.transforms.canvas, (1.0, 1.0))] * (self.views.count if self.views else 1)
         errors: list[tuple[int, str]] = []
         for number in samples:
             truth = Truth(self.reader.key(number), self.transforms.canvas, None)
-            prepared: Prepared | None = None
+            prepared = unread
             try:
                 raw = self.reader.read(number)
                 metadata = self._metadata(raw)
                 truth = self._truth(raw, metadata)
-                prepared = self.transforms.prepare(self._pixels(raw, metadata))
+                prepared = self._prepared(raw, metadata)
+            except UnreachableError:
+                # No fault of the sample: a figure without it would be wrong.
+                raise
             except DataError as error:
                 errors.append((number, str(error)))
-            images.append(self._blank() if prepared is None else prepared.canvas)
-            sizes.append(self.transforms.canvas if prepared is None else prepared.size)
-            weights.append(0.0 if prepared is None else 1.0)
+            images += [view.canvas for view in prepared]
+            sizes += [view.size for view in prepared]
+            weights.append(0.0 if prepared is unread else 1.0)
             truths.append(truth)
         batch = Batch(torch.stack(images), torch.tensor(sizes), torch.tensor(weights), None, [], truths)
         return EvalItem(batch, errors)
@@ -162,20 +284,33 @@ class PackedDataset:
     def _metadata(self, raw: RawSample) -> dict[str, Any]:
         metadata = decode_json(raw.first(("json",)), raw.where)
         label, classes = metadata.get("label"), len(self.manifest.classes)
-        if self.kind == "video" and not (isinstance(label, int) and 0 <= label < classes):
+        if self.kind in CLASSED and not (isinstance(label, int) and 0 <= label < classes):
             raise DataError(f"{raw.where}: label {label!r} is not one of the {classes} classes; pack again")
         return metadata
 
     def _pixels(self, raw: RawSample, metadata: dict[str, Any]) -> Tensor:
         """The stored image (3, H, W), or the clip (T, 3, H, W) with frames drawn as training or evaluation does."""
-        where = f"{raw.where} ({metadata.get('file_name')})"
+        where = f"{raw.where} ({shown(metadata.get('file_name'))})"
         if self.kind == "video":
-            frames = metadata.get("frames")
-            if not isinstance(frames, int) or frames < 1:
-                raise DataError(f"{where}: {frames!r} frames; pack again")
-            indices = sample_frames(frames, self.config.clip, self.train)
-            return decode_frames(raw.first(VIDEO_EXTENSIONS), indices, where)
+            indices = sample_frames(_frame_count(metadata, where), self.config.clip, self.train)
+            return decode_frames(raw.first(VIDEO_EXTENSIONS), indices, where, self.config.clip.decoder)
         return decode_image(raw.first(IMAGE_EXTENSIONS), where)
+
+    def _prepared(self, raw: RawSample, metadata: dict[str, Any]) -> list[Prepared]:
+        """The views of a sample: one of an image; of a video, clip by clip, the crops of each."""
+        if self.views is None:
+            return [self.transforms.prepare(self._pixels(raw, metadata))]
+        where = f"{raw.where} ({shown(metadata.get('file_name'))})"
+        clips = clips_of(_frame_count(metadata, where), self.config.clip, self.views.clips)
+        # Clips overlap: each frame is decoded once.
+        wanted = sorted({index for clip in clips for index in clip})
+        frames = decode_frames(raw.first(VIDEO_EXTENSIONS), wanted, where, self.config.clip.decoder)
+        place = {index: number for number, index in enumerate(wanted)}
+        return [
+            view
+            for clip in clips
+            for view in crops_of(frames[[place[index] for index in clip]], self.transforms, self.views.crops)
+        ]
 
     def _label_map(self, raw: RawSample) -> Tensor:
         label = decode_label(raw.first(("label.png",)), raw.where)
@@ -187,7 +322,7 @@ class PackedDataset:
     def _load(self, raw: RawSample, metadata: dict[str, Any]) -> Sample:
         """Decoded for training. Crowd regions are no training targets."""
         sample = Sample(self._pixels(raw, metadata))
-        if self.kind == "video":
+        if self.kind in CLASSED:
             sample.labels = torch.tensor(metadata["label"])
         elif self.kind == "semantic":
             sample.label_map = self._label_map(raw)
@@ -208,11 +343,8 @@ class PackedDataset:
         if self.kind == "semantic":
             label = self._label_map(raw).numpy()
             return Truth(raw.key, (label.shape[0], label.shape[1]), np.ascontiguousarray(label))
-        try:
-            size = int(metadata["height"]), int(metadata["width"])
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{raw.where}: metadata lacks height and width; pack again") from None
-        if self.kind == "video":
+        size = stated_size(metadata, raw.where)
+        if self.kind in CLASSED:
             return Truth(raw.key, size, metadata["label"])
         return Truth(raw.key, size, check_annotations(metadata, len(self.manifest.classes), raw.where))
 
@@ -221,6 +353,13 @@ class PackedDataset:
             return [{"boxes": s.boxes, "labels": s.labels, "masks": s.masks} for s in placed]
         attribute = "label_map" if self.kind == "semantic" else "labels"
         return torch.stack([getattr(sample, attribute) for sample in placed])
+
+
+def _frame_count(metadata: dict[str, Any], where: str) -> int:
+    frames = metadata.get("frames")
+    if not isinstance(frames, int) or frames < 1:
+        raise DataError(f"{where}: {frames!r} frames; pack again")
+    return frames
 
 
 def load_image(path: Path | str) -> Tensor:
@@ -246,4 +385,4 @@ def prepare_clip(path: Path | str, config: DataConfig) -> Prepared:
     path = Path(path)
     frames = probe_video(path, str(path))["frames"]
     indices = sample_frames(frames, config.clip, train=False)
-    return Transforms(config).prepare(decode_frames(path, indices, str(path)))
+    return Transforms(config).prepare(decode_frames(path, indices, str(path), config.clip.decoder))

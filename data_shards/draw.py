@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
@@ -24,9 +25,9 @@ from vitgraft.data_shards.decode import (
     decode_masks,
     sample_frames,
 )
+from vitgraft.data_shards.geometry import Sample, resize
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.stream import RawSample
-from vitgraft.data_shards.transforms import Sample, resize
 
 Colour = tuple[int, int, int]
 
@@ -102,7 +103,7 @@ def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
     if manifest.kind == "video":
         indices = sample_frames(int(metadata["frames"]), _STRIP, train=False)
         frames = decode_frames(raw.first(VIDEO_EXTENSIONS), indices, raw.where)
-        picture = draw_clip(frames, manifest.classes[metadata["label"]])
+        picture = draw_clip(frames, _class_name(raw, metadata, manifest))
     else:
         sample = Sample(decode_image(raw.first(IMAGE_EXTENSIONS), raw.where))
         if manifest.kind == "semantic":
@@ -110,10 +111,19 @@ def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
             sample = _enlarged(sample)
             assert sample.label_map is not None
             picture = draw_label_map(sample.image, sample.label_map, manifest.classes)
+        elif manifest.kind == "image":
+            picture = draw_clip(_enlarged(sample).image[None], _class_name(raw, metadata, manifest))
         else:
             picture = _draw_annotations(sample, raw, metadata, manifest)
     drawn: Image.Image = F.to_pil_image(picture)
     return drawn
+
+
+def _class_name(raw: RawSample, metadata: dict[str, Any], manifest: Manifest) -> str:
+    label = metadata.get("label")
+    if not isinstance(label, int) or not 0 <= label < len(manifest.classes):
+        raise DataError(f"{raw.where}: label {label!r} of {len(manifest.classes)} classes; pack again")
+    return manifest.classes[label]
 
 
 def _draw_annotations(sample: Sample, raw: RawSample, metadata: dict[str, Any], manifest: Manifest) -> Tensor:

@@ -29,6 +29,7 @@ from vitgraft.configs.errors import DataError, TrainingError, VitgraftError
 from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import EvalItem, PackedDataset
 from vitgraft.data_shards.plan import MicroBatch
+from vitgraft.data_shards.prefetch import Prefetcher
 
 MAX_REPLACEMENTS = 3
 """How often the pool is replaced for one and the same batch before giving up."""
@@ -188,11 +189,12 @@ def train_batches(dataset: PackedDataset, micro_batches: Iterable[MicroBatch]) -
     The generator's ``close()`` ends its processes.
 
     Raises:
-        DataError: a sample cannot be read; names shard and sample.
+        DataError: a sample cannot be read and the recipe does not let it be skipped; names shard and sample.
         TrainingError: loader processes keep dying.
     """
-    for index, result in Window(dataset).run(micro_batches):
-        yield cast(MicroBatch, index), _pinned(cast(Batch, result))
+    with Prefetcher(dataset.readers, dataset.plan) as ahead:
+        for index, result in Window(dataset).run(ahead.watch(micro_batches)):
+            yield cast(MicroBatch, index), _pinned(cast(Batch, result))
 
 
 def eval_batches(

@@ -2,15 +2,17 @@
 
 An epoch is a list of entries (sample, repetition). It is never held in memory: shards are permuted and grouped into
 blocks of some sixteen, and a block is shuffled when a position inside it is asked for. So opening costs O(shards), any
-position can be reached at once, and a stretch of the epoch touches few files.
+position can be reached at once, and a stretch of the epoch touches few files. mixture.py: several data sets in one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from vitgraft.configs.schema.recipe import possible_worlds
 from vitgraft.data_shards.batch import Entry
 
 SHARDS_PER_BLOCK = 16
-_CACHED_BLOCKS = 2
+_CACHED_PASSES = 2
 
 Integers = npt.NDArray[np.int64]
 
@@ -45,18 +47,40 @@ def permutation(key: int, length: int) -> Integers:
     return np.argsort(hashes, kind="stable").astype(np.int64)
 
 
+class Plan(Protocol):
+    """The entries of one epoch, by position: what cutting into batches needs of an order."""
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch this is."""
+
+    def __len__(self) -> int: ...
+
+    def entries(self, start: int, stop: int) -> list[Entry]:
+        """The entries at positions start..stop-1 (IndexError when any lies outside)."""
+
+
+def epoch_entries(samples: int, repeats: Fraction | int) -> int:
+    """Entries of an epoch over so many samples: samples times repeats, halves rounded up."""
+    return math.floor(samples * repeats + Fraction(1, 2))
+
+
 class EpochPlan:
-    """The entries of one epoch, by position.
+    """The entries of one epoch over one data set, by position.
 
     Each (sample, repetition) has exactly one position. All repetitions of a sample lie in one block, one in each pass
-    over it, so that they are spread and their shard is opened once.
+    over it, so that they are spread and their shard is opened once. Where ``repeats`` is no whole number, a block's
+    last pass ends early, after its share of the samples: a subset that the shuffling draws anew in every epoch.
 
     Args:
         fingerprint: of the packed data set.
         shard_sizes: samples of each shard.
         seed, epoch: decide the order together with the fingerprint.
-        repeats: visits of each sample in an epoch.
+        repeats: visits of each sample in an epoch; 5/2: two visits of each, a third of half of them.
         shuffle: false: samples in the order of packing.
+
+    Raises:
+        ConfigError: ``repeats`` is not positive.
     """
 
     def __init__(
@@ -65,11 +89,11 @@ class EpochPlan:
         shard_sizes: Sequence[int],
         seed: int,
         epoch: int,
-        repeats: int = 1,
+        repeats: Fraction | int = 1,
         shuffle: bool = True,
     ) -> None:
-        if repeats < 1:
-            raise ConfigError(f"data.train.repeats is {repeats}; give at least 1")
+        if repeats <= 0:
+            raise ConfigError(f"data.train: {repeats} visits of each sample in an epoch; give more than 0")
         self.epoch, self.repeats, self.shuffle = epoch, repeats, shuffle
         self._identity = (fingerprint, seed, epoch)
         sizes = np.asarray(shard_sizes, dtype=np.int64)
@@ -79,12 +103,22 @@ class EpochPlan:
         order = permutation(seed_of("shards", *self._identity), count) if shuffle else np.arange(count, dtype=np.int64)
         # Equal blocks: a short last one would be shuffled less than the others.
         self._blocks = np.array_split(order, max(1, -(-count // SHARDS_PER_BLOCK)))
-        lengths = [int(sizes[block].sum()) * repeats for block in self._blocks]
-        self._ends: Integers = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        self._cache: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
+        samples, passes = int(self._starts[-1]), math.floor(repeats)
+        extra = epoch_entries(samples, repeats) - passes * samples
+        # Of each block: its samples, and where its entries begin and end in the epoch.
+        self._counts: list[int] = [int(sizes[block].sum()) for block in self._blocks]
+        before = np.concatenate([[0], np.cumsum(self._counts)]).tolist()
+        # Cumulative shares of the short pass, so that they add up to ``extra``.
+        self._bounds = np.asarray([n * passes + (n * extra // samples if extra else 0) for n in before], dtype=np.int64)
+        self._cache: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._bounds[-1])
+
+    @property
+    def samples(self) -> int:
+        """Samples of the data set."""
+        return int(self._starts[-1])
 
     def entry(self, position: int) -> Entry:
         """The entry at ``position`` (0 to len - 1; IndexError otherwise)."""
@@ -97,35 +131,28 @@ class EpochPlan:
         found: list[Entry] = []
         position = start
         while position < stop:
-            block = int(np.searchsorted(self._ends, position, side="right"))
-            end = int(self._ends[block])
-            samples, repetitions = self._block(block)
-            first = end - len(samples)
-            upto = min(stop, end)
-            part = slice(position - first, upto - first)
-            pairs = zip(samples[part].tolist(), repetitions[part].tolist(), strict=True)
-            found += [Entry(self.epoch, position + i, sample, rep) for i, (sample, rep) in enumerate(pairs)]
-            position = upto
+            block = int(np.searchsorted(self._bounds, position, side="right")) - 1
+            repetition, first = divmod(position - int(self._bounds[block]), self._counts[block])
+            upto = min(stop, int(self._bounds[block + 1]))
+            part = self._pass(block, repetition)[first : first + upto - position]
+            found += [Entry(self.epoch, position + i, sample, repetition) for i, sample in enumerate(part)]
+            position += len(part)
         return found
 
-    def _block(self, block: int) -> tuple[Integers, Integers]:
-        """Samples and repetitions of one block, in order."""
-        if block in self._cache:
-            self._cache.move_to_end(block)
-            return self._cache[block]
+    def _pass(self, block: int, repetition: int) -> list[int]:
+        """The samples of one block in the order of one pass over it; a short pass ends somewhere inside."""
+        key = block, repetition
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
         ranges = [np.arange(self._starts[s], self._starts[s] + self._sizes[s]) for s in self._blocks[block].tolist()]
-        samples = np.concatenate(ranges).astype(np.int64) if ranges else np.zeros(0, dtype=np.int64)
-        passes = [
-            samples[permutation(seed_of("block", *self._identity, block, repetition), len(samples))]
-            if self.shuffle
-            else samples
-            for repetition in range(self.repeats)
-        ]
-        order = np.concatenate(passes), np.repeat(np.arange(self.repeats, dtype=np.int64), len(samples))
-        self._cache[block] = order
-        if len(self._cache) > _CACHED_BLOCKS:
+        samples = np.concatenate(ranges)
+        if self.shuffle:
+            samples = samples[permutation(seed_of("block", *self._identity, block, repetition), len(samples))]
+        self._cache[key] = samples.tolist()
+        if len(self._cache) > _CACHED_PASSES:
             self._cache.popitem(last=False)
-        return order
+        return self._cache[key]
 
 
 @dataclass(frozen=True)
@@ -165,7 +192,7 @@ def data_state(step: int, *, fingerprint: str, seed: int, epoch_size: int, globa
 
 
 def micro_batches(
-    plans: Callable[[int], EpochPlan],
+    plans: Callable[[int], Plan],
     *,
     epoch_size: int,
     first_step: int,
@@ -201,7 +228,7 @@ def micro_batches(
         per_epoch = steps_per_epoch(epoch_size, global_batch)
         per_micro = global_batch // accumulation
         per_rank = per_micro // world
-        plan: EpochPlan | None = None
+        plan: Plan | None = None
         for step in range(first_step, last_step):
             epoch, within = divmod(step, per_epoch)
             if plan is None or plan.epoch != epoch:

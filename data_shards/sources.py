@@ -1,4 +1,4 @@
-"""Where a recipe's ``data.*.path`` points: a folder, or ``digits:KIND/SPLIT`` packed on first use."""
+"""Where a recipe's ``data.*.path`` points: a folder, a URL, or ``digits:KIND/SPLIT`` packed on first use."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import cast
 
 from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.schema.data import CacheConfig
+from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.manifest import Kind, read_manifest
 from vitgraft.data_shards.pack.digits import DEFAULT_SAMPLES, VERSION, Split, pack_digits
 from vitgraft.data_shards.pack.writer import Progress
+from vitgraft.data_shards.remote import is_url
 
 SCHEME = "digits:"
 
@@ -21,9 +24,17 @@ def cache_folder() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "vitgraft"
 
 
-def resolve_source(path: str) -> Path:
-    """The folder that a recipe's path means; plain paths come back unchanged (``~`` expanded)."""
+def resolve_source(path: str) -> Path | str:
+    """The folder that a recipe's path means (``~`` expanded); a URL comes back as it is, as ``str``."""
+    if is_url(path):
+        return path
     return ensure_digits(path) if path.startswith(SCHEME) else Path(path).expanduser()
+
+
+def open_cache(config: CacheConfig) -> FileCache:
+    """The cache that a recipe's ``data.cache`` means."""
+    folder = cache_folder() / "shards" if config.folder is None else Path(config.folder).expanduser()
+    return FileCache(folder, config.max_bytes)
 
 
 def ensure_digits(uri: str, progress: Progress | None = None) -> Path:

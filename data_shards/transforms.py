@@ -1,49 +1,28 @@
-"""Images, boxes, masks, label maps and clips transformed together, then put on the canvas.
+"""The transforms of training by name, and the way of every image and clip onto the canvas.
 
-Geometry of a resize: factor min(H / h, W / w) for a canvas (H, W), new sides rounded to whole pixels, at least 1 and at
-most the canvas; boxes are scaled by the exact ratio of new to old sides, so that dividing by it inverts the resize.
+What needs a second sample (copy-paste, mixup, cutmix) is in mixing.py, evaluation by several views in views.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
-from vitgraft.configs.schema import data as schema
+from vitgraft.configs.schema import transforms as schema
+from vitgraft.configs.schema.data import DataConfig
+from vitgraft.data_shards.geometry import Sample, crop, drop_vanished, fitted, flip, pad, resize, shortest
 from vitgraft.data_shards.manifest import IGNORE
+from vitgraft.data_shards.mixing import copy_paste, mix
 
-MIN_SIDE = 1.0
-MIN_AREA = 4
-"""Instances whose box has a shorter side, or whose mask has fewer pixels, after the transforms, are dropped."""
-
-
-@dataclass
-class Sample:
-    """What is transformed together.
-
-    ``image``: (3, h, w) or a clip (T, 3, h, w), uint8. ``boxes``: (N, 4) float32 xyxy in pixels; ``labels``: (N,)
-    int64; ``masks``: (N, h, w) uint8. ``label_map``: (h, w) uint8 with 255 ignored.
-    """
-
-    image: Tensor
-    boxes: Tensor | None = None
-    labels: Tensor | None = None
-    masks: Tensor | None = None
-    label_map: Tensor | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return int(self.image.shape[-2]), int(self.image.shape[-1])
+CROP_TRIES = 10
+"""How often a crop is drawn for ``cat_max_ratio``; the last one is taken as it is."""
 
 
 class Prepared(NamedTuple):
@@ -59,11 +38,12 @@ class Prepared(NamedTuple):
 
 
 Step = Callable[[Sample], Sample]
+Size = tuple[int, int]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU generator at ``seed`` inside the block, untouched outside; generators of GPUs are left alone."""
+    """Torch's global CPU generator, from which the transforms draw, starts from ``seed`` inside the block."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -72,107 +52,59 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def fitted(size: tuple[int, int], canvas: tuple[int, int], factor: float = 1.0) -> tuple[int, int]:
-    """(height, width) after a resize that makes ``size`` fit ``canvas``, times ``factor``."""
-    ratio = min(canvas[0] / size[0], canvas[1] / size[1]) * factor
-    limits = (math.ceil(canvas[0] * factor), math.ceil(canvas[1] * factor))
-    height, width = (min(max(1, round(side * ratio)), limit) for side, limit in zip(size, limits, strict=True))
-    return height, width
-
-
-def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Bilinear with antialiasing for pixels; nearest, aligned with it, for masks and labels."""
-    if sample.size == size:
-        return sample
-    boxes = sample.boxes
-    if boxes is not None:
-        (old_h, old_w), (new_h, new_w) = sample.size, size
-        boxes = boxes * boxes.new_tensor([new_w / old_w, new_h / old_h, new_w / old_w, new_h / old_h])
-
-    def nearest(mask: Tensor | None) -> Tensor | None:
-        # v2's own kernel for masks is NEAREST, which is shifted by up to half a source pixel against bilinear.
-        if mask is None:
-            return None
-        exact = v2.InterpolationMode.NEAREST_EXACT
-        resized: Tensor = F.resize_image(mask[..., None, :, :], list(size), interpolation=exact)
-        return resized[..., 0, :, :]
-
-    image = F.resize_image(sample.image, list(size), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    return Sample(image, boxes, sample.labels, nearest(sample.masks), nearest(sample.label_map))
-
-
-def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """A part of the image. Boxes are clipped to it; one that was cut is tightened around what its mask still shows."""
-    boxes = sample.boxes
-    masks = None if sample.masks is None else sample.masks[:, top : top + height, left : left + width]
-    if boxes is not None:
-        moved = boxes - boxes.new_tensor([left, top, left, top])
-        boxes = _clamp(moved, (height, width))
-        if masks is not None and len(boxes):
-            cut = (moved != boxes).any(1) & masks.bool().flatten(1).any(1)
-            boxes = torch.where(cut[:, None], _intersect(boxes, tight_boxes(masks)), boxes)
-    label_map = sample.label_map
-    if label_map is not None:
-        label_map = label_map[top : top + height, left : left + width]
-    return Sample(sample.image[..., top : top + height, left : left + width], boxes, sample.labels, masks, label_map)
-
-
-def flip(sample: Sample) -> Sample:
-    """Mirrored left and right."""
-    boxes = sample.boxes
-    if boxes is not None:
-        fmt = tv_tensors.BoundingBoxFormat.XYXY
-        boxes = F.horizontal_flip_bounding_boxes(boxes, format=fmt, canvas_size=sample.size)
-    masks = None if sample.masks is None else sample.masks.flip(-1)
-    label_map = None if sample.label_map is None else sample.label_map.flip(-1)
-    return Sample(sample.image.flip(-1), boxes, sample.labels, masks, label_map)
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """Boxes (N, 4) float32 xyxy tight around masks (N, H, W); an empty mask gives zeros."""
-
-    def edges(line: Tensor) -> tuple[Tensor, Tensor]:
-        first = line.to(torch.int8).argmax(1)
-        last = line.shape[1] - line.flip(1).to(torch.int8).argmax(1)
-        return first, torch.where(line.any(1), last, 0)
-
-    filled = masks.bool()
-    (left, right), (top, bottom) = edges(filled.any(1)), edges(filled.any(2))
-    return torch.stack([left, top, right, bottom], dim=1).float()
-
-
-def _clamp(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    return torch.minimum(boxes.clamp(min=0), limit)
-
-
-def _intersect(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])], dim=1)
-
-
 def _random(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
 
 
-def _scale_jitter(config: schema.ScaleJitter, canvas: tuple[int, int]) -> Step:
+def _scale_jitter(config: schema.ScaleJitter, canvas: Size) -> Step:
     def apply(sample: Sample) -> Sample:
         return resize(sample, fitted(sample.size, canvas, _random(config.min, config.max)))
 
     return apply
 
 
-def _random_crop(canvas: tuple[int, int]) -> Step:
+def _multi_scale(config: schema.MultiScale) -> Step:
+    short = config.short
+
     def apply(sample: Sample) -> Sample:
-        height, width = min(sample.size[0], canvas[0]), min(sample.size[1], canvas[1])
-        top = int(torch.randint(0, sample.size[0] - height + 1, ()))
-        left = int(torch.randint(0, sample.size[1] - width + 1, ()))
-        return crop(sample, top, left, height, width)
+        if config.sampling == "range":
+            side = int(torch.randint(short[0], short[1] + 1, ()))
+        else:
+            side = short[int(torch.randint(0, len(short), ()))]
+        return resize(sample, shortest(sample.size, side, config.max_long))
 
     return apply
 
 
-def _random_resized_crop(config: schema.RandomResizedCrop, canvas: tuple[int, int]) -> Step:
+def _random_crop(config: schema.RandomCrop, canvas: Size) -> Step:
+    def place(size: Size) -> tuple[int, int, int, int]:
+        height, width = min(size[0], canvas[0]), min(size[1], canvas[1])
+        if config.sides is not None:
+            low, high = config.sides
+            height, width = (int(torch.randint(min(side, low), min(side, high) + 1, ())) for side in size)
+        top = int(torch.randint(0, size[0] - height + 1, ()))
+        left = int(torch.randint(0, size[1] - width + 1, ()))
+        return top, left, height, width
+
+    def apply(sample: Sample) -> Sample:
+        for _ in range(CROP_TRIES):
+            part = crop(sample, *place(sample.size))
+            if config.cat_max_ratio is None or _varied(part.label_map, config.cat_max_ratio):
+                break
+        return part
+
+    return apply
+
+
+def _varied(label_map: Tensor | None, limit: float) -> bool:
+    """Whether several classes are there, and none has this share of the labelled pixels (mmseg's RandomCrop)."""
+    assert label_map is not None
+    counts = label_map[label_map != IGNORE].long().bincount()
+    counts = counts[counts > 0]
+    return len(counts) > 1 and float(counts.max()) < limit * float(counts.sum())
+
+
+def _random_resized_crop(config: schema.RandomResizedCrop, canvas: Size) -> Step:
     drawer = v2.RandomResizedCrop(canvas, scale=(config.min_area, config.max_area))
 
     def apply(sample: Sample) -> Sample:
@@ -188,32 +120,45 @@ def _horizontal_flip(config: schema.HorizontalFlip) -> Step:
 
 def _photometric(config: schema.Photometric) -> Step:
     jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    return lambda sample: replace(sample, image=jitter(tv_tensors.Image(sample.image)).as_subclass(Tensor))
+
+
+def _rand_augment(config: schema.RandAugment, colour: Sequence[int]) -> Step:
+    # Drawn once for each call, so that all frames of a clip are changed alike.
+    augment = v2.RandAugment(
+        config.operations, config.magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=list(colour)
+    )
+    return lambda sample: replace(sample, image=augment(tv_tensors.Image(sample.image)).as_subclass(Tensor))
+
+
+def _random_erasing(config: schema.RandomErasing, mean: Tensor, std: Tensor) -> Step:
+    aspect = (0.3, 1 / 0.3)
+    drawer = v2.RandomErasing(1.0, scale=(config.min_area, config.max_area), ratio=aspect, value=0)
 
     def apply(sample: Sample) -> Sample:
-        image = jitter(tv_tensors.Image(sample.image)).as_subclass(Tensor)
-        return Sample(image, sample.boxes, sample.labels, sample.masks, sample.label_map)
+        if _random(0, 1) >= config.probability:
+            return sample
+        place = drawer.make_params([tv_tensors.Image(sample.image)])
+        if place["v"] is None:
+            return sample
+        top, left, height, width = (place[key] for key in "ijhw")
+        image = sample.image.clone()
+        hole = image[..., top : top + height, left : left + width]
+        noise = torch.randn(hole.shape) if config.fill == "noise" else torch.zeros(hole.shape)
+        # Normal once normalised, as timm's; what no pixel can have is cut off.
+        hole.copy_(((mean + std * noise) * 255).round().clamp(0, 255))
+        return replace(sample, image=image)
 
     return apply
 
 
-def _resize(canvas: tuple[int, int]) -> Step:
-    return lambda sample: resize(sample, fitted(sample.size, canvas))
+def _one_of(options: Sequence[Sequence[Step]]) -> Step:
+    def apply(sample: Sample) -> Sample:
+        for step in options[int(torch.randint(0, len(options), ()))]:
+            sample = step(sample)
+        return sample
 
-
-def _step(config: schema.TransformConfig, canvas: tuple[int, int]) -> Step:
-    match config:
-        case schema.ScaleJitter():
-            return _scale_jitter(config, canvas)
-        case schema.RandomCrop():
-            return _random_crop(canvas)
-        case schema.RandomResizedCrop():
-            return _random_resized_crop(config, canvas)
-        case schema.HorizontalFlip():
-            return _horizontal_flip(config)
-        case schema.Photometric():
-            return _photometric(config)
-        case schema.Resize():
-            return _resize(canvas)
+    return apply
 
 
 class Transforms:
@@ -223,22 +168,59 @@ class Transforms:
     jitter without a crop) is resized to fit. Evaluation: resize to fit, then the canvas.
     """
 
-    def __init__(self, config: schema.DataConfig) -> None:
+    def __init__(self, config: DataConfig) -> None:
         self.canvas = (config.image_size[0], config.image_size[1])
-        self._steps = [_step(item, self.canvas) for item in config.transforms]
         self._mean = torch.tensor(config.mean).view(3, 1, 1)
         self._std = torch.tensor(config.std).view(3, 1, 1)
+        self._colour = [min(255, max(0, round(255 * value))) for value in config.mean]
+        names = [item.name for item in config.transforms]
+        at = names.index("copy_paste") if "copy_paste" in names else len(names)
+        self._steps = [self._step(item) for item in config.transforms[:at] if not _mixes(item)]
+        self._paste: schema.CopyPaste | None = None
+        self._after: list[Step] = []
+        if at < len(names):
+            paste, *after = config.transforms[at:]
+            assert isinstance(paste, schema.CopyPaste)
+            self._paste, self._after = paste, [self._step(item) for item in after]
+        self._mixing = [item for item in config.transforms if isinstance(item, schema.Mixup | schema.CutMix)]
+
+    @property
+    def pastes(self) -> bool:
+        """Whether instances of a partner are pasted: :meth:`paste` must follow :meth:`train`."""
+        return self._paste is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether finished samples are mixed with a partner: :meth:`mix` must follow :meth:`place`."""
+        return bool(self._mixing)
 
     def train(self, sample: Sample) -> Sample:
         """Randomly transformed, at most as large as the canvas, instances that vanished dropped; still uint8.
 
-        Draws from torch's global CPU generator: call it inside :func:`seeded`.
+        With copy-paste in the recipe, transformed as far as it: what :meth:`paste` takes. Draws from torch's global CPU
+        generator: call it inside :func:`seeded`.
         """
         for step in self._steps:
             sample = step(sample)
-        if sample.size[0] > self.canvas[0] or sample.size[1] > self.canvas[1]:
-            sample = resize(sample, fitted(sample.size, self.canvas))
-        return drop_vanished(sample)
+        return self._fit(sample)
+
+    def paste(self, sample: Sample, partner: Sample) -> Sample:
+        """With instances of ``partner``, and what follows in the recipe; both come from :meth:`train`.
+
+        Draws from torch's global CPU generator, as :meth:`train` does.
+        """
+        assert self._paste is not None
+        sample = copy_paste(sample, partner, self._paste, self._colour)
+        for step in self._after:
+            sample = step(sample)
+        return self._fit(sample)
+
+    def mix(self, sample: Sample, partner: Callable[[], Sample], classes: int) -> Sample:
+        """Mixed with the partner, or not; the class becomes (K,) float32. Both come from :meth:`place`.
+
+        Draws from torch's global CPU generator, as :meth:`train` does.
+        """
+        return mix(sample, partner, self._mixing, classes)
 
     def evaluation(self, sample: Sample) -> Sample:
         """Resized to fit the canvas; still uint8."""
@@ -247,11 +229,11 @@ class Transforms:
     def place(self, sample: Sample) -> Sample:
         """Normalised and padded at the bottom and right: image zero, masks 0, labels 255; clips become (3, T, H, W)."""
         pixels = (sample.image.float() / 255 - self._mean) / self._std
-        image = self._pad(pixels, 0.0)
+        image = pad(pixels, self.canvas, 0.0)
         if image.ndim == 4:
             image = image.transpose(0, 1).contiguous()
-        masks = None if sample.masks is None else self._pad(sample.masks, 0)
-        label_map = None if sample.label_map is None else self._pad(sample.label_map, IGNORE).long()
+        masks = None if sample.masks is None else pad(sample.masks, self.canvas, 0)
+        label_map = None if sample.label_map is None else pad(sample.label_map, self.canvas, IGNORE).long()
         return Sample(image, sample.boxes, sample.labels, masks, label_map)
 
     def prepare(self, image: Tensor) -> Prepared:
@@ -261,23 +243,35 @@ class Transforms:
         scale = after.size[0] / before.size[0], after.size[1] / before.size[1]
         return Prepared(self.place(after).image, after.size, scale)
 
-    def _pad(self, tensor: Tensor, value: float) -> Tensor:
-        height, width = tensor.shape[-2:]
-        if (height, width) == self.canvas:
-            return tensor.contiguous()
-        padded = tensor.new_full((*tensor.shape[:-2], *self.canvas), value)
-        padded[..., :height, :width] = tensor
-        return padded
+    def _fit(self, sample: Sample) -> Sample:
+        if sample.size[0] > self.canvas[0] or sample.size[1] > self.canvas[1]:
+            sample = resize(sample, fitted(sample.size, self.canvas))
+        return drop_vanished(sample)
+
+    def _step(self, config: schema.TransformConfig) -> Step:
+        match config:
+            case schema.ScaleJitter():
+                return _scale_jitter(config, self.canvas)
+            case schema.MultiScale():
+                return _multi_scale(config)
+            case schema.RandomCrop():
+                return _random_crop(config, self.canvas)
+            case schema.RandomResizedCrop():
+                return _random_resized_crop(config, self.canvas)
+            case schema.HorizontalFlip():
+                return _horizontal_flip(config)
+            case schema.Photometric():
+                return _photometric(config)
+            case schema.Resize():
+                return lambda sample: self.evaluation(sample)
+            case schema.RandAugment():
+                return _rand_augment(config, self._colour)
+            case schema.RandomErasing():
+                return _random_erasing(config, self._mean, self._std)
+            case schema.OneOf():
+                return _one_of([[self._step(item) for item in option] for option in config.options])
+        raise AssertionError(f"{config.name} takes two samples")
 
 
-def drop_vanished(sample: Sample) -> Sample:
-    """Without the instances that the transforms left (nearly) empty."""
-    if sample.boxes is None or sample.labels is None:
-        return sample
-    boxes = _clamp(sample.boxes, sample.size)
-    keep = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
-    masks = sample.masks
-    if masks is not None:
-        keep &= masks.flatten(1).sum(1, dtype=torch.int64) >= MIN_AREA
-        masks = masks[keep]
-    return Sample(sample.image, boxes[keep], sample.labels[keep], masks, sample.label_map)
+def _mixes(config: schema.TransformConfig) -> bool:
+    return isinstance(config, schema.Mixup | schema.CutMix)

@@ -7,6 +7,7 @@ from pathlib import Path
 from vitgraft.configs.errors import ConfigError, DataError, VitgraftError
 from vitgraft.configs.schema import Recipe
 from vitgraft.data_shards.manifest import Manifest, read_manifest
+from vitgraft.data_shards.mixture import check_mixture
 from vitgraft.data_shards.sources import resolve_source
 from vitgraft.launch.devices import place
 from vitgraft.launch.local import Gang, free_port
@@ -78,11 +79,15 @@ def check_data(recipe: Recipe, screen: Screen) -> int:
     Raises:
         DataError, ConfigError: one line.
     """
-    train = _manifest(recipe, recipe.data.train.path, "data.train.path", screen)
+    sources = recipe.data.train
+    keys = ["data.train.path"] if len(sources) == 1 else [f"data.train.{i}.path" for i in range(len(sources))]
+    manifests = [_manifest(recipe, source.path, key, screen) for source, key in zip(sources, keys, strict=True)]
+    train, path = manifests[0], sources[0].path
+    check_mixture([source.path for source in sources], manifests, [source.visits for source in sources])
     wanted = recipe.model.head.num_classes
     if wanted is not None and wanted != len(train.classes):
         raise ConfigError(
-            f"model.head.num_classes: {wanted}, but {recipe.data.train.path} has {len(train.classes)} classes; "
+            f"model.head.num_classes: {wanted}, but {path} has {len(train.classes)} classes; "
             "remove the key to use those of the data"
         )
     if recipe.data.val is None:
@@ -90,7 +95,7 @@ def check_data(recipe: Recipe, screen: Screen) -> int:
     val = _manifest(recipe, recipe.data.val.path, "data.val.path", screen)
     if val.classes != train.classes:
         raise DataError(
-            f"data.val.path: {recipe.data.val.path} has other classes than {recipe.data.train.path} "
+            f"data.val.path: {recipe.data.val.path} has other classes than {path} "
             f"({len(val.classes)} and {len(train.classes)}); pack both with the same class list"
         )
     return len(train.classes)

@@ -42,7 +42,7 @@ class DetectionPrediction(TypedDict):
 
 
 Targets = list[DetectionTarget] | Tensor
-"""detection: one target per image; semantic: (B, H, W) int64, 255 ignored; video: (B,) int64 class ids."""
+"""detection: one target per image; semantic: (B, H, W) int64, 255 ignored; video and image: (B,) int64 class ids."""
 
 Predictions = list[DetectionPrediction] | Tensor
-"""detection: one per image; semantic: logits (B, K, H, W) float32; video: logits (B, K) float32."""
+"""detection: one per image; semantic: logits (B, K, H, W) float32; video and image: logits (B, K) float32."""

@@ -21,6 +21,7 @@ from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import eval_batches
 from vitgraft.models.build import GraftedModel, build_model
+from vitgraft.models.contract import Predictions
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.layout import step_name
@@ -28,6 +29,7 @@ from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
 from vitgraft.trainer.checkpoint.save import load_model
 from vitgraft.trainer.draw import beside, save_png, titled
 from vitgraft.trainer.tasks import Metric, make_task
+from vitgraft.trainer.tasks.video import average_views
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Evaluator:
     def __init__(self, recipe: Recipe, classes: list[str], data: str, device: torch.device) -> None:
         self.recipe, self.classes, self.device = recipe, classes, device
         self.task = make_task(recipe.task, classes)
-        self.dataset = PackedDataset(data, recipe.data, recipe.task, seed=recipe.train.seed, train=False)
+        views = recipe.evaluate.views
+        self.views = 1 if views is None else views.count
+        self.dataset = PackedDataset(data, recipe.data, recipe.task, seed=recipe.train.seed, train=False, views=views)
         if self.dataset.manifest.classes != classes:
             raise DataError(_class_mismatch(data, self.dataset.manifest.classes, classes))
         size = recipe.data.image_size
@@ -88,7 +92,14 @@ class Evaluator:
         if self.recipe.task == "video":
             clip = data.clip
             step = f"stride {clip.stride}" if clip.sampling == "dense" else "uniform"
-            protocol["clip"] = f"{clip.frames} frames, {step}, 1 clip x 1 crop"
+            views = self.recipe.evaluate.views
+            shown = "1 clip x 1 crop" if views is None else f"{views.clips} clips x {views.crops} crops"
+            protocol["clip"] = f"{clip.frames} frames, {step}, {shown}"
+            if views is not None:
+                protocol["metric"] = (
+                    f"top-1 and top-5 accuracy, probabilities averaged over {views.count} views per video"
+                )
+                protocol["input"] = f"resized to cover {data.image_size[0]}x{data.image_size[1]}, cut to it"
         return protocol
 
     def run(
@@ -143,10 +154,10 @@ class Evaluator:
         names: list[str] = []
         done = 0
         on_error = lambda _, message: unreadable.append(message)  # noqa: E731
-        for batch in eval_batches(self.dataset, indices, self.recipe.evaluate.batch, on_error=on_error):
-            on_device = batch.to(self.device)
-            with torch.no_grad(), autocast(self.recipe, self.device):
-                predictions = self.model(on_device.images, on_device.sizes)
+        # The loader makes whole videos; a forward pass takes ``evaluate.batch`` of their views.
+        videos = max(1, self.recipe.evaluate.batch // self.views)
+        for batch in eval_batches(self.dataset, indices, videos, on_error=on_error):
+            predictions = self._predict(batch)
             metric.add(predictions, batch)
             for position in range(len(batch.truths)):
                 index = indices[done + position]
@@ -158,9 +169,24 @@ class Evaluator:
             progress(done, len(indices))
         return names
 
+    def _predict(self, batch: Batch) -> Predictions:
+        on_device = batch.to(self.device)
+        with torch.no_grad(), autocast(self.recipe, self.device):
+            if self.recipe.evaluate.views is None:
+                predictions: Predictions = self.model(on_device.images, on_device.sizes)
+                return predictions
+            step = self.recipe.evaluate.batch
+            parts = [
+                self.model(on_device.images[start : start + step], on_device.sizes[start : start + step])
+                for start in range(0, len(on_device.images), step)
+            ]
+        return average_views(torch.cat(parts), self.views)
+
     def _picture(self, predictions: Any, batch: Batch, position: int) -> torch.Tensor:
-        height, width = (int(v) for v in batch.sizes[position])
-        image = denormalise(batch.images[position], self.recipe)[..., :height, :width]
+        # Of several views the middle one.
+        row = position * self.views + self.views // 2
+        height, width = (int(v) for v in batch.sizes[row])
+        image = denormalise(batch.images[row], self.recipe)[..., :height, :width]
         if image.dim() == 4:
             image = image.transpose(0, 1)
         truth = batch.truths[position]

@@ -63,10 +63,10 @@ class Session:
 
     def data_state(self, step: int) -> DataState:
         """The global cursor before ``step``."""
-        manifest, train = self.dataset.manifest, self.recipe.train
+        train = self.recipe.train
         state = data_state(
             step,
-            fingerprint=manifest.fingerprint,
+            fingerprint=self.dataset.fingerprint,
             seed=train.seed,
             epoch_size=self.dataset.epoch_size,
             global_batch=train.global_batch,
@@ -97,14 +97,14 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
     """
     device = _device(assignment.device)
     train = recipe.train
-    dataset = PackedDataset(recipe.data.train.path, recipe.data, recipe.task, seed=train.seed, train=True)
+    dataset = PackedDataset(recipe.data.train, recipe.data, recipe.task, seed=train.seed, train=True)
     checkpoint = None if assignment.resume is None else open_checkpoint(assignment.resume)
     classes = dataset.manifest.classes
     comm.agree(
         {
             "run directory": str(assignment.run.resolve()),
             "recipe": recipe.identity_hash(),
-            "data fingerprint": dataset.manifest.fingerprint,
+            "data fingerprint": dataset.fingerprint,
             "resumed step": None if checkpoint is None else checkpoint.step,
         }
     )
@@ -118,7 +118,7 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
     groups = _group_parameters(recipe, model)
     frozen = _load_or_store(model, assignment.run, checkpoint)
     if comm.rank() == 0:
-        reporter.note(f"{tuning_report(model)}; {dataset.manifest.samples:,} samples")
+        reporter.note(f"{tuning_report(model)}; {len(dataset):,} samples")
     engine = _initialize(recipe, model.to(device), groups, device)
     state = TrainerState(engine, train.ema)
     if checkpoint is not None:
@@ -158,10 +158,11 @@ def _device(name: str) -> torch.device:
 
 def _check_same_run(recipe: Recipe, dataset: PackedDataset, checkpoint: Checkpoint) -> None:
     manifest = checkpoint.manifest
-    if manifest.data.fingerprint != dataset.manifest.fingerprint:
+    if manifest.data.fingerprint != dataset.fingerprint:
+        paths = ", ".join(source.path for source in recipe.data.train)
         raise DataError(
-            f"{recipe.data.train.path}: changed since {checkpoint.path.name} was written (fingerprint "
-            f"{dataset.manifest.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it"
+            f"{paths}: changed since {checkpoint.path.name} was written (fingerprint "
+            f"{dataset.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it"
         )
     if manifest.recipe_hash != recipe.identity_hash():
         raise CheckpointError(

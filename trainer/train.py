@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitgraft.configs.errors import PreemptedRun, TrainingError
 from vitgraft.configs.hashing import seed_of
-from vitgraft.data_shards.batch import Batch, Entry
+from vitgraft.data_shards.batch import Batch, Entry, Skipped
 from vitgraft.data_shards.plan import MicroBatch
 from vitgraft.models.contract import Losses
 from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
@@ -26,14 +26,15 @@ from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_al
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
 from vitgraft.trainer.schedule import lr_factor
 from vitgraft.trainer.session import Session
+from vitgraft.trainer.skips import SkipLog
 
 
 @dataclass
 class StepFacts:
     """What a step leaves behind for the checks and the log.
 
-    ``reduced`` and ``local``: per micro-step, the loss sums and counts over all ranks and of this rank; they stay on
-    the device until the step's one synchronisation.
+    ``reduced`` and ``local``: per micro-step, the loss sums, counts, skipped entries and whether to stop, over all
+    ranks and of this rank; they stay on the device until the step's one synchronisation. ``skipped``: this rank's.
     """
 
     names: list[str] = field(default_factory=list)
@@ -41,6 +42,7 @@ class StepFacts:
     local: list[Tensor] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     entries: list[tuple[Entry, ...]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     samples: int = 0
     epoch: int = 0
     data_wait: float = 0.0
@@ -56,6 +58,10 @@ class StepFacts:
             for index, name in enumerate(self.names):
                 out[name] += weight * row[index] / max(row[half + index], 1.0) / len(self.weights)
         return out
+
+    def any_skipped(self) -> bool:
+        """Whether any rank skipped an entry in the step."""
+        return any(row[-2].item() > 0 for row in self.reduced)
 
     def stop_asked(self) -> bool:
         """Whether any rank was asked to stop before the step's last micro-step."""
@@ -74,6 +80,8 @@ class TrainLoop:
         self._loose_statistics = unsynchronised_statistics(session.engine.module)
         self._stall = 0.0
         self._ledger = self._open_ledger()
+        attempt = session.assignment.attempt
+        self._skips = SkipLog(self.run_folder, self.recipe.data.on_error, session.first_step, attempt)
 
     def run(self) -> None:
         """Train to the end.
@@ -134,6 +142,8 @@ class TrainLoop:
                 self._micro_step(part, batch.to(session.device), facts)
             if micro + 1 == train.accumulation:
                 self._check_finite(step + 1, facts)
+                if self.recipe.data.on_error != "stop" and facts.any_skipped():
+                    self._skips.record(step + 1, facts.skipped)
                 if train.zero_stage == 0:
                     # DeepSpeed measures the norm itself from ZeRO-1 on.
                     gradients = [p.grad for p in session.state.names if p.grad is not None]
@@ -160,8 +170,8 @@ class TrainLoop:
         names = sorted(losses)
         totals = torch.stack([losses[name].total.float() for name in names])
         counts = torch.stack([losses[name].count.float() for name in names]).to(totals.device)
-        stop = torch.tensor([float(self.stop())], device=totals.device)
-        local = torch.cat([totals.detach(), counts, stop])
+        flags = torch.tensor([float(len(batch.skipped)), float(self.stop())], device=totals.device)
+        local = torch.cat([totals.detach(), counts, flags])
         reduced = comm.sum_tensor(local.clone())
         # Samples count alike in a short step, whose micro-steps are not equally full.
         weight = train.accumulation * part.micro_count / part.step_count
@@ -173,6 +183,7 @@ class TrainLoop:
         facts.reduced.append(reduced)
         facts.weights.append(weight)
         facts.entries.append(part.entries)
+        facts.skipped += batch.skipped
         facts.samples, facts.epoch = part.step_count, part.epoch
 
     def _check_finite(self, step: int, facts: StepFacts) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from fractions import Fraction as Rational
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 
-from vitgraft.configs.schema.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import NonNegative, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.transforms import Resize, TransformConfig, check_transforms
 
 
 class EvaluationSourceConfig(Section):
@@ -20,68 +22,21 @@ class SourceConfig(EvaluationSourceConfig):
 
     repeats: Positive = 1
     """How often each sample is visited in an epoch, each time augmented differently (repeated augmentation)."""
-
-
-class ScaleJitter(Section):
-    """Large-scale jitter: resize so that the image fits the canvas times a random factor."""
-
-    name: Literal["scale_jitter"] = "scale_jitter"
-    min: PositiveFloat = 0.1
-    max: PositiveFloat = 2.0
+    weight: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
+    """The same as a number that need not be whole, instead of ``repeats``: 0.25 is a quarter of the samples, another
+    one in each epoch; 2.5 is two visits of each and a third of half of them. It gives exactly weight x samples
+    entries, rounded."""
 
     @model_validator(mode="after")
-    def _ascending(self) -> ScaleJitter:
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is larger than max {self.max}")
+    def _one_of_both(self) -> SourceConfig:
+        if self.weight is not None and self.repeats != 1:
+            raise ValueError(f"repeats {self.repeats} and weight {self.weight} say the same; keep one")
         return self
 
-
-class RandomCrop(Section):
-    """Cut (or leave room for padding) to at most the canvas size, at a random place."""
-
-    name: Literal["random_crop"] = "random_crop"
-
-
-class RandomResizedCrop(Section):
-    """A random part of the image, resized to the whole canvas."""
-
-    name: Literal["random_resized_crop"] = "random_resized_crop"
-    min_area: PositiveFloat = 0.08
-    max_area: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _ascending(self) -> RandomResizedCrop:
-        if self.min_area > self.max_area:
-            raise ValueError(f"min_area {self.min_area} is larger than max_area {self.max_area}")
-        return self
-
-
-class HorizontalFlip(Section):
-    """Mirror left and right with this probability."""
-
-    name: Literal["horizontal_flip"] = "horizontal_flip"
-    probability: Fraction = 0.5
-
-
-class Photometric(Section):
-    """Random brightness, contrast, saturation (factors 1 ± value) and hue (± value)."""
-
-    name: Literal["photometric"] = "photometric"
-    brightness: NonNegativeFloat = 0.125
-    contrast: NonNegativeFloat = 0.5
-    saturation: NonNegativeFloat = 0.5
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.07
-
-
-class Resize(Section):
-    """Resize so that the image fits the canvas, keeping its aspect ratio (what evaluation always does)."""
-
-    name: Literal["resize"] = "resize"
-
-
-TransformConfig = Annotated[
-    ScaleJitter | RandomCrop | RandomResizedCrop | HorizontalFlip | Photometric | Resize, Field(discriminator="name")
-]
+    @property
+    def visits(self) -> Rational:
+        """Mean visits of a sample in an epoch, exactly as written: 0.1 is a tenth."""
+        return Rational(self.repeats) if self.weight is None else Rational(str(self.weight))
 
 
 class ClipConfig(Section):
@@ -92,12 +47,45 @@ class ClipConfig(Section):
     """dense: ``frames`` frames ``stride`` apart from one window (random in training, central in evaluation);
     uniform: one frame of each of ``frames`` equal segments (random in training, its middle in evaluation)."""
     stride: Positive = 4
+    decoder: Literal["pyav", "torchcodec"] | None = None
+    """``null``: torchcodec where it is installed, else PyAV. Their pixels may differ: name one where a run must be
+    bit-exact on hosts that are not installed alike."""
+
+
+class ViewsConfig(Section):
+    """Evaluation of a video by several views of it: ``clips`` places in time × ``crops`` places along the long side."""
+
+    clips: Positive = 1
+    crops: Positive = 1
+
+    @property
+    def count(self) -> int:
+        """Views of each video."""
+        return self.clips * self.crops
+
+
+class CacheConfig(Section):
+    """Where the shards of a data set behind a URL are kept on this machine; all processes and runs share it."""
+
+    folder: str | None = None
+    """``null``: $VITGRAFT_CACHE/shards, or ~/.cache/vitgraft/shards."""
+    max_bytes: Positive = 64 << 30
+    """Least recently used shards go when it is full. It must hold 17 shards, which a training run needs at a time."""
+
+
+class SkipConfig(Section):
+    """Leave damaged samples out: each keeps its place in the order, at weight zero, and is recorded."""
+
+    skip: Positive
+    """How many different samples may be left out in a run, over all ranks and epochs, before it stops."""
 
 
 class DataConfig(Section):
     """Shards, canvas, normalisation, transforms and loading."""
 
-    train: SourceConfig
+    train: Annotated[list[SourceConfig], Field(min_length=1)]
+    """One data set, or a list of them with the same kind and classes: a mixture, in which every epoch has exactly each
+    source's entries (its samples times ``repeats`` or ``weight``) and every part of an epoch has them in proportion."""
     val: EvaluationSourceConfig | None = None
     image_size: list[Positive]
     """The canvas [height, width]: every image is resized into it and padded at the bottom and right."""
@@ -110,12 +98,32 @@ class DataConfig(Section):
     """Loader processes per rank; 0: decode in the training process."""
     prefetch: Positive = 4
     """Batches each worker prepares ahead."""
+    cache: CacheConfig = CacheConfig()
+    on_error: Literal["stop"] | SkipConfig = "stop"
+    """What a training sample that cannot be decoded does. Data that cannot be fetched always stops the run."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        # Validated here, so that an error names data.train.path and not data.train.0.path.
+        return [SourceConfig.model_validate(value)] if isinstance(value, dict) else value
+
+    @field_serializer("train", mode="wrap")
+    def _as_written(self, value: list[SourceConfig], handler: SerializerFunctionWrapHandler) -> Any:
+        tree = handler(value)
+        return tree[0] if len(tree) == 1 else tree
 
     @field_validator("image_size")
     @classmethod
     def _height_width(cls, value: list[int]) -> list[int]:
         if len(value) != 2:
             raise ValueError(f"expected [height, width], e.g. [512, 512], not {value}")
+        return value
+
+    @field_validator("transforms")
+    @classmethod
+    def _order(cls, value: list[TransformConfig]) -> list[TransformConfig]:
+        check_transforms(value)
         return value
 
     @field_validator("mean", "std")

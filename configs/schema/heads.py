@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from vitgraft.configs.schema.adapters import Norm
 from vitgraft.configs.schema.section import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
 
-Task = Literal["detection", "semantic", "video"]
+Task = Literal["detection", "semantic", "video", "image"]
 
 
 class MaskRCNNConfig(Section):
@@ -83,6 +83,20 @@ class ClassifierConfig(Section):
     label_smoothing: Fraction = 0.0
 
 
+class ImageClassifierConfig(Section):
+    """One linear classifier on the mean of the tokens of an image."""
+
+    task: ClassVar[Task] = "image"
+    name: Literal["image_classifier"] = "image_classifier"
+    num_classes: Positive | None = None
+    fc_norm: bool = True
+    """LayerNorm of the mean, as MAE has it when it is fine-tuned (arXiv 2111.06377)."""
+    batch_norm: bool = False
+    """BatchNorm without weights before the classifier, as linear probes have it (arXiv 2111.06377, appendix A.1)."""
+    label_smoothing: Fraction = 0.0
+
+
 HeadConfig = Annotated[
-    MaskRCNNConfig | UperNetConfig | VideoTransformerConfig | ClassifierConfig, Field(discriminator="name")
+    MaskRCNNConfig | UperNetConfig | VideoTransformerConfig | ClassifierConfig | ImageClassifierConfig,
+    Field(discriminator="name"),
 ]

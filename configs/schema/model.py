@@ -17,6 +17,7 @@ from vitgraft.configs.schema.backbones import BackboneConfig, ViTConfig
 from vitgraft.configs.schema.heads import (
     ClassifierConfig,
     HeadConfig,
+    ImageClassifierConfig,
     MaskRCNNConfig,
     Task,
     UperNetConfig,
@@ -62,7 +63,10 @@ class ModelConfig(Section):
             strides = part.strides_over(strides)
         if isinstance(self.head, MaskRCNNConfig | UperNetConfig) and strides is None:
             raise ValueError(f"head {self.head.name} reads several strides; add adapter simple_pyramid")
-        if isinstance(self.head, VideoTransformerConfig | ClassifierConfig) and strides is not None:
+        if (
+            isinstance(self.head, VideoTransformerConfig | ClassifierConfig | ImageClassifierConfig)
+            and strides is not None
+        ):
             named = ", ".join(part.name for part in makers)
             remedy = "choose a plain backbone" if self.backbone.map_strides() else f"remove adapter {named}"
             raise ValueError(f"head {self.head.name} reads the trunk's last map; {remedy}")

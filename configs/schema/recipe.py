@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vitgraft.configs.hashing import sha256_of
-from vitgraft.configs.schema.data import DataConfig
+from vitgraft.configs.schema.data import DataConfig, ViewsConfig
 from vitgraft.configs.schema.model import ModelConfig, Task
 from vitgraft.configs.schema.section import NonNegative, Positive, Section
 from vitgraft.configs.schema.train import TrainConfig
+from vitgraft.configs.schema.transforms import check_task
 
 # Keys that may change when a run is resumed: where and how it runs, not what it computes.
 OPERATIONAL = (
@@ -19,6 +20,8 @@ OPERATIONAL = (
     "evaluate",
     "data.workers",
     "data.prefetch",
+    "data.cache",
+    "data.on_error",
     "data.train.path",
     "data.val",
     "train.checkpoint",
@@ -28,13 +31,18 @@ OPERATIONAL = (
     "train.activation_checkpointing",
     "train.deepspeed",
 )
+# Keys that came after the first runs: unset they stay out of the identity, so that those runs go on.
+_WHERE_SET = ("data.train.weight", "data.clip.decoder", "data.transforms.sides", "data.transforms.cat_max_ratio")
 
 
 class EvaluateConfig(Section):
     """Evaluation of committed checkpoints."""
 
     batch: Positive = 8
-    """Samples per forward pass and rank."""
+    """Samples (with ``views``: views) per forward pass and rank."""
+    views: ViewsConfig | None = None
+    """Video only: average over several views of each video, e.g. {clips: 4, crops: 3}, each crop filling the canvas;
+    ``null``: one clip, resized to fit the canvas."""
     every_checkpoints: Positive = 1
     """Evaluate every so many committed checkpoints, and always the last."""
     pictures: NonNegative = 8
@@ -63,20 +71,30 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    @model_validator(mode="after")
+    def _suits_the_task(self) -> Recipe:
+        check_task(self.data.transforms, self.task)
+        if self.evaluate.views is not None and self.task != "video":
+            raise ValueError(f"evaluate.views: views are of videos, the head does {self.task}; set it to null")
+        return self
+
     @property
     def task(self) -> Task:
-        """What the head does: detection, semantic or video."""
+        """What the head does: detection, semantic, video or image."""
         return self.model.head.task
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what is computed: a resumed run must agree in all of them."""
         tree = self.model_dump(mode="json")
-        for key in OPERATIONAL:
+        for key in (*OPERATIONAL, *_WHERE_SET):
             *parents, leaf = key.split(".")
-            node = tree
+            nodes = [tree]
             for parent in parents:
-                node = node[parent]
-            node.pop(leaf, None)
+                below = [node[parent] for node in nodes]
+                nodes = [item for node in below for item in (node if isinstance(node, list) else [node])]
+            for node in nodes:
+                if key in OPERATIONAL or node.get(leaf) is None:
+                    node.pop(leaf, None)
         return tree
 
     def identity_hash(self) -> str:

@@ -58,7 +58,8 @@ class VideoTransformer(nn.Module):
     ) -> Losses | Tensor:
         """maps: {stride: (B, T, C, H/stride, W/stride)}; sizes and canvas are not needed.
 
-        With targets (B,) int64, the loss ``video`` with weights (B,) for each clip; without, logits (B, K) float32.
+        With targets (B,) int64, or soft ones (B, K) float32 (mixup, cutmix), the loss ``video`` with weights (B,) for
+        each clip; without, logits (B, K) float32.
         """
         logits = self._logits(maps)
         if targets is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from vitgraft.configs.errors import ConfigError
 from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.plan import (
+    SHARDS_PER_BLOCK,
     EpochPlan,
     MicroBatch,
     data_state,
@@ -103,6 +106,25 @@ def test_a_stretch_touches_few_shards_though_all_are_shuffled() -> None:
     assert sum(a == b for a, b in itertools.pairwise(window)) < len(window) / 4
 
 
+@given(SIZES, st.integers(1, 2))
+def test_a_shard_is_needed_in_one_stretch_of_the_epoch_together_with_few_others(sizes: list[int], repeats: int) -> None:
+    """The stretch is its block's: at most 16 shards, which come nowhere else in the epoch."""
+    plan = EpochPlan("f", sizes, 1, 0, repeats)
+    shards = np.repeat(np.arange(len(sizes)), sizes)
+    order = [int(shards[entry.sample]) for entry in plan.entries(0, len(plan))]
+    places: dict[int, list[int]] = {}
+    for position, shard in enumerate(order):
+        places.setdefault(shard, []).append(position)
+    blocks: dict[int, set[int]] = {}
+    for shard, found in places.items():
+        block = int(np.searchsorted(plan._bounds, found[0], side="right"))
+        assert int(np.searchsorted(plan._bounds, found[-1], side="right")) == block
+        blocks.setdefault(block, set()).add(shard)
+    assert max(map(len, blocks.values())) <= SHARDS_PER_BLOCK
+    # So any stretch of the epoch that is no longer than a block needs the shards of two.
+    assert sum(map(len, blocks.values())) == len(sizes)
+
+
 def test_small_sets_are_shuffled_as_a_whole() -> None:
     plan = EpochPlan("f", [10] * 16, 0, 0)
     first_half = [entry.sample // 10 for entry in plan.entries(0, 80)]
@@ -121,6 +143,40 @@ def test_opening_a_plan_does_not_materialise_the_epoch() -> None:
     plan = EpochPlan("f", [1_000_000] * 100_000, 0, 0)
     assert len(plan) == 10**11
     assert not plan._cache
+
+
+def allocated(sizes: list[int], repeats: Fraction | int, at: float) -> tuple[int, EpochPlan]:
+    """Bytes at the peak of opening a plan and asking for 64 entries somewhere in it."""
+    tracemalloc.start()
+    try:
+        plan = EpochPlan("f", sizes, 0, 3, repeats)
+        start = int((len(plan) - 64) * at)
+        assert len(plan.entries(start, start + 64)) == 64
+        return tracemalloc.get_traced_memory()[1], plan
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("repeats", [1, 30, Fraction(5, 2)])
+@pytest.mark.parametrize("at", [0.0, 0.9, 1.0])
+def test_starting_anywhere_costs_memory_by_the_shard_and_for_one_block(repeats: Fraction | int, at: float) -> None:
+    """Ten million samples in 10^4 shards; an array of them would take 80 MB."""
+    found, plan = allocated([1000] * 10_000, repeats, at)
+    # Two where the entries lie on both sides of a border.
+    assert len(plan._cache) <= 2
+    assert found < 100 * 10_000 + 150 * SHARDS_PER_BLOCK * 1000
+
+
+def test_opening_costs_nothing_by_the_sample() -> None:
+    def opened(size: int) -> int:
+        tracemalloc.start()
+        try:
+            EpochPlan("f", [size] * 10_000, 0, 0, Fraction(3, 2))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert opened(1_000_000) < 1.1 * opened(10)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 8), (5, 4)])

@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
+from vitgraft.data_shards.geometry import Sample, crop, drop_vanished, fitted, flip, resize, tight_boxes
 from vitgraft.data_shards.manifest import IGNORE
-from vitgraft.data_shards.transforms import (
-    Sample,
-    Transforms,
-    crop,
-    drop_vanished,
-    fitted,
-    flip,
-    resize,
-    seeded,
-    tight_boxes,
-)
+from vitgraft.data_shards.transforms import Transforms, seeded
 
 JITTER = [{"name": "scale_jitter", "min": 0.4, "max": 2.0}, {"name": "random_crop"}, {"name": "horizontal_flip"}]
 CROP = [{"name": "random_resized_crop", "min_area": 0.2}, {"name": "horizontal_flip"}]

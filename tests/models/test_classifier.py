@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from vitgraft.configs.errors import ConfigError
-from vitgraft.configs.schema.heads import ClassifierConfig
+from vitgraft.configs.schema.heads import ClassifierConfig, ImageClassifierConfig
 from vitgraft.configs.schema.model import ModelConfig
+from vitgraft.models import registry
+from vitgraft.models.build import build_model
 from vitgraft.models.heads.classifier import Classifier
 from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 
@@ -89,6 +91,37 @@ def test_bfloat16_autocast(batch_norm: bool) -> None:
         rounded = head({8: maps_of()[8].bfloat16()}, SIZES, CANVAS)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_an_image_is_a_clip_of_one_frame(batch_norm: bool) -> None:
+    clips = head_of(batch_norm=batch_norm)
+    config = ImageClassifierConfig(batch_norm=batch_norm, label_smoothing=0.1)
+    images = registry.build("head", config, channels={8: WIDTH}, num_classes=CLASSES)
+    images.load_state_dict(clips.state_dict())
+    maps = {8: maps_of()[8][:, :1]}
+    still = {8: maps[8][:, 0]}
+    torch.testing.assert_close(images(still, SIZES, CANVAS), clips(maps, SIZES, CANVAS))
+    targets, weights = torch.tensor([0, 4, 2]), torch.tensor([1.0, 0.0, 0.5])
+    losses: Any = images(still, SIZES, CANVAS, targets, weights)
+    each = F.cross_entropy(images(still, SIZES, CANVAS), targets, reduction="none", label_smoothing=0.1)
+    assert list(losses) == ["image"]
+    torch.testing.assert_close(losses["image"].total, (each * weights).sum())
+    assert losses["image"].count == 1.5
+
+
+def test_a_model_for_images() -> None:
+    vit = {"name": "vit", "embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8}
+    config = ModelConfig.model_validate({"backbone": vit, "head": {"name": "image_classifier"}})
+    assert config.head.task == "image"
+    model = build_model(config, num_classes=7, image_size=(32, 48))
+    assert model(torch.randn(2, 3, 32, 48), SIZES[:2]).shape == (2, 7)
+    with pytest.raises(ValidationError, match="head image_classifier reads the trunk's last map; remove adapter"):
+        ModelConfig.model_validate(
+            {"backbone": vit, "adapter": {"name": "simple_pyramid"}, "head": {"name": "image_classifier"}}
+        )
+    with pytest.raises(ValidationError, match="backbone videomae reads clips, head image_classifier images"):
+        ModelConfig.model_validate({"backbone": {"name": "videomae"}, "head": {"name": "image_classifier"}})
 
 
 def test_maps_of_several_strides_are_refused() -> None:

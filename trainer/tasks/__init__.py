@@ -1,4 +1,4 @@
-"""Tasks: predictions → metrics and pictures, which is all in which detection, segmentation and video differ."""
+"""Tasks: predictions → metrics and pictures, which is all in which they differ."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def make_task(name: TaskName, classes: list[str]) -> Task:
         from vitgraft.trainer.tasks.semantic import SemanticTask
 
         return SemanticTask(classes)
+    if name == "image":
+        from vitgraft.trainer.tasks.image import ImageTask
+
+        return ImageTask(classes)
     from vitgraft.trainer.tasks.video import VideoTask
 
     return VideoTask(classes)

@@ -1,4 +1,4 @@
-"""Video classification: top-1 and top-5 accuracy."""
+"""Video classification: top-1 and top-5 accuracy, over one view of each video or several."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ class VideoTask:
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """A strip of frames under the true class."""
         return _strip(image, self.classes[truth.value])
+
+
+def average_views(logits: Tensor, views: int) -> Tensor:
+    """One prediction for each video: the mean of its views' probabilities.
+
+    Args:
+        logits: (B x views, K), all views of the first video, then all of the second, and so on.
+
+    Returns:
+        (B, K) float32: logarithms of the means, i.e. logits whose softmax they are.
+    """
+    probabilities = logits.float().softmax(1).reshape(-1, views, logits.shape[1]).mean(1)
+    # A probability may underflow to 0; the smallest number keeps its logarithm finite.
+    return torch.log(probabilities.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _strip(frames: Tensor, caption: str) -> Tensor:

@@ -1,0 +1,74 @@
+"""RUN/skipped.jsonl: the samples that ``data.on_error: {skip: N}`` left out, and the budget for them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.schema.data import SkipConfig
+from vitgraft.data_shards.batch import Skipped
+from vitgraft.trainer import comm
+
+NAME = "skipped.jsonl"
+
+
+class SkipLog:
+    """Counts skipped samples over all ranks and all attempts of a run.
+
+    A row: {step, epoch, position, sample, repetition, key, reason, attempt}. Rows of steps that a later attempt made
+    again stay; its rows count. Every rank holds the same set, so all of them stop at the same step.
+
+    Args:
+        run: the run directory.
+        policy: ``data.on_error``.
+        first_step: steps done before this attempt.
+    """
+
+    def __init__(self, run: Path, policy: str | SkipConfig, first_step: int, attempt: int) -> None:
+        self.path, self.attempt = run / NAME, attempt
+        self.budget = policy.skip if isinstance(policy, SkipConfig) else 0
+        self.samples = {row["sample"] for row in read_skipped(run) if row["step"] <= first_step}
+
+    def record(self, step: int, skipped: list[Skipped]) -> None:
+        """Collective: write what all ranks skipped in a step, and stop when there is too much of it.
+
+        Args:
+            step: as in the metrics, from 1.
+
+        Raises:
+            DataError: more different samples than the budget were skipped in this run; on every rank.
+        """
+        everyone = [item for items in comm.gather(skipped) for item in items]
+        self.samples |= {item.entry.sample for item in everyone}
+        if comm.rank() == 0:
+            with self.path.open("a+b") as file, io.TextIOWrapper(file, encoding="utf-8") as stream:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    # An earlier attempt was killed in the middle of a line.
+                    stream.write("\n")
+                for item in sorted(everyone):
+                    row = {"step": step, **item.entry._asdict(), "key": item.key, "reason": item.reason}
+                    stream.write(json.dumps(row | {"attempt": self.attempt}) + "\n")
+        if len(self.samples) > self.budget:
+            raise DataError(
+                f"step {step}: {len(self.samples)} samples cannot be read, data.on_error.skip allows {self.budget}; "
+                f"the last: {max(everyone).reason}; {self.path} lists all"
+            )
+
+
+def read_skipped(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run, in the order of writing; a last line that a kill cut off is left out."""
+    try:
+        lines = (run / NAME).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
