@@ -16,8 +16,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt launch/install.sh
 demo: $(STAMP)
 	$(BIN)/vitgraft demo --out runs/demo
 
+# First what runs in one process, on all cores; then what starts ranks, which need the cores for themselves.
 test: $(STAMP)
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak and not ranks" -n logical --maxprocesses 8 --dist worksteal
+	$(BIN)/pytest -m "not soak and ranks"
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak

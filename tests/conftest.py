@@ -7,6 +7,15 @@ from pathlib import Path
 
 import pytest
 
+_WITH_RANKS = {"runs", "faults", "docs"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts ranks, by folder, so that make test runs it after all else."""
+    for item in items:
+        if item.path.parent.name in _WITH_RANKS:
+            item.add_marker("ranks")
+
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
