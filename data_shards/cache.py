@@ -99,13 +99,16 @@ class FileCache:
         return True
 
     def _path(self, file: RemoteFile) -> Path:
-        return self.folder / f"{file.sha256}{Path(file.name).suffix}"
+        return Path(self._name(file))
+
+    def _name(self, file: RemoteFile) -> str:
+        # Text: a Path takes as long to make as a sample to read.
+        return f"{self.folder}/{file.sha256}.{file.name.rpartition('.')[2]}"
 
     def _present(self, file: RemoteFile) -> int | None:
         """A descriptor with a shared lock if the whole file is here."""
-        path = self._path(file)
         try:
-            descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+            descriptor = os.open(self._name(file), os.O_RDONLY | _FLAGS)
         except FileNotFoundError:
             return None
         # Even if it is evicted before this lock, the descriptor still reads all of it.
@@ -114,7 +117,7 @@ class FileCache:
         if facts.st_size != file.bytes:
             # Cut by a full disk or a crash: made anew.
             os.close(descriptor)
-            _remove(path, facts.st_ino)
+            _remove(self._path(file), facts.st_ino)
             return None
         with suppress(PermissionError):
             os.utime(descriptor)

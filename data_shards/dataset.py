@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from vitgraft.configs.schema.data import DataConfig, SourceConfig, ViewsConfig
 from vitgraft.data_shards.batch import Batch, Entry, Skipped, Truth
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
     check_annotations,
     decode_frames,
     decode_image,
@@ -29,6 +29,7 @@ from vitgraft.data_shards.decode import (
     shown,
     stated_size,
 )
+from vitgraft.data_shards.frames import clip_of
 from vitgraft.data_shards.geometry import Sample
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind, read_manifest
 from vitgraft.data_shards.mixing import partner_of
@@ -111,6 +112,8 @@ class PackedDataset:
     def _open(self) -> None:
         self.folder, self.manifest = self.readers[0].folder, self.readers[0].manifest
         self.reader = self.readers[0] if len(self.readers) == 1 else MixtureReader(self.readers)
+        # Whether batches go to another process: a loader process says so.
+        self.shared = False
         # The transforms hold closures, so they are not pickled but made again from the recipe.
         self.transforms = Transforms(self.config)
         self._plan: Plan | None = None
@@ -139,6 +142,11 @@ class PackedDataset:
         """Entries of an epoch."""
         return mixture_entries(self.parts)
 
+    @property
+    def paired(self) -> bool:
+        """Whether entries are mixed with their partners in the plan."""
+        return self.transforms.pastes or self.transforms.mixes
+
     def train_batch(self, entries: Sequence[Entry]) -> Batch:
         """The batch of these entries; a zero-weight filler where there are none.
 
@@ -150,9 +158,13 @@ class PackedDataset:
         placed, sizes, weights = [], [], []
         skipped: list[Skipped] = []
         made: dict[Entry, Sample] = {}
-        for entry in entries:
+        # Each image is written where it will lie: stacking them at the end would copy them once more.
+        images = (
+            empty_shared((len(entries), *self._shape)) if self.shared else torch.empty((len(entries), *self._shape))
+        )
+        for entry, place in zip(entries, images, strict=True):
             try:
-                sample, size = self._finished(entry, made)
+                sample, size = self._finished(entry, made, place)
                 weights.append(1.0)
             except UnreachableError:
                 raise
@@ -162,23 +174,25 @@ class PackedDataset:
                 skipped.append(Skipped(entry, self.reader.key(entry.sample), str(error)))
                 sample, size = self._nothing(), self.transforms.canvas
                 weights.append(0.0)
+            if sample.image is not place:
+                place.copy_(sample.image)
             placed.append(sample)
             sizes.append(size)
         targets = self._targets(placed)
-        images = torch.stack([sample.image for sample in placed])
         return Batch(images, torch.tensor(sizes), torch.tensor(weights), targets, list(entries), skipped=skipped)
 
-    def _finished(self, entry: Entry, made: dict[Entry, Sample]) -> tuple[Sample, tuple[int, int]]:
+    def _finished(self, entry: Entry, made: dict[Entry, Sample], place: Tensor) -> tuple[Sample, tuple[int, int]]:
         """An entry on the canvas, mixed with its partner where the recipe says so, and its valid size.
 
         Args:
             made: the batch's samples so far, before they met their partners.
+            place: where the image may be written; of another's memory is what was mixed.
         """
         sample = self._augmented(entry, made)
         if self.transforms.pastes:
             with seeded(self._seed("paste", entry)):
                 sample = self.transforms.paste(sample, self._mate(entry, made))
-        placed = self.transforms.place(sample)
+        placed = self.transforms.place(sample, place)
         if not self.transforms.mixes:
             return placed, sample.size
 
@@ -192,12 +206,15 @@ class PackedDataset:
 
     def _augmented(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
         """An entry by itself, before it meets a partner; still uint8."""
-        if entry not in made:
-            # Everything random comes from the entry, so neither workers nor restarts can change it.
-            with seeded(self._seed("augment", entry)):
-                raw = self.reader.read(entry.sample)
-                made[entry] = self.transforms.train(self._load(raw, self._metadata(raw)))
-        return made[entry]
+        if entry in made:
+            return made[entry]
+        # Everything random comes from the entry, so neither workers nor restarts can change it.
+        with seeded(self._seed("augment", entry)):
+            raw = self.reader.read(entry.sample)
+            sample = self.transforms.train(self._load(raw, self._metadata(raw)))
+        if self.paired:
+            made[entry] = sample
+        return sample
 
     def _mate(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
         """The partner of an entry, by itself."""
@@ -276,10 +293,14 @@ class PackedDataset:
         """What a loader process is asked for: a micro-batch of training or a list of samples of evaluation."""
         return self.train_batch(index.entries) if isinstance(index, MicroBatch) else self.eval_batch(index)
 
-    def _blank(self) -> Tensor:
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of an image or a clip on the canvas."""
         height, width = self.transforms.canvas
-        shape = (3, self.config.clip.frames, height, width) if self.kind == "video" else (3, height, width)
-        return torch.zeros(shape)
+        return (3, self.config.clip.frames, height, width) if self.kind == "video" else (3, height, width)
+
+    def _blank(self) -> Tensor:
+        return torch.zeros(self._shape)
 
     def _metadata(self, raw: RawSample) -> dict[str, Any]:
         metadata = decode_json(raw.first(("json",)), raw.where)
@@ -292,8 +313,9 @@ class PackedDataset:
         """The stored image (3, H, W), or the clip (T, 3, H, W) with frames drawn as training or evaluation does."""
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
         if self.kind == "video":
-            indices = sample_frames(_frame_count(metadata, where), self.config.clip, self.train)
-            return decode_frames(raw.first(VIDEO_EXTENSIONS), indices, where, self.config.clip.decoder)
+            count = _frame_count(metadata, where)
+            indices = sample_frames(count, self.config.clip, self.train)
+            return decode_frames(clip_of(raw, metadata), indices, where, self.config.clip.decoder, count)
         return decode_image(raw.first(IMAGE_EXTENSIONS), where)
 
     def _prepared(self, raw: RawSample, metadata: dict[str, Any]) -> list[Prepared]:
@@ -301,10 +323,11 @@ class PackedDataset:
         if self.views is None:
             return [self.transforms.prepare(self._pixels(raw, metadata))]
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
-        clips = clips_of(_frame_count(metadata, where), self.config.clip, self.views.clips)
+        count = _frame_count(metadata, where)
+        clips = clips_of(count, self.config.clip, self.views.clips)
         # Clips overlap: each frame is decoded once.
         wanted = sorted({index for clip in clips for index in clip})
-        frames = decode_frames(raw.first(VIDEO_EXTENSIONS), wanted, where, self.config.clip.decoder)
+        frames = decode_frames(clip_of(raw, metadata), wanted, where, self.config.clip.decoder, count)
         place = {index: number for number, index in enumerate(wanted)}
         return [
             view
@@ -355,6 +378,12 @@ class PackedDataset:
         return torch.stack([getattr(sample, attribute) for sample in placed])
 
 
+def empty_shared(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised float32 in shared memory, as torch's own collate function makes it: sending it copies nothing."""
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.empty(0).set_(storage).view(shape)
+
+
 def _frame_count(metadata: dict[str, Any], where: str) -> int:
     frames = metadata.get("frames")
     if not isinstance(frames, int) or frames < 1:
@@ -385,4 +414,4 @@ def prepare_clip(path: Path | str, config: DataConfig) -> Prepared:
     path = Path(path)
     frames = probe_video(path, str(path))["frames"]
     indices = sample_frames(frames, config.clip, train=False)
-    return Transforms(config).prepare(decode_frames(path, indices, str(path), config.clip.decoder))
+    return Transforms(config).prepare(decode_frames(path, indices, str(path), config.clip.decoder, frames))

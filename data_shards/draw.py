@@ -16,7 +16,6 @@ from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
     check_annotations,
     decode_frames,
     decode_image,
@@ -25,6 +24,7 @@ from vitgraft.data_shards.decode import (
     decode_masks,
     sample_frames,
 )
+from vitgraft.data_shards.frames import clip_of
 from vitgraft.data_shards.geometry import Sample, resize
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.stream import RawSample
@@ -101,8 +101,9 @@ def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
     """
     metadata = decode_json(raw.first(("json",)), raw.where)
     if manifest.kind == "video":
-        indices = sample_frames(int(metadata["frames"]), _STRIP, train=False)
-        frames = decode_frames(raw.first(VIDEO_EXTENSIONS), indices, raw.where)
+        count = int(metadata["frames"])
+        indices = sample_frames(count, _STRIP, train=False)
+        frames = decode_frames(clip_of(raw, metadata), indices, raw.where, length=count)
         picture = draw_clip(frames, _class_name(raw, metadata, manifest))
     else:
         sample = Sample(decode_image(raw.first(IMAGE_EXTENSIONS), raw.where))

@@ -277,8 +277,8 @@ class _Checker:
         """Which of the role's members the sample has."""
         found = [wanted for wanted in self.roles[role] if wanted.partition(":")[0] in group.members]
         if not found:
-            there = ", ".join(sorted(group.members))
-            raise DataError(f"{where}: no {role} (.{', .'.join(self.roles[role])}) among .{there[:200]}; see --member")
+            there = ", ".join(f".{extension}" for extension in sorted(group.members))
+            raise DataError(f"{where}: no {role} (.{', .'.join(self.roles[role])}) among {there[:200]}; see --member")
         if role != "label" and len(found) > 1:
             raise DataError(f"{where}: both .{found[0]} and .{found[1]}; say which with --member {role}=")
         if self.kind == "semantic" and role == "label" and len(found) > 1:

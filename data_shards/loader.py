@@ -2,7 +2,14 @@
 
 A window of requests slides over a process pool. Torch's DataLoader is not used because a worker that is killed makes it
 raise in the middle of whatever the training process is doing; here the pool is replaced and the window asked again, and
-since a batch is a pure function of its entries nothing changes. Workers come from a fork server: forking the training
+since a batch is a pure function of its entries nothing changes. So a worker's death comes to light where the next batch
+is asked for, and nowhere else.
+
+Memory is bounded: of ``workers`` x ``prefetch`` batches each is ready, being made or still to be made; one more is in
+use. A worker besides holds its own copy of the libraries' data, and of the data set what the manifest says and the
+offsets of the shards that it read last. :meth:`TrainBatches.memory` tells what that comes to.
+
+Workers come from a fork server: forking the training
 process itself, with the threads of DeepSpeed, gloo and CUDA, could copy a lock that nobody will release.
 """
 
@@ -11,8 +18,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,6 +29,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import connection
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -33,6 +43,9 @@ from vitgraft.data_shards.prefetch import Prefetcher
 
 MAX_REPLACEMENTS = 3
 """How often the pool is replaced for one and the same batch before giving up."""
+
+MEASURED_EVERY_S = 10.0
+"""The kernel walks through all pages of a process to tell its memory, which takes some milliseconds."""
 
 Index = MicroBatch | Sequence[int]
 
@@ -83,6 +96,7 @@ def _start_worker(dataset: PackedDataset) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_rank, daemon=True).start()
     _dataset = dataset
+    _dataset.shared = True
 
 
 def _end_with_rank() -> None:
@@ -135,6 +149,12 @@ class Window:
         finally:
             self._end()
 
+    def memory(self) -> int:
+        """Bytes of all loader processes now; what several share counts once. 0 without any, and where /proc is not
+        Linux's."""
+        processes = {} if self._pool is None else self._pool._processes or {}
+        return sum(map(_proportional_bytes, list(processes)))
+
     def _first(self, pending: deque[tuple[Index, Future[_Parcel]]]) -> Batch | EvalItem:
         for _ in range(MAX_REPLACEMENTS):
             try:
@@ -183,18 +203,57 @@ def _pinned(batch: Batch) -> Batch:
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
-def train_batches(dataset: PackedDataset, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Batch]]:
+def _proportional_bytes(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        # It ended, or the system has no such file.
+        return 0
+    found = re.search(r"^Pss:\s*(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+class TrainBatches(Iterator[tuple[MicroBatch, Batch]]):
+    """See :func:`train_batches`."""
+
+    def __init__(self, dataset: PackedDataset, micro_batches: Iterable[MicroBatch]) -> None:
+        self._window = Window(dataset)
+        self._batches = _prepared(dataset, self._window, micro_batches)
+        self._memory, self._measure_at = 0, 0.0
+
+    def __next__(self) -> tuple[MicroBatch, Batch]:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._batches.close()
+
+    def memory(self) -> int:
+        """Bytes of this rank's loader processes; measured anew after some seconds only, so it may be asked often."""
+        now = time.monotonic()
+        if now >= self._measure_at:
+            self._memory, self._measure_at = self._window.memory(), now + MEASURED_EVERY_S
+        return self._memory
+
+
+def _prepared(
+    dataset: PackedDataset, window: Window, micro_batches: Iterable[MicroBatch]
+) -> Generator[tuple[MicroBatch, Batch], None, None]:
+    with Prefetcher(dataset.readers) as ahead:
+        for index, result in window.run(ahead.watch(micro_batches)):
+            yield cast(MicroBatch, index), _pinned(cast(Batch, result))
+
+
+def train_batches(dataset: PackedDataset, micro_batches: Iterable[MicroBatch]) -> TrainBatches:
     """Batches of training in the order of ``micro_batches``, in pinned memory where there is CUDA.
 
-    The generator's ``close()`` ends its processes.
+    ``close()`` ends the loader's processes.
 
     Raises:
         DataError: a sample cannot be read and the recipe does not let it be skipped; names shard and sample.
         TrainingError: loader processes keep dying.
     """
-    with Prefetcher(dataset.readers, dataset.plan) as ahead:
-        for index, result in Window(dataset).run(ahead.watch(micro_batches)):
-            yield cast(MicroBatch, index), _pinned(cast(Batch, result))
+    return TrainBatches(dataset, micro_batches)
 
 
 def eval_batches(

@@ -12,15 +12,21 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from vitgraft.configs.errors import DataError
-from vitgraft.configs.hashing import sha256_of
-from vitgraft.configs.schema.section import NonNegative, Positive, Section
+from vitgraft.configs.hashing import canonical_json
+from vitgraft.configs.schema.section import NonNegative, Section
 from vitgraft.data_shards.remote import is_url, join, read_small, shown
+from vitgraft.data_shards.shards import SHARD_NAME as SHARD_NAME
+from vitgraft.data_shards.shards import Sha256, Shards, index_name
+from vitgraft.data_shards.shards import Shard as Shard
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -31,30 +37,6 @@ IGNORE = 255
 Kind = Literal["detection", "semantic", "video", "image"]
 CLASSED: tuple[Kind, ...] = ("video", "image")
 """Kinds whose samples have one class each."""
-SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.tar$"
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Shard(Section):
-    """One tar file and its index."""
-
-    name: Annotated[str, Field(pattern=SHARD_NAME)]
-    samples: Positive
-    bytes: Positive
-    sha256: Sha256
-    index_sha256: Sha256
-    index_size: Positive | None = None
-    """Of a foreign tar's index, which holds metadata too; ``None``: the size follows from ``samples``."""
-
-    @property
-    def index_name(self) -> str:
-        """File name of the shard's index."""
-        return self.name.removesuffix(".tar") + ".idx"
-
-    @property
-    def index_bytes(self) -> int:
-        """Size of the index; of our own shards: one uint64 for each sample and one for the end."""
-        return 8 * (self.samples + 1) if self.index_size is None else self.index_size
 
 
 class Foreign(Section):
@@ -82,21 +64,21 @@ class Manifest(Section):
     classes: list[str]
     category_ids: list[int] | None = None
     samples: NonNegative
-    shards: list[Shard]
+    shards: Shards
     source: dict[str, Any] = Field(default_factory=dict)
     fingerprint: Sha256
     foreign: Foreign | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        total = sum(shard.samples for shard in self.shards)
+        total = sum(self.shards.samples.tolist())
         if total != self.samples:
             raise ValueError(f"samples is {self.samples}, but the shards hold {total}")
         if self.category_ids is not None and len(self.category_ids) != len(self.classes):
             raise ValueError(f"{len(self.category_ids)} category_ids for {len(self.classes)} classes")
-        if len({shard.name for shard in self.shards}) != len(self.shards):
+        if len(set(self.shards.names)) != len(self.shards):
             raise ValueError("a shard is listed twice")
-        if any((shard.index_size is None) != (self.foreign is None) for shard in self.shards):
+        if bool(((self.shards.index_sizes > 0) != (self.foreign is not None)).any()):
             raise ValueError("index_size belongs to the shards of foreign tars, and to all of them")
         expected = fingerprint_of(self.kind, self.classes, self.category_ids, self.shards, self.foreign)
         if self.fingerprint != expected:
@@ -106,7 +88,8 @@ class Manifest(Section):
     @property
     def shard_sizes(self) -> list[int]:
         """Samples of each shard, in order: what :class:`~vitgraft.data_shards.plan.EpochPlan` needs."""
-        return [shard.samples for shard in self.shards]
+        sizes: list[int] = self.shards.samples.tolist()
+        return sizes
 
     def tars(self, folder: Path | str) -> Path | str:
         """The folder (or URL, a ``str``) of the tars of a data set whose manifest is in ``folder``."""
@@ -119,35 +102,39 @@ def fingerprint_of(
     kind: Kind,
     classes: list[str],
     category_ids: list[int] | None,
-    shards: list[Shard],
+    shards: Shards,
     foreign: Foreign | None = None,
 ) -> str:
     """SHA-256 (hex) over everything that decides what a training run reads."""
-    content: list[Any] = [[shard.name, shard.samples, shard.sha256] for shard in shards]
-    tree = {"kind": kind, "classes": classes, "category_ids": category_ids, "shards": content}
+    tree: dict[str, Any] = {"kind": kind, "classes": classes, "category_ids": category_ids}
     if foreign is not None:
         # Here the labels are in the index.
-        tree["foreign"] = [foreign.members, [shard.index_sha256 for shard in shards]]
-    return sha256_of(tree)
+        tree["foreign"] = [foreign.members, list(shards.index_hashes())]
+    # Canonical JSON of {..., "shards": [[name, samples, sha256], ...]}, whose last key that is; names need no escapes.
+    rows = zip(shards.names, shards.samples.tolist(), shards.hashes(), strict=True)
+    content = ",".join([f'["{name}",{samples},"{digest}"]' for name, samples, digest in rows])
+    text = f'{canonical_json(tree)[:-1]},"shards":[{content}]}}'
+    return sha256(text.encode()).hexdigest()
 
 
 def make_manifest(
     kind: Kind,
     classes: list[str],
     category_ids: list[int] | None,
-    shards: list[Shard],
+    shards: Iterable[Shard],
     source: dict[str, Any],
     foreign: Foreign | None = None,
 ) -> Manifest:
     """The manifest of these shards, with totals and fingerprint filled in."""
+    columns = Shards(shards)
     return Manifest(
         kind=kind,
         classes=classes,
         category_ids=category_ids,
-        samples=sum(shard.samples for shard in shards),
-        shards=shards,
+        samples=sum(columns.samples.tolist()),
+        shards=columns,
         source=source,
-        fingerprint=fingerprint_of(kind, classes, category_ids, shards, foreign),
+        fingerprint=fingerprint_of(kind, classes, category_ids, columns, foreign),
         foreign=foreign,
     )
 
@@ -158,8 +145,6 @@ def dump_manifest(manifest: Manifest) -> str:
     if manifest.foreign is None:
         # Our own shards are described as ever.
         del tree["foreign"]
-        for shard in tree["shards"]:
-            del shard["index_size"]
     return json.dumps(tree, indent=1) + "\n"
 
 
@@ -176,7 +161,12 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             "read it with the vitgraft version that wrote it, or pack again"
         )
     try:
-        return Manifest.model_validate_json(text)
+        # The keys of 10^5 shards are five strings.
+        tree = from_json(text, cache_strings="keys")
+    except ValueError as error:
+        raise DataError(f"{where}: manifest: Invalid JSON: {error}; pack the data set again") from None
+    try:
+        return Manifest.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"])) or "manifest"
@@ -213,11 +203,15 @@ def read_manifest(folder: Path | str) -> Manifest:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     manifest = parse_manifest(text, str(path))
-    tars = manifest.tars(folder)
-    for shard in manifest.shards:
+    shards, tars = manifest.shards, manifest.tars(folder)
+    indices = dict(zip(map(index_name, shards.names), shards.index_bytes.tolist(), strict=True))
+    sizes = dict(zip(shards.names, shards.bytes.tolist(), strict=True))
+    if tars == folder:
+        _check_sizes(folder, sizes | indices)
+    else:
         if isinstance(tars, Path):
-            _check_size(tars / shard.name, shard.bytes)
-        _check_size(folder / shard.index_name, shard.index_bytes)
+            _check_sizes(tars, sizes)
+        _check_sizes(folder, indices)
     return manifest
 
 
@@ -236,15 +230,36 @@ def _read_remote(url: str) -> Manifest:
     return manifest
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_sizes(folder: Path, expected: dict[str, int]) -> None:
+    """Compare sizes by one walk over the folder: on network file systems a question for each file takes minutes."""
+    found: dict[str, int] = {}
     try:
-        found = os.stat(path).st_size
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # By descriptor, so that the kernel need not find the folder again for each file.
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name in expected:
+                        try:
+                            found[name] = entry.stat().st_size
+                        except FileNotFoundError:
+                            # A link to nowhere.
+                            continue
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, though {MANIFEST} lists it; copy it again or pack again") from None
+        found.clear()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
-    if found != expected:
         raise DataError(
-            f"{path}: {found} bytes, expected {expected} (truncated or changed); copy it again or pack again, "
-            "then check with: vitgraft shards verify DIR"
-        )
+            f"{error.filename or folder}: cannot be read: {error.strerror}; check its permissions"
+        ) from None
+    if found == expected:
+        return
+    name = next(name for name, size in expected.items() if found.get(name) != size)
+    if name not in found:
+        raise DataError(f"{folder / name}: missing, though {MANIFEST} lists it; copy it again or pack again")
+    raise DataError(
+        f"{folder / name}: {found[name]} bytes, expected {expected[name]} (truncated or changed); copy it again or "
+        "pack again, then check with: vitgraft shards verify DIR"
+    )

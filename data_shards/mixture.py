@@ -19,7 +19,7 @@ from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.hashing import seed_of, sha256_of
 from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.manifest import Manifest
-from vitgraft.data_shards.plan import EpochPlan, Plan, epoch_entries, permutation
+from vitgraft.data_shards.plan import EpochPlan, Integers, Plan, entries_of, epoch_entries, permutation
 from vitgraft.data_shards.stream import RawSample, ShardReader
 
 STRETCH = 1024
@@ -104,23 +104,30 @@ class MixturePlan:
         self._lengths = [len(plan) for plan in plans]
         self._offsets = np.cumsum([0] + [plan.samples for plan in plans]).tolist()
         self._stretches = -(-len(self) // STRETCH)
-        self._cache: OrderedDict[int, list[Entry]] = OrderedDict()
+        self._cache: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(self._lengths)
 
     def entries(self, start: int, stop: int) -> list[Entry]:
         """The entries at positions start..stop-1 (IndexError when any lies outside)."""
+        return entries_of(self.epoch, range(start, stop), *self.numbers(start, stop))
+
+    def numbers(self, start: int, stop: int) -> tuple[Integers, Integers]:
+        """The samples and the repetitions at positions start..stop-1 (IndexError when any lies outside)."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"positions {start}..{stop} outside the epoch of {len(self)} entries")
-        found: list[Entry] = []
-        while start < stop:
-            stretch = self._stretch_of(start)
+        found = np.empty((2, stop - start), dtype=np.int64)
+        position = start
+        while position < stop:
+            stretch = self._stretch_of(position)
             first = sum(self._shares(stretch))
-            part = self._stretch(stretch)[start - first : stop - first]
-            found += part
-            start += len(part)
-        return found
+            samples, repetitions = self._stretch(stretch)
+            part = slice(position - first, min(stop - first, len(samples)))
+            place = slice(position - start, position - start + part.stop - part.start)
+            found[0, place], found[1, place] = samples[part], repetitions[part]
+            position += part.stop - part.start
+        return found[0], found[1]
 
     def _shares(self, stretch: int) -> list[int]:
         """How many entries of each source come before a stretch."""
@@ -133,8 +140,8 @@ class MixturePlan:
             stretch += 1
         return stretch
 
-    def _stretch(self, stretch: int) -> list[Entry]:
-        """The entries of one stretch, in order."""
+    def _stretch(self, stretch: int) -> tuple[Integers, Integers]:
+        """The samples and repetitions of one stretch, in order."""
         if stretch in self._cache:
             self._cache.move_to_end(stretch)
             return self._cache[stretch]
@@ -142,17 +149,15 @@ class MixturePlan:
         counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
         turns = np.repeat(np.arange(len(counts)), counts)
         turns = turns[permutation(seed_of("mixture", *self._identity, stretch), len(turns))]
-        sources = [
-            iter(plan.entries(start, stop)) for plan, start, stop in zip(self._plans, starts, stops, strict=True)
-        ]
-        entries = []
-        for position, source in enumerate(turns.tolist(), sum(starts)):
-            entry = next(sources[source])
-            entries.append(entry._replace(position=position, sample=self._offsets[source] + entry.sample))
-        self._cache[stretch] = entries
+        merged = np.empty(len(turns), dtype=np.int64), np.empty(len(turns), dtype=np.int64)
+        for source, plan in enumerate(self._plans):
+            samples, repetitions = plan.numbers(starts[source], stops[source])
+            own = turns == source
+            merged[0][own], merged[1][own] = samples + self._offsets[source], repetitions
+        self._cache[stretch] = merged
         if len(self._cache) > _CACHED_STRETCHES:
             self._cache.popitem(last=False)
-        return entries
+        return merged
 
 
 class MixtureReader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -58,6 +58,9 @@ class Plan(Protocol):
 
     def entries(self, start: int, stop: int) -> list[Entry]:
         """The entries at positions start..stop-1 (IndexError when any lies outside)."""
+
+    def numbers(self, start: int, stop: int) -> tuple[Integers, Integers]:
+        """The same as two arrays: their samples and their repetitions."""
 
 
 def epoch_entries(samples: int, repeats: Fraction | int) -> int:
@@ -110,7 +113,7 @@ class EpochPlan:
         before = np.concatenate([[0], np.cumsum(self._counts)]).tolist()
         # Cumulative shares of the short pass, so that they add up to ``extra``.
         self._bounds = np.asarray([n * passes + (n * extra // samples if extra else 0) for n in before], dtype=np.int64)
-        self._cache: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], Integers] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -126,20 +129,25 @@ class EpochPlan:
 
     def entries(self, start: int, stop: int) -> list[Entry]:
         """The entries at positions start..stop-1 (IndexError when any lies outside)."""
+        return entries_of(self.epoch, range(start, stop), *self.numbers(start, stop))
+
+    def numbers(self, start: int, stop: int) -> tuple[Integers, Integers]:
+        """The samples and the repetitions at positions start..stop-1 (IndexError when any lies outside)."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"positions {start}..{stop} outside the epoch of {len(self)} entries")
-        found: list[Entry] = []
+        samples, repetitions = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int64)
         position = start
         while position < stop:
             block = int(np.searchsorted(self._bounds, position, side="right")) - 1
             repetition, first = divmod(position - int(self._bounds[block]), self._counts[block])
             upto = min(stop, int(self._bounds[block + 1]))
             part = self._pass(block, repetition)[first : first + upto - position]
-            found += [Entry(self.epoch, position + i, sample, repetition) for i, sample in enumerate(part)]
+            place = slice(position - start, position - start + len(part))
+            samples[place], repetitions[place] = part, repetition
             position += len(part)
-        return found
+        return samples, repetitions
 
-    def _pass(self, block: int, repetition: int) -> list[int]:
+    def _pass(self, block: int, repetition: int) -> Integers:
         """The samples of one block in the order of one pass over it; a short pass ends somewhere inside."""
         key = block, repetition
         if key in self._cache:
@@ -149,18 +157,24 @@ class EpochPlan:
         samples = np.concatenate(ranges)
         if self.shuffle:
             samples = samples[permutation(seed_of("block", *self._identity, block, repetition), len(samples))]
-        self._cache[key] = samples.tolist()
+        self._cache[key] = samples
         if len(self._cache) > _CACHED_PASSES:
             self._cache.popitem(last=False)
-        return self._cache[key]
+        return samples
+
+
+def entries_of(epoch: int, positions: Iterable[int], samples: Integers, repetitions: Integers) -> list[Entry]:
+    """Entries from their columns."""
+    rows = zip(positions, samples.tolist(), repetitions.tolist(), strict=True)
+    return [Entry(epoch, position, sample, repetition) for position, sample, repetition in rows]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One rank's share of one micro-step.
 
-    ``entries``: this rank's; empty: the rank runs a zero-weight filler. ``micro_count``: entries of the micro-step over
-    all ranks. ``step_count``: entries of the step over all ranks and micro-steps.
+    ``entries``: this rank's, by sample; empty: the rank runs a zero-weight filler. ``micro_count``: entries of the
+    micro-step over all ranks. ``step_count``: entries of the step over all ranks and micro-steps.
     """
 
     step: int
@@ -201,15 +215,24 @@ def micro_batches(
     accumulation: int,
     rank: int,
     world: int,
+    paired: bool = False,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of the steps first_step..last_step-1.
 
-    Slot i of a step's G slots belongs to micro-step i // (G / accumulation), and there to rank
-    (i % (G / accumulation)) // (G / accumulation / world). An epoch's last step may leave its later slots empty.
+    A step's G slots are the next G positions of the epoch; slot i belongs to micro-step i // (G / accumulation). The
+    entries of a micro-step are then sorted by sample, and cut into equal parts for the ranks. So a micro-step holds the
+    same entries at every world size, while a rank, which reads about the same part of every micro-step, keeps to the
+    same one or two of a block's shards, and its node to few. Positions stay those of the epoch. An epoch's last step
+    may leave its later slots empty.
+
+    The partner with which an entry may be mixed is its neighbour in the epoch (mixing.py): any sample of the block, and
+    so most often another rank's. Each would be read and decoded twice, from whatever shard. ``paired`` therefore keeps
+    the order of the epoch, where the two stay side by side, at the price that every rank reads all shards of a block.
 
     Args:
         plans: the plan of an epoch, by its number.
         epoch_size: entries of an epoch (``len`` of every plan).
+        paired: whether entries are mixed with their partners.
 
     Raises:
         ConfigError: the world cannot carry the global batch; lists the worlds that can.
@@ -236,16 +259,26 @@ def micro_batches(
             start = within * global_batch
             valid = min(global_batch, epoch_size - start)
             for micro in range(accumulation):
-                first = micro * per_micro
-                low = min(first + rank * per_rank, valid)
-                high = min(first + (rank + 1) * per_rank, valid)
+                first = min(micro * per_micro, valid)
+                count = min(valid - first, per_micro)
+                share = slice(min(rank * per_rank, count), min((rank + 1) * per_rank, count))
                 yield MicroBatch(
                     step=step,
                     micro=micro,
                     epoch=epoch,
-                    entries=tuple(plan.entries(start + low, start + high)),
-                    micro_count=min(max(valid - first, 0), per_micro),
+                    entries=tuple(_share(plan, start + first, count, share, paired)),
+                    micro_count=count,
                     step_count=valid,
                 )
 
     return cut()
+
+
+def _share(plan: Plan, start: int, count: int, share: slice, paired: bool) -> list[Entry]:
+    """A part of the ``count`` entries from position ``start`` on, by sample (``paired``: by position)."""
+    if paired or share.start == share.stop:
+        return plan.entries(start + share.start, start + share.stop)
+    samples, repetitions = plan.numbers(start, start + count)
+    # Stable, so that it is the same on every processor: a sample's repetitions may meet in a micro-step.
+    mine = np.argsort(samples, kind="stable")[share]
+    return entries_of(plan.epoch, (start + mine).tolist(), samples[mine], repetitions[mine])

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 
+import numpy as np
+
 from vitgraft.configs.errors import ConfigError, VitgraftError
-from vitgraft.data_shards.plan import SHARDS_PER_BLOCK, MicroBatch, Plan
+from vitgraft.data_shards.plan import SHARDS_PER_BLOCK, MicroBatch
 from vitgraft.data_shards.stream import ShardReader
 
-AHEAD = 2048
-"""Entries that the fetcher looks ahead from the newest one that was asked for."""
-_AT_A_TIME = SHARDS_PER_BLOCK + 1
+AHEAD = 512
+"""How many of its own entries a rank's fetcher looks ahead from what its workers were asked for."""
+_AT_A_TIME = 2 * SHARDS_PER_BLOCK
+"""The shards of the block that is being read, and those of the next, which are fetched meanwhile."""
 
 
 def check_room(readers: Sequence[ShardReader]) -> None:
-    """Refuse a cache in which the shards that are shuffled together do not fit: each read could be a transfer.
+    """Refuse a cache in which the shards of two blocks do not fit: each read could be a transfer.
 
     Raises:
         ConfigError: ``data.cache.max_bytes`` is too small; says how much is needed.
     """
-    needed = sum(
-        sum(sorted((shard.bytes + shard.index_bytes for shard in reader.manifest.shards), reverse=True)[:_AT_A_TIME])
-        for reader in readers
-        if reader.remote
-    )
+    shards = [reader.manifest.shards for reader in readers if reader.remote]
+    # A machine may run all ranks, which together read all shards of a block.
+    needed = sum(sum(np.sort(part.bytes + part.index_bytes)[-_AT_A_TIME:].tolist()) for part in shards)
     cache = next((reader.cache for reader in readers if reader.remote), None)
     if cache is not None and cache.max_bytes < needed:
         raise ConfigError(
@@ -37,25 +41,25 @@ def check_room(readers: Sequence[ShardReader]) -> None:
 class Prefetcher:
     """Context manager around a rank's micro-batches; does nothing for data on local disks.
 
-    One thread fetches one shard after another, in the order of the plan; the ranks of a node pass over what one of them
-    is fetching, so they share the work. It looks ``AHEAD`` entries ahead, which bounds what it fetches too early, and
-    never raises: whatever is wrong is found, and said, by the worker that reads.
+    One thread fetches one shard after another in the order in which this rank needs them, and no others; the ranks of a
+    node pass over what one of them is fetching, so they share the work. It looks ``AHEAD`` entries ahead, which bounds
+    what it fetches too early, and never raises: whatever is wrong is found, and said, by the worker that reads.
 
     Args:
         readers: of the data set's sources, whose samples are numbered through.
-        plans: the plan of an epoch, by its number; called in the thread.
     """
 
-    def __init__(self, readers: Sequence[ShardReader], plans: Callable[[int], Plan]) -> None:
-        self._readers, self._plans = readers, plans
-        self._changed = threading.Condition()
-        self._newest: tuple[int, int] | None = None
-        self._needed = any(reader.remote for reader in readers)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+    def __init__(self, readers: Sequence[ShardReader]) -> None:
+        self._readers = readers
+        self._ends = np.cumsum([len(reader) for reader in readers]).tolist()
+        self._remote = any(reader.remote for reader in readers)
+        # (reader, shard), and how often the entries ahead need each; None ends the thread.
+        self._wanted: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+        self._ahead: Counter[tuple[int, int]] = Counter()
+        self._thread = Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> Prefetcher:
-        if self._needed:
+        if self._remote:
             self._thread.start()
         return self
 
@@ -63,45 +67,53 @@ class Prefetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Not joined: a transfer may last, and the kernel frees its lock when this process ends.
-        with self._changed:
-            self._stopped.set()
-            self._changed.notify()
+        self._ahead.clear()
+        self._wanted.put(None)
 
     def watch(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The same micro-batches; notes how far the run has come."""
+        """The same micro-batches; has those that come next fetched meanwhile."""
+        if not self._remote:
+            yield from micro_batches
+            return
+        waiting: deque[MicroBatch] = deque()
+        entries = 0
         for part in micro_batches:
-            if part.entries:
-                with self._changed:
-                    self._newest = part.epoch, part.entries[-1].position
-                    self._changed.notify()
-            yield part
+            waiting.append(part)
+            entries += len(part.entries)
+            for shard in self._shards(part):
+                if not self._ahead[shard]:
+                    self._wanted.put(shard)
+                self._ahead[shard] += 1
+            # A rank may have fillers alone.
+            while entries - len(waiting[0].entries) >= AHEAD or len(waiting) > AHEAD:
+                entries -= len(waiting[0].entries)
+                yield self._passed(waiting.popleft())
+        while waiting:
+            yield self._passed(waiting.popleft())
+
+    def _passed(self, part: MicroBatch) -> MicroBatch:
+        for shard in self._shards(part):
+            self._ahead[shard] -= 1
+            if not self._ahead[shard]:
+                del self._ahead[shard]
+        return part
+
+    def _shards(self, part: MicroBatch) -> list[tuple[int, int]]:
+        """The shards of a micro-batch, each as often as it is needed."""
+        found = []
+        for entry in part.entries:
+            number = bisect_right(self._ends, entry.sample)
+            reader = self._readers[number]
+            found.append((number, reader.shard_of(entry.sample - self._ends[number] + len(reader))))
+        return found
 
     def _run(self) -> None:
-        done: tuple[int, int] | None = None
-        plan: Plan | None = None
-        while True:
-            with self._changed:
-                while not self._stopped.is_set() and self._newest == done:
-                    self._changed.wait()
-                if self._stopped.is_set() or self._newest is None:
-                    return
-                done = self._newest
-            epoch, position = done
-            if plan is None or plan.epoch != epoch:
-                plan = self._plans(epoch)
-            ahead = plan.entries(position, min(position + AHEAD, len(plan)))
-            for reader, shard in dict.fromkeys(self._shard(entry.sample) for entry in ahead):
-                if self._stopped.is_set():
-                    return
+        while (wanted := self._wanted.get()) is not None:
+            # What the run has overtaken is left alone: it is here, or its worker is fetching it.
+            if self._ahead[wanted] > 0:
+                reader, shard = wanted
                 try:
                     self._readers[reader].prefetch(shard)
                 except VitgraftError:
                     # The reader that needs it will say so.
                     continue
-
-    def _shard(self, sample: int) -> tuple[int, int]:
-        for number, reader in enumerate(self._readers):
-            if sample < len(reader):
-                return number, reader.shard_of(sample)
-            sample -= len(reader)
-        raise IndexError(f"no sample {sample}")

@@ -113,7 +113,7 @@ def list_names(url: str) -> list[str]:
         return sorted({name.decode() for name in _LISTED.findall(page)})
 
     def once() -> list[str]:
-        system, path = _system(url)
+        system, path = file_system(url)
         return sorted({str(entry).rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False)})
 
     return _retry(url, once)
@@ -136,7 +136,7 @@ def _write(descriptor: int, chunk: bytes) -> None:
             raise LocalWriteError(error) from None
 
 
-def _system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL (it keeps one for each kind and process) and the path in it."""
     if "::" in url:
         raise ConfigError(f"{shown(url)}: chained URLs are not supported; name one file system")
@@ -162,7 +162,7 @@ def _system(url: str) -> tuple[Any, str]:
 
 def _stream(url: str, limit: int) -> Iterator[bytes]:
     """The bytes of a file until its end or until there are more than ``limit``."""
-    system, path = _system(url)
+    system, path = file_system(url)
     deadline = time.monotonic() + STALL_SECONDS + limit / SLOWEST
     # Over http one plain request and a stream: what fsspec does for ranges trusts the server to send no more.
     plain = {"block_size": 0, "size": 1, "headers": {"Accept-Encoding": "identity"}}

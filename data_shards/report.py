@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from vitgraft.configs.hashing import sha256_file
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
     check_annotations,
     decode_image,
     decode_json,
@@ -24,12 +25,16 @@ from vitgraft.data_shards.decode import (
     image_size,
     probe_video,
 )
+from vitgraft.data_shards.frames import ImageFrames, clip_of
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Manifest, read_manifest
+from vitgraft.data_shards.parallel import outcomes
 from vitgraft.data_shards.remote import UnreachableError
 from vitgraft.data_shards.sources import open_cache, resolve_source
 from vitgraft.data_shards.stream import RawSample, ShardReader
 
 Progress = Callable[[int, int], None]
+
+_CHECKED_AT_ONCE = 16
 
 
 @dataclass
@@ -50,8 +55,8 @@ class VerifyReport:
         return not self.bad_files and not self.bad_samples
 
 
-def verify(folder: Path | str, progress: Progress | None = None) -> VerifyReport:
-    """Hash every file against the manifest and decode every sample.
+def verify(folder: Path | str, progress: Progress | None = None, jobs: int = 1) -> VerifyReport:
+    """Hash every file against the manifest and decode every sample, in ``jobs`` processes.
 
     Raises:
         DataError: there is no readable manifest, or a file is missing or of another size.
@@ -59,28 +64,36 @@ def verify(folder: Path | str, progress: Progress | None = None) -> VerifyReport
     folder = resolve_source(str(folder))
     manifest = read_manifest(folder)
     report = VerifyReport(folder, manifest)
+    stated: list[tuple[Path, str]] = []
     tars = manifest.tars(folder)
     for shard in manifest.shards:
-        for place, name, expected in (
-            (tars, shard.name, shard.sha256),
-            (folder, shard.index_name, shard.index_sha256),
-        ):
-            # What is behind a URL is hashed when it is fetched.
-            found = _hash(place / name) if isinstance(place, Path) else expected
-            if found != expected:
-                report.bad_files.append(f"{place}/{name}: SHA-256 {found[:12]}, expected {expected[:12]}")
+        # What is behind a URL is hashed when it is fetched.
+        stated += [(tars / shard.name, shard.sha256)] if isinstance(tars, Path) else []
+        stated += [(folder / shard.index_name, shard.index_sha256)] if isinstance(folder, Path) else []
+    with contextlib.closing(outcomes(_hash, [path for path, _ in stated], jobs)) as hashes:
+        for (path, expected), outcome in zip(stated, hashes, strict=True):
+            if (found := outcome.get()) != expected:
+                report.bad_files.append(f"{path}: SHA-256 {found[:12]}, expected {expected[:12]}")
     reader = ShardReader(folder, manifest, open_cache(CacheConfig()))
-    for sample in range(len(reader)):
-        try:
-            check_sample(reader.read(sample), manifest)
-        except UnreachableError:
-            raise
-        except DataError as error:
-            report.bad_samples[reader.key(sample)] = str(error)
-        if progress is not None:
-            progress(sample + 1, len(reader))
+    with contextlib.closing(outcomes(partial(_check_of, reader), range(len(reader)), jobs, _CHECKED_AT_ONCE)) as checks:
+        for sample, check in enumerate(checks):
+            if (reason := check.get()) is not None:
+                report.bad_samples[reader.key(sample)] = reason
+            if progress is not None:
+                progress(sample + 1, len(reader))
     reader.close()
     return report
+
+
+def _check_of(reader: ShardReader, sample: int) -> str | None:
+    """Why a sample is bad."""
+    try:
+        check_sample(reader.read(sample), reader.manifest)
+    except UnreachableError:
+        raise
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _hash(path: Path) -> str:
@@ -99,7 +112,12 @@ def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
     metadata = decode_json(raw.first(("json",)), raw.where)
     expected = metadata.get("height"), metadata.get("width")
     if manifest.kind == "video":
-        facts = probe_video(raw.first(VIDEO_EXTENSIONS), raw.where)
+        clip = clip_of(raw, metadata)
+        facts = probe_video(clip, raw.where)
+        if isinstance(clip, ImageFrames):
+            # They were counted by name alone.
+            for number in range(clip.length):
+                clip.frames_at([0, number])
         if facts["frames"] != metadata.get("frames"):
             raise DataError(f"{raw.where}: {facts['frames']} frames, expected {metadata.get('frames')}; pack again")
         found = (facts["height"], facts["width"])

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
+from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.files import FileFacts, place_of
 from vitgraft.data_shards.manifest import Manifest, Shard
 from vitgraft.data_shards.remote import UnreachableError
+from vitgraft.data_shards.ustar import plain_members
 
 MAX_SAMPLE_BYTES = 2 << 30
-_KEPT_INDICES = 64
+_KEPT_SHARDS = 64
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _REMEDY = "copy the shard again or pack again; vitgraft shards verify lists all damage"
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """The bytes of one sample. ``members``: by extension, i.e. what follows the first dot (``jpg``, ``label.png``)."""
 
     shard: str
@@ -66,8 +67,8 @@ class ShardReader:
         self.folder, self.manifest, self.cache = folder, manifest, cache
         self._tars = place_of(manifest.tars(folder), cache)
         self._index_files = place_of(folder, cache)
-        self._ends = np.cumsum(np.asarray(manifest.shard_sizes, dtype=np.int64))
-        self._indices: OrderedDict[int, npt.NDArray[np.uint64]] = OrderedDict()
+        self._ends: list[int] = np.cumsum(manifest.shards.samples).tolist()
+        self._kept: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -94,7 +95,7 @@ class ShardReader:
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds the sample."""
-        return int(np.searchsorted(self._ends, sample, side="right"))
+        return bisect_right(self._ends, sample)
 
     def prefetch(self, shard: int) -> None:
         """Fetch a remote shard and its index into the cache, unless they are there or another process is at it.
@@ -119,52 +120,44 @@ class ShardReader:
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
-        info = self.manifest.shards[self.shard_of(sample)]
+        shard = bisect_right(self._ends, sample)
         try:
-            return self._read(sample)
+            return self._read(sample, shard)
         except UnreachableError:
             raise
         except DataError:
             # A copy in the cache may have rotted since it was verified; what was fetched so is damaged at its source.
-            if not self._tars.recheck(_tar_facts(info)):
+            if not self._tars.recheck(_tar_facts(self.manifest.shards[shard])):
                 raise
-            return self._read(sample)
+            return self._read(sample, shard)
 
-    def _read(self, sample: int) -> RawSample:
-        shard = self.shard_of(sample)
-        info = self.manifest.shards[shard]
-        local = sample - (int(self._ends[shard]) - info.samples)
-        path = self._tars.where(info.name)
-        where = f"{path}:{self.key(sample)}"
-        start, end = self._range(shard, local)
-        if not 0 <= start < end <= info.bytes or end - start > MAX_SAMPLE_BYTES:
-            raise DataError(f"{where}: index gives bytes {start}..{end} of {info.bytes}; {_REMEDY}")
+    def _read(self, sample: int, number: int) -> RawSample:
+        shard = self._kept.get(number) or self._opened(number)
+        local, foreign = sample - shard.first, self.manifest.foreign
+        key, path = self.key(sample), shard.path
+        # A foreign tar's index has starts and ends apart, as it may skip some.
+        start, end = shard.offsets[local], shard.offsets[local + (1 if foreign is None else shard.samples)]
+        length = end - start
+        if not 0 < length <= MAX_SAMPLE_BYTES or end > shard.tar.bytes:
+            raise DataError(f"{path}:{key}: index gives bytes {start}..{end} of {shard.tar.bytes}; {_REMEDY}")
         try:
-            data = self._tars.read(_tar_facts(info), start, end - start)
+            data = self._tars.read(shard.tar, start, length)
         except OSError as error:
-            raise DataError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}") from None
-        if len(data) != end - start:
-            raise DataError(f"{where}: shard ends after {len(data)} of {end - start} bytes; {_REMEDY}")
-        foreign = self.manifest.foreign
+            raise DataError(f"{path}:{key}: cannot be read: {error.strerror}; {_REMEDY}") from None
+        if len(data) != length:
+            raise DataError(f"{path}:{key}: shard ends after {len(data)} of {length} bytes; {_REMEDY}")
         if foreign is None:
-            return RawSample(path, self.key(sample), _members(data, self.key(sample), where))
-        members = _members(data, None, where, foreign.members)
+            return RawSample(path, key, _own_members(data, key) or _members(data, key, f"{path}:{key}"))
+        members = _foreign_members(data, foreign.members) or _members(data, None, f"{path}:{key}", foreign.members)
         members["json"] = self._metadata(shard, local)
-        return RawSample(path, self.key(sample), members)
+        return RawSample(path, key, members)
 
-    def _range(self, shard: int, local: int) -> tuple[int, int]:
-        """Where a sample lies in its tar. A foreign tar's index has starts and ends apart, as it may skip some."""
-        index = self._index(shard)
-        following = local + 1 if self.manifest.foreign is None else self.manifest.shards[shard].samples + local
-        return int(index[local]), int(index[following])
-
-    def _index(self, shard: int) -> npt.NDArray[np.uint64]:
-        if shard in self._indices:
-            self._indices.move_to_end(shard)
-            return self._indices[shard]
-        info = self.manifest.shards[shard]
+    def _opened(self, number: int) -> _OpenShard:
+        """Reads a shard's index; those of the shards opened last are kept."""
+        info = self.manifest.shards[number]
+        foreign = self.manifest.foreign is not None
         # Foreign: n starts, n ends, n + 1 places of metadata, then the metadata, which is not kept in memory.
-        length = info.samples + 1 if self.manifest.foreign is None else 3 * info.samples + 1
+        length = 3 * info.samples + 1 if foreign else info.samples + 1
         path = self._index_files.where(info.index_name)
         try:
             # One number more, to see whether there is more: our own indices end here.
@@ -172,26 +165,41 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from None
         found = len(data) // 8
-        if (len(data) != 8 * length) if self.manifest.foreign is None else found < length:
+        if found < length if foreign else len(data) != 8 * length:
             raise DataError(f"{path}: {found} offsets, expected {length}; {_REMEDY}")
-        index = np.frombuffer(data, dtype="<u8", count=length).astype(np.uint64)
-        self._indices[shard] = index
-        if len(self._indices) > _KEPT_INDICES:
-            self._indices.popitem(last=False)
-        return index
+        index = array("Q", data[: 8 * length])
+        if sys.byteorder == "big":
+            index.byteswap()
+        first, where = self._ends[number] - info.samples, self._tars.where(info.name)
+        shard = _OpenShard(where, _tar_facts(info), _index_facts(info), first, info.samples, index)
+        if len(self._kept) >= _KEPT_SHARDS:
+            self._kept.popitem(last=False)
+        self._kept[number] = shard
+        return shard
 
-    def _metadata(self, shard: int, local: int) -> bytes:
+    def _metadata(self, shard: _OpenShard, local: int) -> bytes:
         """A foreign sample's metadata, from the index."""
-        info = self.manifest.shards[shard]
-        places = self._index(shard)[2 * info.samples :]
-        start, end = int(places[local]), int(places[local + 1])
-        path = self._index_files.where(info.index_name)
-        if not 0 <= start < end <= info.index_bytes:
-            raise DataError(f"{path}: metadata at bytes {start}..{end} of {info.index_bytes}; index the tars again")
+        start, end = shard.offsets[2 * shard.samples + local], shard.offsets[2 * shard.samples + local + 1]
+        path = self._index_files.where(shard.index_file.name)
+        if not 0 <= start < end <= shard.index_file.bytes:
+            raise DataError(
+                f"{path}: metadata at bytes {start}..{end} of {shard.index_file.bytes}; index the tars again"
+            )
         try:
-            return self._index_files.read(_index_facts(info), start, end - start)
+            return self._index_files.read(shard.index_file, start, end - start)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from None
+
+
+class _OpenShard(NamedTuple):
+    """What reading a sample needs to know of its shard. ``path``: the tar's, for people; ``offsets``: its index."""
+
+    path: str
+    tar: FileFacts
+    index_file: FileFacts
+    first: int
+    samples: int
+    offsets: array[int]
 
 
 def _tar_facts(info: Shard) -> FileFacts:
@@ -200,6 +208,39 @@ def _tar_facts(info: Shard) -> FileFacts:
 
 def _index_facts(info: Shard) -> FileFacts:
     return FileFacts(info.index_name, info.index_bytes, info.index_sha256)
+
+
+def _own_members(data: bytes, key: str) -> dict[str, bytes] | None:
+    """The members of one sample by extension; ``None``: not a matter of course, :func:`_members` decides."""
+    found = plain_members(data)
+    if found is None:
+        return None
+    members: dict[str, bytes] = {}
+    for name, first, end in found:
+        own, _, extension = name.partition(".")
+        if own != key or not extension:
+            return None
+        members[extension] = data[first:end]
+    return members if len(members) == len(found) else None
+
+
+def _foreign_members(data: bytes, wanted: Mapping[str, str]) -> dict[str, bytes] | None:
+    """The same for one sample of a foreign tar, of which ``wanted`` are read."""
+    found = plain_members(data)
+    if found is None:
+        return None
+    members: dict[str, bytes] = {}
+    keys: set[str] = set()
+    count = 0
+    for name, first, end in found:
+        key, extension = member_name(name)
+        keys.add(key)
+        if not extension:
+            return None
+        if extension in wanted:
+            members[wanted[extension]] = data[first:end]
+            count += 1
+    return members if len(members) == count and len(keys) == 1 else None
 
 
 def _members(data: bytes, key: str | None, where: str, wanted: Mapping[str, str] | None = None) -> dict[str, bytes]:

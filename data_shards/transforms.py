@@ -226,15 +226,23 @@ class Transforms:
         """Resized to fit the canvas; still uint8."""
         return resize(sample, fitted(sample.size, self.canvas))
 
-    def place(self, sample: Sample) -> Sample:
-        """Normalised and padded at the bottom and right: image zero, masks 0, labels 255; clips become (3, T, H, W)."""
-        pixels = (sample.image.float() / 255 - self._mean) / self._std
-        image = pad(pixels, self.canvas, 0.0)
-        if image.ndim == 4:
-            image = image.transpose(0, 1).contiguous()
+    def place(self, sample: Sample, place: Tensor | None = None) -> Sample:
+        """Normalised and padded at the bottom and right: image zero, masks 0, labels 255; clips become (3, T, H, W).
+
+        Args:
+            place: where the image is written, of the size of the canvas; ``None``: memory of its own.
+        """
+        stored, (height, width) = sample.image, sample.size
+        if place is None:
+            shape = (3, *self.canvas) if stored.ndim == 3 else (3, len(stored), *self.canvas)
+            place = torch.empty(shape)
+        if (height, width) != self.canvas:
+            place.zero_()
+        pixels = (place if stored.ndim == 3 else place.transpose(0, 1))[..., :height, :width]
+        pixels.copy_(stored).div_(255).sub_(self._mean).div_(self._std)
         masks = None if sample.masks is None else pad(sample.masks, self.canvas, 0)
         label_map = None if sample.label_map is None else pad(sample.label_map, self.canvas, IGNORE).long()
-        return Sample(image, sample.boxes, sample.labels, masks, label_map)
+        return Sample(place, sample.boxes, sample.labels, masks, label_map)
 
     def prepare(self, image: Tensor) -> Prepared:
         """Evaluation transform of an image (3, h, w) or clip (T, 3, h, w), uint8."""

@@ -6,25 +6,30 @@ decoding them, and metadata in any encoding is passed over.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.seeking import SEEK_GAIN, stretches_of, times_of
 
 MAX_FRAME_PIXELS = 80_000_000
 """Videos with larger frames are refused before they are decoded."""
 MAX_FRAMES = 1_000_000
 
 Decoder = Literal["pyav", "torchcodec"]
+Pixels = npt.NDArray[np.uint8]
 
 
 class Video(Protocol):
@@ -46,10 +51,13 @@ class Video(Protocol):
         """The frames with these ascending numbers (repetitions allowed): (T, 3, H, W) uint8 RGB, upright."""
 
 
-def open_video(data: bytes | Path, where: str, decoder: Decoder | None = None) -> Video:
-    """A video from its bytes or file.
+def open_video(
+    data: bytes | Path | Video, where: str, decoder: Decoder | None = None, length: int | None = None
+) -> Video:
+    """A video from its bytes or file; one that is open already comes back as it is.
 
     Args:
+        length: how many frames can be decoded, where that is known: PyAV can seek then.
         where: names it in errors.
         decoder: ``None``: torchcodec where it is installed, and PyAV where it is not or cannot read this video.
 
@@ -57,6 +65,8 @@ def open_video(data: bytes | Path, where: str, decoder: Decoder | None = None) -
         DataError: no such file.
         ConfigError: ``decoder`` is not installed.
     """
+    if not isinstance(data, bytes | Path):
+        return data
     if isinstance(data, Path) and not data.is_file():
         raise DataError(f"{where}: no such file; check the path")
     if decoder == "torchcodec" and _torchcodec() is None:
@@ -65,26 +75,28 @@ def open_video(data: bytes | Path, where: str, decoder: Decoder | None = None) -
             "set the key to pyav"
         )
     if decoder == "pyav" or _torchcodec() is None:
-        return PyAVVideo(data, where)
+        return PyAVVideo(data, where, length)
     return TorchcodecVideo(data, where, fall_back=decoder is None)
 
 
 class PyAVVideo:
-    """By PyAV. Each question is answered by one pass from the start, as seeking is not exact in all containers."""
+    """By PyAV. Each question is answered by one pass from the start, or by seeking where that is sure to be exact.
 
-    def __init__(self, data: bytes | Path, where: str) -> None:
-        self._data, self._where = data, where
+    Args:
+        length: how many frames can be decoded, where that is known; seeking needs it.
+    """
+
+    def __init__(self, data: bytes | Path, where: str, length: int | None = None) -> None:
+        self._data, self._where, self._length = data, where, length
 
     @functools.cached_property
     def _facts(self) -> tuple[int, float, tuple[int, int]]:
         with self._opened() as (container, stream):
             length, size = 0, (0, 0)
-            for frame in container.decode(stream):
+            for frame in self._decoded(container, stream):
                 if length == 0:
                     size = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
                 length += 1
-                if length > MAX_FRAMES:
-                    raise DataError(f"{self._where}: more than {MAX_FRAMES} frames; cut the video")
             rate = stream.average_rate or stream.guessed_rate
         if not length:
             raise DataError(f"{self._where}: not one frame can be decoded; replace the video")
@@ -107,15 +119,11 @@ class PyAVVideo:
 
     def frames_at(self, indices: Sequence[int]) -> Tensor:
         """See :class:`Video`."""
-        wanted = set(indices)
-        found: dict[int, np.ndarray[Any, Any]] = {}
-        with self._opened() as (container, stream):
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    found[number] = np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
-                if len(found) == len(wanted):
-                    break
-        if missing := sorted(wanted - found.keys()):
+        wanted = sorted(set(indices))
+        found = self._sought(wanted)
+        if found is None:
+            found = self._from_start(wanted)
+        if missing := sorted(set(wanted) - found.keys()):
             raise DataError(
                 f"{self._where}: frame {missing[0]} cannot be decoded, {len(found)} of {len(wanted)} found; pack again"
             )
@@ -126,6 +134,55 @@ class PyAVVideo:
             )
         stacked = np.stack([found[index] for index in indices])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+    def rate(self) -> Fraction:
+        """Frames per second as the container says, 0 where it does not."""
+        with self._opened() as (_, stream):
+            return Fraction(stream.average_rate or stream.guessed_rate or 0)
+
+    def frames(self) -> Iterator[Pixels]:
+        """All frames (H, W, 3), uint8 RGB, upright, one after the other."""
+        with self._opened() as (container, stream):
+            for frame in self._decoded(container, stream):
+                yield _upright(frame)
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        for number, frame in enumerate(container.decode(stream)):
+            if number >= MAX_FRAMES:
+                raise DataError(f"{self._where}: more than {MAX_FRAMES} frames; cut the video")
+            yield frame
+
+    def _from_start(self, wanted: Collection[int]) -> dict[int, Pixels]:
+        found: dict[int, Pixels] = {}
+        with self._opened() as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    found[number] = _upright(frame)
+                if len(found) == len(wanted):
+                    break
+        return found
+
+    def _sought(self, wanted: list[int]) -> dict[int, Pixels] | None:
+        """The frames, each stretch of them decoded from the key frame before it.
+
+        ``None`` where that saves nothing or could give other frames than decoding from the start: times that are
+        missing or do not fit the frames, or a container that seeks to another place.
+        """
+        if self._length is None or not wanted or not SEEK_GAIN < wanted[-1] < self._length:
+            return None
+        found: dict[int, Pixels] = {}
+        try:
+            with self._opened() as (container, stream):
+                times = times_of(container, stream, self._length)
+                stretches = [] if times is None else stretches_of(wanted, times.keys)
+                if times is None or (len(stretches) == 1 and stretches[0][0] == 0):
+                    return None
+                for key, numbers in stretches:
+                    container.seek(times.shown[key], stream=stream)
+                    found |= _stretch(container.decode(stream), times.shown, numbers)
+        except DataError:
+            return None
+        return found if len(found) == len(wanted) else None
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -149,6 +206,32 @@ class PyAVVideo:
 def _turns(frame: Any) -> int:
     """Quarter turns against the clock that bring a frame upright."""
     return round(int(getattr(frame, "rotation", 0)) / 90) % 4
+
+
+def _upright(frame: Any) -> Pixels:
+    return np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
+
+
+def _stretch(frames: Iterable[Any], shown: Sequence[int], numbers: Sequence[int]) -> dict[int, Pixels]:
+    """The frames of these ascending numbers; less, when one comes that is not the next by its time.
+
+    Args:
+        frames: decoded after a seek, which may have gone further back than asked for.
+        shown: see :class:`~vitgraft.data_shards.seeking.Times`.
+    """
+    found: dict[int, Pixels] = {}
+    following: int | None = None
+    for frame in frames:
+        if following is None and frame.pts is not None:
+            following = bisect.bisect_left(shown, frame.pts)
+        if following is None or following > numbers[-1] or frame.pts != shown[following]:
+            break
+        if following in numbers:
+            found[following] = _upright(frame)
+        if following == numbers[-1]:
+            break
+        following += 1
+    return found
 
 
 class TorchcodecVideo:

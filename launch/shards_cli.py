@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from vitgraft.data_shards.pack.items import PackOptions
+    from vitgraft.launch.ui import Screen
 
 shards = typer.Typer(help="Pack, verify and inspect data sets as WebDataset shards.", no_args_is_help=True)
 pack = typer.Typer(help="Pack a labelled data set into shards with a manifest.", no_args_is_help=True)
@@ -14,6 +18,10 @@ shards.add_typer(pack, name="pack")
 Out = Annotated[Path, typer.Option("--out", help="Folder of the packed data set; made new.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is already in --out.")]
 PerShard = Annotated[int, typer.Option("--samples-per-shard", min=1, help="Samples in one tar file.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", min=1, help="Processes; they change no byte [default: one for each core, up to 8]."),
+]
 
 
 @pack.command(epilog="Example: vitgraft shards pack coco --images photos --annotations boxes.json --out data/train")
@@ -23,6 +31,7 @@ def coco(
     out: Out,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
+    jobs: Jobs = None,
 ) -> None:
     """Pack a COCO-format data set: boxes, polygons, RLE, crowds."""
     from vitgraft.data_shards.pack.coco import pack_coco
@@ -33,10 +42,7 @@ def coco(
             images,
             annotations,
             out,
-            overwrite=overwrite,
-            samples_per_shard=samples_per_shard,
-            progress=screen.callback("pack"),
-            say=screen.note,
+            **_options(screen, overwrite, samples_per_shard, jobs),
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -49,12 +55,15 @@ def semantic(
     labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs with the images' stems.")],
     classes: Annotated[str, typer.Option("--classes", help="File with one class name per line, or names with commas.")],
     out: Out,
-    ignore: Annotated[int, typer.Option("--ignore", help="Label id that does not count, besides 255.")] = 255,
+    ignore: Annotated[
+        str, typer.Option("--ignore", metavar="N[,N…]", help="Label ids that do not count, besides 255.")
+    ] = "",
     reduce_zero: Annotated[
         bool, typer.Option("--reduce-zero", help="0 does not count and the other ids fall by one.")
     ] = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
+    jobs: Jobs = None,
 ) -> None:
     """Pack images with label PNGs (grey or palette, 8 or 16 bit)."""
     from vitgraft.data_shards.pack.semantic import pack_semantic
@@ -66,12 +75,9 @@ def semantic(
             labels,
             out,
             _class_names(classes),
-            ignore=ignore,
+            ignore=_numbers("--ignore", ignore),
             reduce_zero=reduce_zero,
-            overwrite=overwrite,
-            samples_per_shard=samples_per_shard,
-            progress=screen.callback("pack"),
-            say=screen.note,
+            **_options(screen, overwrite, samples_per_shard, jobs),
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -89,6 +95,7 @@ def bdd100k(
     ] = "detection",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
+    jobs: Jobs = None,
 ) -> None:
     """Pack BDD100K: boxes, drivable areas or semantic masks; images and labels meet by their stems."""
     from vitgraft.data_shards.pack.bdd100k import pack_bdd100k
@@ -100,10 +107,7 @@ def bdd100k(
             labels,
             out,
             task=task,
-            overwrite=overwrite,
-            samples_per_shard=samples_per_shard,
-            progress=screen.callback("pack"),
-            say=screen.note,
+            **_options(screen, overwrite, samples_per_shard, jobs),
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -120,6 +124,7 @@ def panoptic(
     ] = None,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
+    jobs: Jobs = None,
 ) -> None:
     """Pack COCO panoptic as label maps over all categories, things and stuff; the segments are kept."""
     from vitgraft.data_shards.pack.panoptic import pack_panoptic
@@ -131,10 +136,7 @@ def panoptic(
             annotations,
             out,
             masks=masks,
-            overwrite=overwrite,
-            samples_per_shard=samples_per_shard,
-            progress=screen.callback("pack"),
-            say=screen.note,
+            **_options(screen, overwrite, samples_per_shard, jobs),
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -153,6 +155,7 @@ def imagefolder(
     classes: Annotated[str | None, typer.Option("--classes", help="Class names: a file or names with commas.")] = None,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
+    jobs: Jobs = None,
 ) -> None:
     """Pack images with one class each: folders of classes, or arrays as CIFAR's."""
     from vitgraft.configs.errors import ConfigError
@@ -165,16 +168,12 @@ def imagefolder(
         raise ConfigError("--labels belongs to --arrays; folders name the classes of their images")
     names = None if classes is None else _class_names(classes)
     with Screen() as screen:
-        progress = screen.callback("pack")
         if images is not None:
             manifest = pack_imagefolder(
                 images,
                 out,
                 classes=names,
-                overwrite=overwrite,
-                samples_per_shard=samples_per_shard,
-                progress=progress,
-                say=screen.note,
+                **_options(screen, overwrite, samples_per_shard, jobs),
             )
         else:
             assert arrays is not None
@@ -183,10 +182,7 @@ def imagefolder(
                 out,
                 labels=labels,
                 classes=names,
-                overwrite=overwrite,
-                samples_per_shard=samples_per_shard,
-                progress=progress,
-                say=screen.note,
+                **_options(screen, overwrite, samples_per_shard, jobs),
             )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -215,14 +211,36 @@ def video(
     on_error: Annotated[
         Literal["raise", "skip"], typer.Option("--on-error", help="What a missing or undecodable clip does.")
     ] = "raise",
+    reencode: Annotated[
+        Literal["none", "gop", "frames"],
+        typer.Option("--reencode", help="Encode anew for fast seeking: gop: H.264, many key frames; frames: JPEGs."),
+    ] = "none",
+    gop: Annotated[
+        int | None, typer.Option("--gop", help="With --reencode gop: frames from key to key [default: 8].")
+    ] = None,
+    short_side: Annotated[
+        int | None,
+        typer.Option("--short-side", help="With --reencode: scale larger clips down to it.", metavar="PIXELS"),
+    ] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(
+            "--quality", help="gop: x264's CRF, 0 best, 51 worst [default: 18]; frames: JPEG's [default: 90]."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
+    jobs: Jobs = None,
 ) -> None:
     """Pack video clips with one label each (mp4, avi, mkv, webm, mov)."""
+    from vitgraft.configs.errors import ConfigError
+    from vitgraft.data_shards.pack.reencode import Reencode
     from vitgraft.data_shards.pack.video import pack_video
     from vitgraft.data_shards.pack.video_lists import read_classes
     from vitgraft.launch.ui import Screen
 
+    if reencode == "none" and (gop, short_side, quality) != (None, None, None):
+        raise ConfigError("--gop, --short-side and --quality say how --reencode encodes; pass it, as gop or frames")
     with Screen() as screen:
         manifest = pack_video(
             list_file,
@@ -233,10 +251,8 @@ def video(
             root=root,
             classes=None if classes is None else read_classes(classes),
             on_error=on_error,
-            overwrite=overwrite,
-            samples_per_shard=samples_per_shard,
-            progress=screen.callback("pack"),
-            say=screen.note,
+            reencode=None if reencode == "none" else Reencode(reencode, gop, short_side, quality),
+            **_options(screen, overwrite, samples_per_shard, jobs),
         )
     _say(manifest.samples, len(manifest.classes), out)
 
@@ -327,14 +343,17 @@ def index_shards(
 
 
 @shards.command("verify", epilog="Example: vitgraft shards verify data/train")
-def verify_shards(folder: Annotated[str, typer.Argument(help="A packed data set: folder or URL.")]) -> None:
+def verify_shards(
+    folder: Annotated[str, typer.Argument(help="A packed data set: folder or URL.")], jobs: Jobs = None
+) -> None:
     """Hash every shard and decode every sample; exits with 3 when something is damaged."""
     from vitgraft.configs.errors import DataError
+    from vitgraft.data_shards.parallel import default_jobs
     from vitgraft.data_shards.report import verify
     from vitgraft.launch.ui import Screen
 
     with Screen() as screen:
-        report = verify(folder, screen.callback("verify"))
+        report = verify(folder, screen.callback("verify"), jobs or default_jobs())
     for line in [*report.bad_files, *report.bad_samples.values()]:
         typer.echo(line)
     if not report.ok:
@@ -369,6 +388,29 @@ def inspect_shards(
         typer.echo(f"  {line}")
     if report.pictures:
         typer.echo(f"{len(report.pictures)} pictures in {out}")
+
+
+def _options(screen: Screen, overwrite: bool, samples_per_shard: int, jobs: int | None) -> PackOptions:
+    from vitgraft.data_shards.pack.items import PackOptions
+    from vitgraft.data_shards.parallel import default_jobs
+
+    return PackOptions(
+        overwrite=overwrite,
+        samples_per_shard=samples_per_shard,
+        jobs=jobs or default_jobs(),
+        checked=screen.callback("check"),
+        progress=screen.callback("pack"),
+        say=screen.note,
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from vitgraft.configs.errors import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected integers with commas") from None
 
 
 def _class_names(text: str) -> list[str]:

@@ -70,7 +70,8 @@ class CacheConfig(Section):
     folder: str | None = None
     """``null``: $VITGRAFT_CACHE/shards, or ~/.cache/vitgraft/shards."""
     max_bytes: Positive = 64 << 30
-    """Least recently used shards go when it is full. It must hold 17 shards, which a training run needs at a time."""
+    """Least recently used shards go when it is full. It must hold 32 shards of each data set: those that a run
+    shuffles together, and the next, which it fetches meanwhile."""
 
 
 class SkipConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from vitgraft.data_shards.decode import image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
 from vitgraft.data_shards.pack.files import check_folder, read_json
+from vitgraft.data_shards.pack.items import PackOptions, checked
 from vitgraft.data_shards.pack.label_report import (
     BOXES,
     MISSING,
@@ -23,10 +24,8 @@ from vitgraft.data_shards.pack.label_report import (
     UNKNOWN,
     LabelFault,
     LabelReport,
-    Say,
 )
 from vitgraft.data_shards.pack.semantic import IMAGE_SUFFIXES, LabelledImage, pack_label_maps, packed_ids
-from vitgraft.data_shards.pack.writer import Progress
 
 Task = Literal["detection", "drivable", "semantic"]
 
@@ -51,10 +50,7 @@ def pack_bdd100k(
     out: Path,
     *,
     task: Task = "detection",
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack. Images and labels belong together by their file's stem, which is packed once.
 
@@ -66,33 +62,16 @@ def pack_bdd100k(
         images: folders, searched below too (the release has 100k and 10k images, which share some).
         labels: detection: the JSON, or a folder of JSONs; drivable and semantic: the folder of the masks.
         task: drivable and semantic give a data set of kind ``semantic``.
-        say: told the report on the labels, line by line, before anything is written.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: one line that names the file; nothing was written.
     """
     source = {"packer": "bdd100k", "task": task, "images": [str(folder) for folder in images], "labels": str(labels)}
     if task == "detection":
-        content = _boxes(images, labels, say)
-        return pack_boxes(
-            content,
-            out,
-            source=source,
-            overwrite=overwrite,
-            samples_per_shard=samples_per_shard,
-            progress=progress,
-        )
+        return pack_boxes(_boxes(images, labels, options), out, source=source, **options)
     report = LabelReport("pixels", DRIVABLE if task == "drivable" else SEMANTIC)
-    return pack_label_maps(
-        _masks(images, labels, task, report),
-        out,
-        report,
-        source=source,
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-        say=say,
-    )
+    return pack_label_maps(_masks(images, labels, task, report), out, report, source=source, **options)
 
 
 def stem_of(name: str) -> str:
@@ -133,7 +112,7 @@ def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelRepo
     return sorted(stems & images.keys())
 
 
-def _boxes(folders: Sequence[Path], labels: Path, say: Say | None) -> CocoSet:
+def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoSet:
     report = LabelReport("instances", DETECTION)
     images = _images(folders, report)
     files = list(_files(labels, {".json"})) if labels.is_dir() else [labels]
@@ -154,23 +133,29 @@ def _boxes(folders: Sequence[Path], labels: Path, say: Say | None) -> CocoSet:
                     report.leave_out("entries whose stem was there before", where)
     content = CocoSet(DETECTION, list(range(1, len(DETECTION) + 1)), [], [], report)
     number = 0
-    for stem in _matched(images, frames, report):
+    stems = _matched(images, frames, report)
+    sizes = checked(_size, [images[stem] for stem in stems], report, options)
+    for stem, size in zip(stems, sizes, strict=True):
+        if size is None:
+            continue
         path, (where, items) = images[stem], frames[stem]
-        with report.collect():
-            height, width = image_size(path, str(path))
-            metadata = {"image_id": len(content.images) + 1, "file_name": path.name, "height": height, "width": width}
-            annotations: list[dict[str, Any]] = []
-            for item in items:
-                with report.collect():
-                    annotation = _annotation(item, (height, width), where, report)
-                    if annotation is not None:
-                        number += 1
-                        annotations.append({"id": number, **annotation})
-            content.images.append(CocoImage(path, {**metadata, "annotations": annotations}))
+        annotations: list[dict[str, Any]] = []
+        for item in items:
+            with report.collect():
+                annotation = _annotation(item, size, where, report)
+                if annotation is not None:
+                    number += 1
+                    annotations.append({"id": number, **annotation})
+        metadata = {"image_id": len(content.images) + 1, "file_name": path.name, "height": size[0], "width": size[1]}
+        content.images.append(CocoImage(path, {**metadata, "annotations": annotations}))
     report.samples = len(content.images)
     count_boxes(report, content.images)
-    report.close(say)
+    report.close(options.get("say"))
     return content
+
+
+def _size(path: Path) -> tuple[int, int]:
+    return image_size(path, str(path))
 
 
 def _frames(tree: Any, where: str) -> Iterator[tuple[str, list[Any]]]:

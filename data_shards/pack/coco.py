@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import image_format, image_size
+from vitgraft.data_shards.decode import covered, image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, read_bytes, read_json
-from vitgraft.data_shards.pack.label_report import BOXES, MASKS, MISSING, SIZES, UNKNOWN, LabelFault, LabelReport, Say
-from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
+from vitgraft.data_shards.pack.label_report import BOXES, MASKS, MISSING, SIZES, UNKNOWN, LabelFault, LabelReport
 
 TOLERANCE = 1.0
 """Boxes may stick out of the image by this many pixels and are then clipped; more is an error."""
@@ -26,6 +27,16 @@ class CocoImage:
 
     path: Path
     metadata: dict[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See :class:`~vitgraft.data_shards.pack.items.Item`."""
+        return (self.path,)
+
+    def prepare(self) -> Prepared:
+        """The image as it is."""
+        data = read_bytes(self.path)
+        return Prepared({image_format(data, str(self.path)): data}, self.metadata)
 
 
 @dataclass
@@ -43,11 +54,7 @@ def pack_coco(
     images: Path,
     annotations: Path,
     out: Path,
-    *,
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack. Classes are numbered from 0 by ascending category id.
 
@@ -57,58 +64,36 @@ def pack_coco(
     Args:
         images: the folder to which ``file_name`` is relative.
         annotations: the instances JSON.
-        say: told the report on the labels, line by line, before anything is written.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: one line that names file and annotation; nothing was written.
     """
-    content = read_coco(images, annotations, say)
+    content = read_coco(images, annotations, **options)
     source = {
         "packer": "coco",
         "images": str(images),
         "annotations": str(annotations),
         "degenerate_boxes_left_out": content.degenerate,
     }
-    return pack_boxes(
-        content,
-        out,
-        source=source,
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-    )
+    return pack_boxes(content, out, source=source, **options)
 
 
-def pack_boxes(
-    content: CocoSet,
-    out: Path,
-    *,
-    source: dict[str, Any],
-    overwrite: bool,
-    samples_per_shard: int,
-    progress: Progress | None,
-) -> Manifest:
+def pack_boxes(content: CocoSet, out: Path, *, source: dict[str, Any], **options: Unpack[PackOptions]) -> Manifest:
     """Write checked images and their annotations as a data set for detection."""
-    writer = DatasetWriter(
+    return pack_items(
+        content.images,
         out,
         "detection",
-        content.classes,
+        content.report,
+        source=source,
         category_ids=content.category_ids,
-        source={**source, "label_report": content.report.as_source()},
-        total=len(content.images),
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
+        **options,
     )
-    with writer:
-        for image in content.images:
-            extension = image_format(image.path, str(image.path))
-            writer.add({extension: read_bytes(image.path)}, image.metadata)
-    return writer.result()
 
 
-def read_coco(images: Path, annotations: Path, say: Say | None = None) -> CocoSet:
-    """Read and check an instances file against the images' headers; ``say`` is told the report on it.
+def read_coco(images: Path, annotations: Path, **options: Unpack[PackOptions]) -> CocoSet:
+    """Read and check an instances file against the images' headers.
 
     Raises:
         DataError: one line that names file and annotation.
@@ -126,10 +111,9 @@ def read_coco(images: Path, annotations: Path, say: Say | None = None) -> CocoSe
     classes = [str(categories[i].get("name", "")) for i in ids]
     check_classes(classes, where)
     report = LabelReport("instances", classes, samples=len(listed))
-    found: dict[int, CocoImage] = {}
-    for number, entry in sorted(listed.items()):
-        with report.collect():
-            found[number] = CocoImage(*_image(images, entry, where))
+    entries = [entry for _, entry in sorted(listed.items())]
+    opened = checked(partial(_image, images, where), entries, report, options)
+    found = {image.metadata["image_id"]: image for image in opened if image is not None}
     degenerate: list[int] = []
     numbers = {category: number for number, category in enumerate(ids)}
     faulty = listed.keys() - found.keys()
@@ -140,7 +124,7 @@ def read_coco(images: Path, annotations: Path, say: Say | None = None) -> CocoSe
     count_boxes(report, found.values())
     for number in degenerate:
         report.leave_out("boxes without area", f"annotation {number}")
-    report.close(say)
+    report.close(options.get("say"))
     return CocoSet(classes, ids, list(found.values()), degenerate, report)
 
 
@@ -171,7 +155,7 @@ def by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, Any
     return found
 
 
-def _image(images: Path, entry: dict[str, Any], where: str) -> tuple[Path, dict[str, Any]]:
+def _image(images: Path, where: str, entry: dict[str, Any]) -> CocoImage:
     path = inside(images, entry.get("file_name"), f"{where}: image {entry['id']}")
     if not path.is_file():
         message = f"{path}: no such image, though {where} lists it (id {entry['id']}); check --images"
@@ -184,7 +168,7 @@ def _image(images: Path, entry: dict[str, Any], where: str) -> tuple[Path, dict[
             SIZES,
         )
     keys = {"image_id": entry["id"], "file_name": entry["file_name"], "height": height, "width": width}
-    return path, {**keys, "annotations": []}
+    return CocoImage(path, {**keys, "annotations": []})
 
 
 def _annotate(
@@ -286,41 +270,13 @@ def _rle(segmentation: Any, height: int, width: int, where: str) -> dict[str, An
                 rle = coco_mask.frPyObjects(segmentation, height, width)
             else:
                 rle = {"size": size, "counts": counts.encode("ascii")}
-                if (total := sum(run_lengths(rle["counts"]))) != height * width:
+                if (total := covered(rle["counts"])) != height * width:
                     raise ValueError(f"run lengths add up to {total}, the image has {height * width} pixels")
                 coco_mask.decode(rle)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"{where}: segmentation cannot be read: {error}; expected polygons or run lengths"
         raise LabelFault(message, MASKS) from None
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
-
-
-def run_lengths(counts: bytes) -> list[int]:
-    """The run lengths in COCO's compressed form, which pycocotools itself does not check.
-
-    Each number is written in groups of five bits, lowest first, in a printable character with a bit for "more follows";
-    from the fourth number on, it is the difference to the one two places before.
-
-    Raises:
-        ValueError: the text ends within a number, holds another character or gives a negative length.
-    """
-    found: list[int] = []
-    value = shift = 0
-    for character in counts:
-        group = character - 48
-        if not 0 <= group < 64 or shift > 60:
-            raise ValueError("not compressed run lengths")
-        value |= (group & 31) << shift
-        shift += 5
-        if group & 32:
-            continue
-        if group & 16:
-            value -= 1 << shift
-        found.append(value + (found[-2] if len(found) > 2 else 0))
-        value = shift = 0
-    if shift or any(length < 0 for length in found):
-        raise ValueError("not compressed run lengths")
-    return found
 
 
 def _near_image(values: list[float], height: int, width: int) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.hashing import seed_of
 from vitgraft.data_shards.manifest import Kind, Manifest
+from vitgraft.data_shards.pack.reencode import encode_mp4
 from vitgraft.data_shards.pack.scenes import MOTIONS, Bytes, Digit, moving_digit, padded_scan, scene
 from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
 from vitgraft.data_shards.plan import permutation
@@ -167,21 +168,5 @@ def _clip(
 
 
 def encode_clip(frames: list[Bytes], fps: int) -> bytes:
-    """An mp4 of the frames (H, W, 3) uint8, by x264 at high quality, or MPEG-4 where PyAV lacks x264."""
-    import av
-
-    # With its look-ahead in a thread of its own x264 does not always give the same bytes.
-    single = "threads=1:lookahead-threads=1:sliced-threads=0:rc-lookahead=0:mbtree=0"
-    codec, options = "libx264", {"crf": "12", "preset": "veryfast", "x264-params": single}
-    if codec not in av.codecs_available:
-        codec, options = "mpeg4", {"qscale": "2"}
-    stream = io.BytesIO()
-    with av.open(stream, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = cast(av.VideoStream, container.add_stream(codec, rate=fps, options=options))
-        video.height, video.width = frames[0].shape[0], frames[0].shape[1]
-        video.pix_fmt = "yuv420p"
-        video.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(video.encode())
-    return stream.getvalue()
+    """An mp4 of the frames (H, W, 3) uint8 at high quality."""
+    return encode_mp4(frames, fps, crf=12)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,10 @@ from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import MAX_PIXELS, image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
-from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport, Say
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
+from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.semantic import IMAGE_SUFFIXES
 from vitgraft.data_shards.pack.video_lists import sort_labels
-from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
 
 MAX_ARRAY_BYTES = 64 << 30
 """Larger arrays are refused before they are read."""
@@ -28,14 +29,37 @@ IMAGE_KEYS = ("images", "data", "x", "x_train", "x_test")
 LABEL_KEYS = ("labels", "fine_labels", "y", "y_train", "y_test")
 
 
-class ClassedImage(NamedTuple):
-    """``read`` gives the file's bytes, when it is packed."""
+@dataclass(frozen=True)
+class ClassedImage:
+    """An image file with one class. ``metadata``: as packed."""
 
-    name: str
-    label: int
-    size: tuple[int, int]
-    extension: str
-    read: Callable[[], bytes]
+    path: Path
+    metadata: dict[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See :class:`~vitgraft.data_shards.pack.items.Item`."""
+        return (self.path,)
+
+    def prepare(self) -> Prepared:
+        """The image as it is."""
+        data = read_bytes(self.path)
+        return Prepared({image_format(data, str(self.path)): data}, self.metadata)
+
+
+@dataclass(frozen=True)
+class ClassedPixels:
+    """An image (H, W, 3) or (H, W) of the arrays in ``files``, with one class. ``metadata``: as packed."""
+
+    pixels: npt.NDArray[np.uint8]
+    metadata: dict[str, Any]
+    files: tuple[Path, ...]
+
+    def prepare(self) -> Prepared:
+        """The pixels as a PNG."""
+        stream = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(self.pixels)).save(stream, "PNG")
+        return Prepared({"png": stream.getvalue()}, self.metadata)
 
 
 def pack_imagefolder(
@@ -43,17 +67,14 @@ def pack_imagefolder(
     out: Path,
     *,
     classes: list[str] | None = None,
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack IMAGES/CLASS/…/NAME.jpg (or png, webp) as they are.
 
     Args:
         classes: names by class id, all folders among them; ``None``: the folders, sorted (by number when all are
             integers).
-        say: told the report on the labels, line by line, before anything is written.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: an image outside a class's folder, or broken, or a folder that is no class; nothing was written.
@@ -66,7 +87,7 @@ def pack_imagefolder(
     check_classes(names, "classes")
     by_name = {name: number for number, name in enumerate(names)}
     report = LabelReport("images", names)
-    found: list[ClassedImage] = []
+    found: list[tuple[Path, int]] = []
     for path in sorted(images.rglob("*")):
         name = path.relative_to(images)
         if path.suffix.lower() not in IMAGE_SUFFIXES or name.parts[0].startswith(".") or not path.is_file():
@@ -77,10 +98,16 @@ def pack_imagefolder(
             if name.parts[0] not in by_name:
                 message = f"{path}: folder {name.parts[0]!r} is none of the {len(names)} classes; add it to --classes"
                 raise LabelFault(message, UNKNOWN)
-            size, extension = image_size(path, str(path)), image_format(path, str(path))
-            found.append(ClassedImage(str(name), by_name[name.parts[0]], size, extension, partial(read_bytes, path)))
-    source = {"packer": "imagefolder", "images": str(images)}
-    return _write(found, out, report, source, overwrite, samples_per_shard, progress, say)
+            found.append((path, by_name[name.parts[0]]))
+    items = [item for item in checked(partial(_opened, images), found, report, options) if item is not None]
+    return _pack(items, out, report, {"packer": "imagefolder", "images": str(images)}, options)
+
+
+def _opened(images: Path, labelled: tuple[Path, int]) -> ClassedImage:
+    path, label = labelled
+    height, width = image_size(path, str(path))
+    metadata = {"label": label, "file_name": str(path.relative_to(images)), "height": height, "width": width}
+    return ClassedImage(path, metadata)
 
 
 def pack_arrays(
@@ -89,10 +116,7 @@ def pack_arrays(
     *,
     labels: Path | None = None,
     classes: list[str] | None = None,
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack arrays of uint8 pixels, each image as a PNG of the same pixels.
 
@@ -101,14 +125,15 @@ def pack_arrays(
             (N, H, W, 3), (N, 3, H, W), grey (N, H, W), or CIFAR's rows (N, 3072), red before green before blue.
         labels: an .npy with class ids (N,); needed beside an .npy with images.
         classes: names by class id; ``None``: ``"0"``, ``"1"``, … up to the largest label.
-        say: told the report on the labels, line by line, before anything is written.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: not such arrays, other lengths, or a label that is no class; nothing was written. Pickles, also
             inside of .npy files, are never read.
     """
     pixels, ids = _load(arrays, labels)
-    views = _as_images(pixels, str(arrays))
+    # Not a mapped array any more: its images go to other processes.
+    views = np.asarray(_as_images(pixels, str(arrays)))
     where = str(labels or arrays)
     if ids.dtype.kind not in "iu" or ids.ndim != 1 or len(ids) != len(views):
         raise DataError(
@@ -121,55 +146,32 @@ def pack_arrays(
     names = [str(number) for number in range(min(max(*numbers, 0), 1 << 16) + 1)] if classes is None else classes
     check_classes(names, "classes")
     report = LabelReport("images", names)
-    found: list[ClassedImage] = []
+    found: list[ClassedPixels] = []
+    files = (arrays,) if labels is None else (arrays, labels)
     for index, number in enumerate(numbers):
         with report.collect():
             if not 0 <= number < len(names):
                 raise LabelFault(
                     f"{where}: label {number} of image {index} is none of the {len(names)} classes", UNKNOWN
                 )
-            image = views[index]
-            size = int(image.shape[0]), int(image.shape[1])
-            found.append(ClassedImage(f"{arrays.stem}-{index:09d}.png", number, size, "png", partial(_png, image)))
+            height, width = (int(side) for side in views[index].shape[:2])
+            facts = {"label": number, "file_name": f"{arrays.stem}-{index:09d}.png", "height": height, "width": width}
+            found.append(ClassedPixels(views[index], facts, files))
     source = {"packer": "imagefolder", "arrays": str(arrays), "array_labels": None if labels is None else str(labels)}
-    return _write(found, out, report, source, overwrite, samples_per_shard, progress, say)
+    return _pack(found, out, report, source, options)
 
 
-def _write(
-    images: Sequence[ClassedImage],
+def _pack(
+    images: Sequence[ClassedImage | ClassedPixels],
     out: Path,
     report: LabelReport,
     source: dict[str, Any],
-    overwrite: bool,
-    samples_per_shard: int,
-    progress: Progress | None,
-    say: Say | None,
+    options: PackOptions,
 ) -> Manifest:
     report.samples = len(images)
-    report.counts.update(image.label for image in images)
-    report.close(say)
-    writer = DatasetWriter(
-        out,
-        "image",
-        report.classes,
-        source={**source, "label_report": report.as_source()},
-        total=len(images),
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-    )
-    with writer:
-        for image in images:
-            height, width = image.size
-            metadata = {"label": image.label, "file_name": image.name, "height": height, "width": width}
-            writer.add({image.extension: image.read()}, metadata)
-    return writer.result()
-
-
-def _png(image: npt.NDArray[np.uint8]) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(stream, "PNG")
-    return stream.getvalue()
+    report.counts.update(int(image.metadata["label"]) for image in images)
+    report.close(options.get("say"))
+    return pack_items(images, out, "image", report, source=source, **options)
 
 
 def _load(arrays: Path, labels: Path | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,9 @@ from vitgraft.data_shards.decode import decode_image, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import by_id
 from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, read_json
-from vitgraft.data_shards.pack.label_report import MISSING, SEGMENTS, SIZES, UNKNOWN, LabelFault, LabelReport, Say
+from vitgraft.data_shards.pack.items import PackOptions, checked
+from vitgraft.data_shards.pack.label_report import MISSING, SEGMENTS, SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.semantic import LabelledImage, pack_label_maps
-from vitgraft.data_shards.pack.writer import Progress
 
 MEMBER = "panoptic.png"
 """The segment ids stay in each sample as the PNG that they came in."""
@@ -28,10 +28,7 @@ def pack_panoptic(
     out: Path,
     *,
     masks: Path | None = None,
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack. Classes are all categories, things and stuff, numbered from 0 by ascending id.
 
@@ -42,7 +39,7 @@ def pack_panoptic(
         images: the folder to which the images' ``file_name`` is relative.
         annotations: the panoptic JSON.
         masks: the folder to which the annotations' ``file_name`` is relative; ``None``: beside the JSON, with its stem.
-        say: told the report on the labels, line by line, before anything is written.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: one line that names file and segment; nothing was written.
@@ -62,18 +59,21 @@ def pack_panoptic(
     check_classes(classes, where)
     report = LabelReport("pixels", classes)
     things = {number: bool(categories[number].get("isthing")) for number in ids}
-    items: dict[int, LabelledImage] = {}
-    seen: set[int] = set()
+    given: dict[int, dict[str, Any]] = {}
     for annotation in tree["annotations"]:
         with report.collect():
             number = annotation.get("image_id") if isinstance(annotation, dict) else None
             if not isinstance(number, int) or number not in listed:
                 raise LabelFault(f"{where}: image_id {str(number)[:80]} is not among the images; fix the file", MISSING)
-            if number in seen:
+            if number in given:
                 raise LabelFault(f"{where}: image {number} has two annotations; keep one")
-            seen.add(number)
-            items[number] = _item(annotation, listed[number], images, masks, things, where)
-    for number in sorted(listed.keys() - seen):
+            given[number] = annotation
+    pairs = [(annotation, listed[number]) for number, annotation in sorted(given.items())]
+    # The label maps, which take longer, are checked next: that is what is told.
+    quietly = options.copy()
+    quietly.pop("checked", None)
+    items = checked(partial(_item, images, masks, things, where), pairs, report, quietly)
+    for number in sorted(listed.keys() - given.keys()):
         report.leave_out("images without annotation", listed[number].get("file_name"))
     source = {
         "packer": "panoptic",
@@ -82,21 +82,13 @@ def pack_panoptic(
         "masks": str(masks),
         "categories": [{"id": number, "name": str(categories[number]["name"])} for number in ids],
     }
-    return pack_label_maps(
-        [items[number] for number in sorted(items)],
-        out,
-        report,
-        source=source,
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-        say=say,
-    )
+    return pack_label_maps([item for item in items if item is not None], out, report, source=source, **options)
 
 
 def _item(
-    annotation: dict[str, Any], image: dict[str, Any], images: Path, masks: Path, things: dict[int, bool], where: str
+    images: Path, masks: Path, things: dict[int, bool], where: str, pair: tuple[dict[str, Any], dict[str, Any]]
 ) -> LabelledImage:
+    annotation, image = pair
     where = f"{where}: image {image['id']}"
     path = inside(images, image.get("file_name"), where)
     mask = inside(masks, annotation.get("file_name"), where)

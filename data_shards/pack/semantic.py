@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import decode_label, image_format, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
-from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport, Say
-from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
+from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -28,14 +28,31 @@ class LabelledImage:
     """An image, the file of its label map, and what makes class ids of that.
 
     ``ids``: (H, W) uint8, 255 ignored, as packed; read anew at each call, so that a data set is never held in memory.
-    ``metadata``: besides height and width. ``files``: further members of the sample by extension, packed as they are.
+    ``metadata``: besides height and width. ``more``: further members of the sample by extension, packed as they are.
     """
 
     image: Path
     label: Path
     ids: Callable[[], npt.NDArray[np.uint8]]
     metadata: dict[str, Any]
-    files: dict[str, Path] = field(default_factory=dict)
+    more: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See :class:`~vitgraft.data_shards.pack.items.Item`."""
+        return self.image, self.label, *self.more.values()
+
+    def prepare(self) -> Prepared:
+        """The image as it is, and the class ids as a PNG."""
+        data, ids, stream = read_bytes(self.image), self.ids(), io.BytesIO()
+        Image.fromarray(ids).save(stream, "PNG")
+        members = {
+            image_format(data, str(self.image)): data,
+            "label.png": stream.getvalue(),
+            **{extension: read_bytes(path) for extension, path in self.more.items()},
+        }
+        height, width = ids.shape
+        return Prepared(members, {**self.metadata, "height": int(height), "width": int(width)})
 
 
 def pack_semantic(
@@ -44,12 +61,9 @@ def pack_semantic(
     out: Path,
     classes: list[str],
     *,
-    ignore: int = IGNORE,
+    ignore: Sequence[int] = (),
     reduce_zero: bool = False,
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack. An image and its label map share their file's stem.
 
@@ -57,9 +71,9 @@ def pack_semantic(
         images, labels: folders (searched below too); a label map is a PNG of one channel: 8-bit, palette (read as
             indices) or 16-bit.
         classes: names by class id.
-        ignore: an id in the label maps that counts as unlabelled, besides 255.
+        ignore: ids in the label maps that count as unlabelled, besides 255.
         reduce_zero: ids start at 1 and 0 is unlabelled (ADE20K): they are packed minus one.
-        say: told the report on the labels, line by line, before anything is written.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: an image without label map or the reverse, different sizes, an id that is no class; names the file.
@@ -70,7 +84,7 @@ def pack_semantic(
         LabelledImage(
             image,
             label,
-            partial(packed_ids, label, len(classes), ignore, reduce_zero),
+            partial(packed_ids, label, len(classes), tuple(ignore), reduce_zero),
             {"file_name": str(image.relative_to(images))},
         )
         for image, label in _pairs(images, labels)
@@ -79,19 +93,10 @@ def pack_semantic(
         "packer": "semantic",
         "images": str(images),
         "labels": str(labels),
-        "ignore": ignore,
+        "ignore": list(ignore),
         "reduce_zero": reduce_zero,
     }
-    return pack_label_maps(
-        items,
-        out,
-        LabelReport("pixels", classes),
-        source=source,
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-        say=say,
-    )
+    return pack_label_maps(items, out, LabelReport("pixels", classes), source=source, **options)
 
 
 def pack_label_maps(
@@ -100,58 +105,40 @@ def pack_label_maps(
     report: LabelReport,
     *,
     source: dict[str, Any],
-    overwrite: bool,
-    samples_per_shard: int,
-    progress: Progress | None,
-    say: Say | None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check every label map against its image, tell the report, then pack.
 
     Args:
         report: names the classes; what it holds already stays in it.
+        source: for the manifest; what it says decides the bytes, with the files and their metadata.
 
     Raises:
         DataError: a label map that cannot be read, or of another size than its image; nothing was written.
     """
     _check_names(report.classes)
-    for item in items:
-        with report.collect():
-            ids = item.ids()
-            size = image_size(item.image, str(item.image))
-            if ids.shape != size:
-                raise LabelFault(
-                    f"{item.label}: {ids.shape[1]}x{ids.shape[0]} pixels, its image {item.image} has "
-                    f"{size[1]}x{size[0]}; label maps must have the size of their image",
-                    SIZES,
-                )
-            pixels = np.bincount(ids.ravel(), minlength=IGNORE + 1)
-            report.counts.update({int(number): int(pixels[number]) for number in np.flatnonzero(pixels[:IGNORE])})
-            report.unlabelled += int(pixels[IGNORE])
+    for pixels in checked(_pixels, items, report, options):
+        if pixels is not None:
+            report.unlabelled += pixels.pop(IGNORE, 0)
+            report.counts.update(pixels)
             report.samples += 1
-    report.close(say)
-    writer = DatasetWriter(
-        out,
-        "semantic",
-        report.classes,
-        source={**source, "label_report": report.as_source()},
-        total=len(items),
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-    )
-    with writer:
-        for item in items:
-            ids = item.ids()
-            stream = io.BytesIO()
-            Image.fromarray(ids).save(stream, "PNG")
-            members = {
-                image_format(item.image, str(item.image)): read_bytes(item.image),
-                "label.png": stream.getvalue(),
-                **{extension: read_bytes(path) for extension, path in item.files.items()},
-            }
-            height, width = ids.shape
-            writer.add(members, {**item.metadata, "height": int(height), "width": int(width)})
-    return writer.result()
+    report.close(options.get("say"))
+    settings = [source, report.classes]
+    return pack_items(items, out, "semantic", report, source=source, settings=settings, **options)
+
+
+def _pixels(item: LabelledImage) -> dict[int, int]:
+    """Pixels by class id of a label map that fits its image."""
+    ids = item.ids()
+    size = image_size(item.image, str(item.image))
+    if ids.shape != size:
+        raise LabelFault(
+            f"{item.label}: {ids.shape[1]}x{ids.shape[0]} pixels, its image {item.image} has "
+            f"{size[1]}x{size[0]}; label maps must have the size of their image",
+            SIZES,
+        )
+    pixels = np.bincount(ids.ravel())
+    return {int(number): int(pixels[number]) for number in np.flatnonzero(pixels)}
 
 
 def _check_names(classes: list[str]) -> None:
@@ -186,14 +173,16 @@ def _by_stem(folder: Path, extensions: set[str]) -> dict[str, Path]:
     return found
 
 
-def packed_ids(path: Path, classes: int, ignore: int = IGNORE, reduce_zero: bool = False) -> npt.NDArray[np.uint8]:
+def packed_ids(
+    path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False
+) -> npt.NDArray[np.uint8]:
     """The label map as packed: 0..classes-1, or 255.
 
     Raises:
         DataError: not a label map, or an id that is no class.
     """
     ids = decode_label(path, str(path)).numpy()
-    unlabelled = (ids == ignore) | (ids == IGNORE)
+    unlabelled = np.isin(ids, [*ignore, IGNORE])
     if reduce_zero:
         unlabelled |= ids == 0
         ids = ids - 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import VIDEO_EXTENSIONS, probe_video
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
-from vitgraft.data_shards.pack.label_report import MISSING, UNKNOWN, LabelFault, LabelReport, Say
+from vitgraft.data_shards.pack.items import LeftOut, PackOptions, Prepared, pack_items
+from vitgraft.data_shards.pack.label_report import MISSING, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.reencode import Reencode
 from vitgraft.data_shards.pack.video_lists import (
     ListFormat,
     Named,
@@ -19,7 +22,37 @@ from vitgraft.data_shards.pack.video_lists import (
     is_video,
     read_video_list,
 )
-from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video file. ``metadata``: besides what is found in it."""
+
+    path: Path
+    metadata: dict[str, Any]
+    on_error: OnError
+    reencode: Reencode | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See :class:`~vitgraft.data_shards.pack.items.Item`."""
+        return (self.path,)
+
+    def prepare(self) -> Prepared | LeftOut:
+        """The file as it is or encoded anew, and what was counted."""
+        data = read_bytes(self.path)
+        try:
+            if self.reencode is None:
+                members = {self.path.suffix.lower().removeprefix("."): data}
+                return Prepared(members, self.metadata | probe_video(data, str(self.path)))
+            members, facts = self.reencode.encode(data, str(self.path))
+            return Prepared(members, self.metadata | facts)
+        except DataError as error:
+            if self.on_error == "raise":
+                raise
+            return LeftOut(str(error))
 
 
 def pack_video(
@@ -31,13 +64,11 @@ def pack_video(
     fold: int | None = None,
     root: Path | None = None,
     classes: list[str] | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-    overwrite: bool = False,
-    samples_per_shard: int = 1000,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    on_error: OnError = "raise",
+    reencode: Reencode | None = None,
+    **options: Unpack[PackOptions],
 ) -> Manifest:
-    """Pack videos as they are; each is decoded once to count the frames that it really has.
+    """Pack videos; each is decoded once, to count the frames that it really has or to encode them anew.
 
     Args:
         list_file: a list in one of the formats of :mod:`~vitgraft.data_shards.pack.video_lists`; there stands what it
@@ -47,7 +78,8 @@ def pack_video(
         classes: names by class id; ``None``: all that the list knows, sorted (by number when all are integers).
         on_error: ``skip`` leaves out videos that are missing or cannot be decoded and lists them in the manifest's
             ``source``.
-        say: told the report on the labels, line by line, before anything is written.
+        reencode: how clips are encoded anew; ``None``: they are packed byte for byte.
+        options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: a missing or undecodable video, an unknown label, an empty list; names file or line.
@@ -61,36 +93,20 @@ def pack_video(
     names = listed.classes if classes is None else classes
     report = LabelReport("clips", names)
     videos = _checked(listed, names, VideoFinder(folder, listed.exact), on_error, report)
-    report.close(say)
-    skipped = [f"{name}: no such video" for name in report.left_out.get("missing videos", [])]
-    source: dict[str, Any] = {"packer": "video", "list": str(list_file), "root": str(folder), "skipped": skipped}
-    writer = DatasetWriter(
-        out,
-        "video",
-        names,
-        source={**source, "label_report": report.as_source()},
-        total=len(videos),
-        overwrite=overwrite,
-        samples_per_shard=samples_per_shard,
-        progress=progress,
-    )
-    with writer:
-        for item, path, label in videos:
-            data = read_bytes(path)
-            try:
-                facts = probe_video(data, str(path))
-            except DataError as error:
-                if on_error == "raise":
-                    raise
-                skipped.append(str(error))
-                continue
-            extension = path.suffix.lower().removeprefix(".")
-            writer.add({extension: data}, {"label": label, "file_name": item.names[0], **facts})
-    return writer.result()
+    report.close(options.get("say"))
+    source: dict[str, Any] = {"packer": "video", "list": str(list_file), "root": str(folder)}
+    source["skipped"] = [f"{name}: no such video" for name in report.left_out.get("missing videos", [])]
+    how = None if reencode is None else reencode.as_source()
+    if how is not None:
+        source["reencode"] = how
+    clips = [
+        Clip(path, {"label": label, "file_name": item.names[0]}, on_error, reencode) for item, path, label in videos
+    ]
+    return pack_items(clips, out, "video", report, source=source, settings=[on_error, how], chunk=1, **options)
 
 
 def _checked(
-    listed: VideoList, classes: list[str], finder: VideoFinder, on_error: Literal["raise", "skip"], report: LabelReport
+    listed: VideoList, classes: list[str], finder: VideoFinder, on_error: OnError, report: LabelReport
 ) -> list[tuple[Named, Path, int]]:
     """Each video with its file and class id."""
     by_name = {name: number for number, name in enumerate(classes)}

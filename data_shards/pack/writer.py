@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
-import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.configs.hashing import canonical_json, sha256_file
+from vitgraft.configs.hashing import canonical_json
 from vitgraft.data_shards.manifest import MANIFEST, Kind, Manifest, Shard, dump_manifest, make_manifest
+from vitgraft.data_shards.pack.journal import Finished, Identity, Workplace, sync, sync_folder
+from vitgraft.data_shards.pack.label_report import Say
 
 Progress = Callable[[int, int], None]
 """Called as progress(samples done, samples in all)."""
@@ -27,20 +28,26 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 class DatasetWriter:
-    """Context manager: packs beside ``out``, writes the manifest last, and renames the folder to ``out`` at the end.
+    """Context manager: packs in a folder beside ``out``, writes the manifest last, and renames the set to ``out``.
 
-    On any exception, an interrupt too, the temporary folder is removed. The bytes depend on the samples alone: no
-    times, users or host names are stored.
+    Each sample comes of an item. With ``identity``, an interrupted or failed packing keeps its finished shards in
+    ``OUT.packing``; one whose first items are the same goes on behind them, and its caller begins with item number
+    ``items_done``. Without, nothing is left of it. A half-written shard is never used again. The bytes depend on the
+    samples alone: no times, users or host names are stored.
 
     Args:
         out: the folder to make.
         kind, classes, category_ids: as in the manifest.
         source: free description for the manifest; it may be filled until the end of the ``with`` block.
-        total: samples expected in all, for progress and for the estimate in a disk-full error.
+        total: items in all, for progress and for the estimate in a disk-full error.
         samples_per_shard, shard_bytes: a shard is closed when it reaches either.
+        identity: what decides the sample of an item, by its number.
+        threads: how many hash what is there already.
+        say: told what was found of an earlier packing, and what is kept of this one.
 
     Raises:
-        ConfigError: ``out`` holds a data set and ``overwrite`` is false, or holds files that are not ours.
+        ConfigError: ``out`` holds a data set and ``overwrite`` is false, or holds files that are not ours, or another
+            process is packing it.
         DataError: the disk is full or cannot be written; no sample was added.
     """
 
@@ -57,6 +64,9 @@ class DatasetWriter:
         samples_per_shard: int = 1000,
         shard_bytes: int = 1 << 30,
         progress: Progress | None = None,
+        identity: Callable[[int], str] | None = None,
+        threads: int = 1,
+        say: Say | None = None,
     ) -> None:
         if samples_per_shard < 1:
             raise ConfigError(f"samples_per_shard is {samples_per_shard}; give at least 1")
@@ -66,23 +76,30 @@ class DatasetWriter:
         self.source: dict[str, Any] = source if source is not None else {}
         self.total, self.overwrite, self.progress = total, overwrite, progress
         self.samples_per_shard, self.shard_bytes = samples_per_shard, shard_bytes
-        self.samples = 0
+        self._identity = None
+        if identity is not None:
+            self._identity = Identity([samples_per_shard, shard_bytes], identity, total)
+        self.threads, self.say = threads, say
+        self.samples = self.items_done = 0
         self.manifest: Manifest | None = None
+        self._place: Workplace | None = None
         self._shards: list[Shard] = []
+        self._skipped: list[str] = []
         self._bytes = 0
         self._offsets: list[int] = []
-        self._file: BinaryIO | None = None
+        self._file: _HashedFile | None = None
         self._tar: Any = None
-        self._temporary = self.out.with_name(f"{self.out.name}.tmp-{socket.gethostname()}.{os.getpid()}")
 
     def __enter__(self) -> DatasetWriter:
-        self._refuse_existing()
+        place = None
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            self._temporary.mkdir()
-        except OSError as error:
-            raise self._os_error(error) from None
+            place = self._place = Workplace(self.out)
+            self._refuse_existing()
+            self._resume(place)
+        except BaseException as error:
+            if place is not None:
+                place.close(keep=place.started)
+            raise (self._os_error(error) if isinstance(error, OSError) else error) from None
         return self
 
     def add(self, members: dict[str, bytes], metadata: dict[str, Any]) -> None:
@@ -94,26 +111,40 @@ class DatasetWriter:
             text = canonical_json(metadata).encode()
             self._tar.write({"__key__": f"{self.samples:09d}", **members, "json": text})
             self.samples += 1
+            self.items_done += 1
             if len(self._offsets) >= self.samples_per_shard or self._tar.tarstream.offset >= self.shard_bytes:
                 self._close_shard()
         except OSError as error:
             raise self._os_error(error) from None
-        if self.progress is not None:
-            self.progress(self.samples, max(self.total, self.samples))
+        self._tell()
+
+    def skip(self, reason: str) -> None:
+        """Note that an item gave no sample, in the manifest's ``source.skipped``."""
+        self.items_done += 1
+        self._skipped.append(reason)
+        self._note_skipped([reason])
+        self._tell()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._place is not None
         finished = False
         try:
             if error is None:
-                self._finish()
+                self._finish(self._place)
                 finished = True
         except OSError as failure:
             raise self._os_error(failure) from None
         finally:
-            if not finished:
-                self._abandon()
+            if self._file is not None:
+                self._file.drop()
+            keep = not finished and self._identity is not None and bool(self._shards)
+            self._place.close(keep)
+            if keep:
+                done = sum(shard.samples for shard in self._shards)
+                kept = f"{done} samples in {len(self._shards)} finished shards are kept in {self._place.folder}"
+                self._note(f"{kept}: the same command goes on with them")
 
     def result(self) -> Manifest:
         """The manifest, after the ``with`` block."""
@@ -121,68 +152,82 @@ class DatasetWriter:
             raise RuntimeError("the writer has not finished")
         return self.manifest
 
+    def _resume(self, place: Workplace) -> None:
+        if self._identity is None:
+            place.begin()
+            return
+        started = place.started
+        for finished in place.resume(self._identity, self.threads):
+            self._shards.append(finished.shard)
+            self.samples += finished.shard.samples
+            self.items_done = finished.items
+            self._bytes += finished.shard.bytes
+            self._note_skipped(finished.skipped)
+        if self._shards:
+            shards = f"{len(self._shards)} finished shards of {place.folder}"
+            self._note(f"going on after {self.samples} samples in {shards}")
+            self._tell()
+        elif started:
+            self._note(f"{place.folder} holds nothing that fits these settings and source files: starting anew")
+
     def _open_shard(self) -> None:
         from webdataset import TarWriter
 
-        path = self._temporary / f"shard-{len(self._shards):06d}.tar"
-        self._file = path.open("wb")
+        assert self._place is not None
+        self._file = _HashedFile(self._place.set / f"shard-{len(self._shards):06d}.tar")
         self._tar = TarWriter(self._file, user="vitgraft", group="vitgraft", mtime=0, encoder=False)
         self._offsets = []
 
-    def _close_shard(self) -> None:
+    def _close_shard(self, last: bool = False) -> None:
         assert self._file is not None
+        assert self._place is not None
         self._offsets.append(self._tar.tarstream.offset)
         self._tar.close()
-        _sync(self._file)
+        tar, self._tar = self._file, None
+        tar.close()
+        self._file = _HashedFile(tar.path.with_suffix(".idx"))
+        self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
         self._file.close()
-        tar = Path(self._file.name)
-        self._tar = self._file = None
-        index = tar.with_suffix(".idx")
-        with index.open("wb") as stream:
-            stream.write(np.asarray(self._offsets, dtype="<u8").tobytes())
-            _sync(stream)
-        size = tar.stat().st_size
-        self._bytes += size
-        self._shards.append(
-            Shard(
-                name=tar.name,
-                samples=len(self._offsets) - 1,
-                bytes=size,
-                sha256=sha256_file(tar),
-                index_sha256=sha256_file(index),
-            )
+        shard = Shard(
+            name=tar.path.name,
+            samples=len(self._offsets) - 1,
+            bytes=tar.bytes,
+            sha256=tar.sha256(),
+            index_sha256=self._file.sha256(),
         )
-        self._offsets = []
+        sync_folder(self._place.set)
+        if self._identity is not None:
+            identity = self._identity.advance(self.items_done)
+            finished = Finished(shard=shard, items=self.items_done, skipped=self._skipped, identity=identity, last=last)
+            self._place.append(finished)
+        self._shards.append(shard)
+        self._bytes += tar.bytes
+        self._file, self._offsets, self._skipped = None, [], []
 
-    def _finish(self) -> None:
+    def _finish(self, place: Workplace) -> None:
         if self._tar is not None:
-            self._close_shard()
+            self._close_shard(last=True)
         if not self.samples:
             raise DataError(f"{self.out}: the data set is empty: no sample was found to pack; check the arguments")
         manifest = make_manifest(self.kind, self.classes, self.category_ids, self._shards, self.source)
-        with (self._temporary / MANIFEST).open("wb") as stream:
+        with (place.set / MANIFEST).open("wb") as stream:
             stream.write(dump_manifest(manifest).encode())
-            _sync(stream)
-        _sync_folder(self._temporary)
-        aside = self.out.with_name(self._temporary.name.replace(".tmp-", ".old-"))
-        if self.out.exists():
-            os.rename(self.out, aside)
-        os.rename(self._temporary, self.out)
-        _sync_folder(self.out.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+            sync(stream)
+        sync_folder(place.set)
+        place.publish()
         self.manifest = manifest
 
-    def _abandon(self) -> None:
-        if self._file is not None:
-            # Closing a tar writes its end, perhaps to a full disk: let it go nowhere.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._file.fileno())
-            os.close(nowhere)
-            with contextlib.suppress(OSError, ValueError):
-                if self._tar is not None:
-                    self._tar.close()
-                self._file.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+    def _note_skipped(self, reasons: list[str]) -> None:
+        if reasons:
+            self.source["skipped"] = [*self.source.get("skipped", []), *reasons]
+
+    def _note(self, text: str) -> None:
+        if self.say is not None:
+            self.say(text)
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self.items_done, max(self.total, self.items_done))
 
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.out):
@@ -196,50 +241,48 @@ class DatasetWriter:
         if names and not self.overwrite:
             raise ConfigError(f"{self.out}: already holds a data set; choose another --out or pass --overwrite")
 
-    def _sweep(self) -> None:
-        """Remove what dead packers of this host left; put a set back whose replacement died between two renames."""
-        pattern = re.compile(re.escape(f"{self.out.name}") + r"\.(tmp|old)-(.+)\.(\d+)$")
-        for path in self.out.parent.iterdir():
-            match = pattern.match(path.name)
-            if match is None or match[2] != socket.gethostname() or _alive(int(match[3])):
-                continue
-            if match[1] == "old" and not self.out.exists():
-                os.rename(path, self.out)
-                self._refuse_existing()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
     def _os_error(self, error: OSError) -> DataError:
         if error.errno not in _NO_SPACE:
             return DataError(f"{self.out}: cannot be written: {error.strerror}; check path and permissions")
         written = self._bytes + (self._tar.tarstream.offset if self._tar is not None else 0)
-        need = written * max(self.total, 1) // self.samples if self.samples else written
+        need = written * max(self.total, 1) // self.items_done if self.items_done else written
         return DataError(
             f"{self.out}: disk full after {self.samples} samples ({written >> 20} MB); the data set needs about "
             f"{max(need >> 20, 1)} MB: free some space or choose another --out"
         )
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+class _HashedFile:
+    """A new file that is hashed as it is written."""
 
+    def __init__(self, path: Path) -> None:
+        self.path, self.bytes = path, 0
+        self._stream: BinaryIO | None = path.open("wb")
+        self._digest = hashlib.sha256()
 
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+    def write(self, data: bytes) -> int:
+        """Append; after :meth:`drop`, nothing: closing a tar writes its end, perhaps to a full disk."""
+        if self._stream is not None:
+            self._stream.write(data)
+            self._digest.update(data)
+            self.bytes += len(data)
+        return len(data)
 
+    def close(self) -> None:
+        """Close it once it is on the disk."""
+        assert self._stream is not None
+        sync(self._stream)
+        self._stream.close()
+        self._stream = None
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def drop(self) -> None:
+        """Close and remove it."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+                stream.close()
+
+    def sha256(self) -> str:
+        """Of what was written (hex)."""
+        return self._digest.hexdigest()

@@ -240,3 +240,13 @@ def test_a_changed_label_map_is_found_in_training(
     from vitgraft.data_shards.report import verify
 
     assert len(verify(folder).bad_samples) == 10
+
+
+def test_a_batch_for_another_process_is_made_in_shared_memory(packed: dict[str, Path], configure: Configure) -> None:
+    dataset = PackedDataset(packed["detection"], configure(packed["detection"]), "detection")
+    entries = dataset.plan(0).entries(0, 3)
+    own = dataset.train_batch(entries)
+    dataset.shared = True
+    shared = dataset.train_batch(entries)
+    assert (own.images.is_shared(), shared.images.is_shared()) == (False, True)
+    assert torch.equal(own.images, shared.images)

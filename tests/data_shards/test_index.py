@@ -78,6 +78,37 @@ def laion(tmp_path: Path) -> Path:
 BREEDS = {"members": {"label": ["json:breed"]}}
 
 
+@pytest.mark.parametrize(
+    ("labels", "options", "expected"),
+    [
+        # WebDataset's ImageNet: cls, beside a JSON of other facts; timm's: the class in the JSON too.
+        ([{"cls": b"1", "json": b'{"filename": "n01440764_1.JPEG"}'}, {"cls": b"0\n", "json": b"{}"}], None, [1, 0]),
+        ([{"json": b'{"label": 1}'}, {"json": b'{"label": "manx"}'}], None, [1, 0]),
+        ([{"txt": b"tabby\n"}, {"txt": b"manx"}], {"label": ["txt"]}, [1, 0]),
+        ([{"cls": b"1", "txt": b"manx"}, {"cls": b"1", "txt": b"tabby"}], {"label": ["txt"]}, [0, 1]),
+        ([{"json": b'{"cat": {"x": 1}}'}] * 2, {"label": ["json:cat"]}, "label .* is none of the 2 classes"),
+        ([{"txt": b"tabby"}] * 2, None, r"no label \(\.cls, \.json:label\) among \.jpg, \.txt; see --member"),
+    ],
+)
+def test_classes_in_every_usual_member(
+    tmp_path: Path, labels: list[dict[str, bytes]], options: dict[str, list[str]] | None, expected: Any
+) -> None:
+    members: Members = []
+    for number, more in enumerate(labels):
+        # Names as ImageNet's, in folders or not.
+        key = f"train/n01440764_{number}"
+        members += [(f"{key}.jpg", picture(number)), *((f"{key}.{name}", data) for name, data in more.items())]
+    write_tar(tmp_path / "set" / "imagenet-000000.tar", members)
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            index_tars(tmp_path / "set", "image", ["manx", "tabby"], members=options)
+        return
+    manifest = index_tars(tmp_path / "set", "image", ["manx", "tabby"], members=options)
+    reader = ShardReader(tmp_path / "set", manifest)
+    assert [json.loads(reader.read(number).members["json"])["label"] for number in range(2)] == expected
+    assert verify(tmp_path / "set").ok
+
+
 def test_img2dataset_tars_are_read_in_place(laion: Path, configure: Configure) -> None:
     before = {path.name: path.read_bytes() for path in laion.glob("*.tar")}
     seen: list[tuple[int, int]] = []
@@ -170,7 +201,7 @@ def test_incomplete_samples_stop_or_are_left_out(tmp_path: Path) -> None:
     members[5:5] = [("odd.jpg", b"no image"), ("odd.json", b'{"breed": "manx"}')]
     members += [("zoo.jpg", picture(1)), ("zoo.json", b'{"breed": "tiger"}')]
     write_tar(tmp_path / "set" / "0.tar", members)
-    with pytest.raises(DataError, match=r"0\.tar:000000000: no image \(\.jpg, .*among \.json, txt; see --member"):
+    with pytest.raises(DataError, match=r"0\.tar:000000000: no image \(\.jpg, .*among \.json, \.txt; see --member"):
         index_tars(tmp_path / "set", "image", ["manx", "tabby"], **BREEDS)
     assert not (tmp_path / "set" / "manifest.json").exists()
     manifest = index_tars(tmp_path / "set", "image", ["manx", "tabby"], **BREEDS, on_error="skip")

@@ -110,6 +110,61 @@ def test_killed_workers_are_replaced_without_a_trace(packed: dict[str, Path], co
 
 
 @pytest.mark.slow
+def test_a_workers_death_comes_to_light_only_where_the_next_batch_is_asked_for(
+    packed: dict[str, Path], configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's DataLoader raises from a handler of SIGCHLD, wherever the training process happens to be."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    config = configure(packed["semantic"], workers=2, prefetch=1)
+    dataset = PackedDataset(packed["semantic"], config, "semantic")
+    batches = train_batches(dataset, micros(dataset, 0, 6))
+    next(batches)
+    monkeypatch.setattr(loader, "MAX_REPLACEMENTS", 0)
+    for process in workers_of_this_process():
+        process.kill()
+    assert gone()
+    # A training step, in which nothing happens.
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        sum(range(1000))
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    # One batch was ready.
+    with pytest.raises(TrainingError, match="data workers died"):
+        list(batches)
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_workers_is_told_and_measured_seldom(
+    packed: dict[str, Path], configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = PackedDataset(packed["semantic"], configure(packed["semantic"], workers=2, prefetch=1), "semantic")
+    batches = train_batches(dataset, micros(dataset, 0, 6))
+    monkeypatch.setattr(loader, "MEASURED_EVERY_S", 0.0)
+    assert batches.memory() == 0
+    next(batches)
+    found, workers = batches.memory(), workers_of_this_process()
+    assert len(workers) == 2
+    # Pages that several processes share count in part for each.
+    assert 2 << 20 < found < sum(worker.memory_info().rss for worker in workers)
+    monkeypatch.setattr(loader, "MEASURED_EVERY_S", 3600.0)
+    batches.memory()
+    monkeypatch.setattr(loader, "_proportional_bytes", None)
+    assert batches.memory() > 2 << 20
+    batches.close()
+    assert gone()
+
+
+def test_without_workers_there_is_no_memory_to_tell(packed: dict[str, Path], configure: Configure) -> None:
+    dataset = PackedDataset(packed["semantic"], configure(packed["semantic"]), "semantic")
+    batches = train_batches(dataset, micros(dataset, 0, 1))
+    next(batches)
+    assert batches.memory() == 0
+    # A process that is gone has none.
+    assert loader._proportional_bytes(2**22 + 1) == 0
+    assert loader._proportional_bytes(os.getpid()) > 10 << 20
+
+
+@pytest.mark.slow
 def test_signals_to_workers_are_ignored(packed: dict[str, Path], configure: Configure) -> None:
     config = configure(packed["semantic"], workers=1, prefetch=1)
     dataset = PackedDataset(packed["semantic"], config, "semantic")

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner, Result
 
-from vitgraft.configs.errors import DataError
+from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import decode_label
 from vitgraft.data_shards.manifest import IGNORE
 from vitgraft.data_shards.pack.semantic import pack_semantic
 from vitgraft.data_shards.report import inspect, verify
 from vitgraft.data_shards.stream import ShardReader
+from vitgraft.launch.cli import app
 
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 
@@ -39,7 +41,7 @@ def label_of(folder: Path, sample: int = 0) -> np.ndarray:
 
 def test_camvid(test_data: Path, tmp_path: Path) -> None:
     root = test_data / "camvid_mini"
-    manifest = pack_semantic(root / "val", root / "valannot", tmp_path / "set", CAMVID, ignore=11)
+    manifest = pack_semantic(root / "val", root / "valannot", tmp_path / "set", CAMVID, ignore=[11])
     assert (manifest.samples, manifest.classes) == (12, CAMVID)
     paths = sorted((root / "valannot").glob("*.png"))
     counts = np.zeros(256, dtype=np.int64)
@@ -110,8 +112,28 @@ def test_sixteen_bit_label_maps(pair: Path) -> None:
 
 
 def test_255_is_always_ignored(pair: Path) -> None:
-    pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y"], ignore=1)
+    pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y"], ignore=[1])
     assert label_of(pair / "set").tolist() == [[0, 0, 255, 255], [0, 255, 255, 255], [0, 0, 0, 0]]
+
+
+def test_several_ids_are_ignored(pair: Path) -> None:
+    """By the command, as a user gives them; ids are those in the file, before --reduce-zero."""
+    Image.fromarray(np.array([[1, 2, 7, 9], [0, 1, 2, 3], [255, 7, 9, 1]], dtype=np.uint8)).save(
+        pair / "labels" / "a.png"
+    )
+
+    def run(*more: str) -> Result:
+        command = ["shards", "pack", "semantic", "--images", str(pair / "images"), "--labels", str(pair / "labels")]
+        return CliRunner().invoke(
+            app, [*command, "--classes", "x,y,z", "--reduce-zero", "--out", str(pair / "set"), *more]
+        )
+
+    with pytest.raises(DataError, match="label id 7 is none of the 3 classes"):
+        raise run().exception or AssertionError
+    with pytest.raises(ConfigError, match="--ignore 7;9: expected integers with commas"):
+        raise run("--ignore", "7;9").exception or AssertionError
+    assert run("--ignore", "7,9").exit_code == 0
+    assert label_of(pair / "set").tolist() == [[0, 1, 255, 255], [255, 0, 1, 2], [255, 255, 255, 0]]
 
 
 def test_pairs_are_found_by_stem_also_in_folders(pair: Path) -> None:

@@ -29,7 +29,9 @@ from vitgraft.data_shards.plan import (
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 
 
-def cut(plan: EpochPlan, first: int, last: int, batch: int, acc: int, rank: int, world: int) -> list[MicroBatch]:
+def cut(
+    plan: EpochPlan, first: int, last: int, batch: int, acc: int, rank: int, world: int, paired: bool = False
+) -> list[MicroBatch]:
     def plans(epoch: int) -> EpochPlan:
         return EpochPlan("f", plan._sizes.tolist(), 5, epoch, plan.repeats)
 
@@ -43,6 +45,7 @@ def cut(plan: EpochPlan, first: int, last: int, batch: int, acc: int, rank: int,
             accumulation=acc,
             rank=rank,
             world=world,
+            paired=paired,
         )
     )
 
@@ -206,20 +209,68 @@ def test_every_world_sees_the_same_steps_and_all_entries(
     assert all(seen == micros[0] for seen in micros)
 
 
-def test_slots_go_by_accumulation_first_then_by_rank() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_slots_go_by_accumulation_first_then_by_rank(paired: bool) -> None:
     """The formula of the docstring, slot by slot, on a short last step."""
     plan = EpochPlan("f", [29], 5, 0)
     batch, acc, world = 12, 2, 3
     found = {}
     for rank in range(world):
-        for micro in cut(plan, 2, 3, batch, acc, rank, world):
-            found[micro.micro, rank] = [entry.position for entry in micro.entries]
+        for micro in cut(plan, 2, 3, batch, acc, rank, world, paired):
+            found[micro.micro, rank] = list(micro.entries)
             assert (micro.micro_count, micro.step_count) == ((5, 5) if micro.micro == 0 else (0, 5))
-    expected: dict[tuple[int, int], list[int]] = {(m, r): [] for m in range(acc) for r in range(world)}
-    for slot in range(batch):
-        if 24 + slot < 29:
-            expected[slot // 6, slot % 6 // 2].append(24 + slot)
+    expected: dict[tuple[int, int], list[Entry]] = {(m, r): [] for m in range(acc) for r in range(world)}
+    entries = plan.entries(24, 29)
+    for slot, entry in enumerate(entries if paired else sorted(entries, key=lambda entry: entry.sample)):
+        expected[slot // 6, slot % 6 // 2].append(entry)
     assert found == expected
+
+
+def readers_of_shards(plan: EpochPlan, size: int, batch: int, world: int, paired: bool = False) -> dict[int, set[int]]:
+    """Which ranks need each shard in an epoch; all shards are of one size."""
+    found: dict[int, set[int]] = {}
+    for rank in range(world):
+        for micro in cut(plan, 0, steps_per_epoch(len(plan), batch), batch, 1, rank, world, paired):
+            for entry in micro.entries:
+                found.setdefault(entry.sample // size, set()).add(rank)
+    return found
+
+
+@pytest.mark.parametrize(("world", "batch", "mean", "most"), [(8, 256, 2, 2), (8, 64, 3, 5), (32, 512, 4, 6)])
+def test_few_ranks_need_a_shard(world: int, batch: int, mean: float, most: int) -> None:
+    """Sixty-four shards of 128; cut in the order of the epoch, each is needed by every rank."""
+    plan = EpochPlan("f", [128] * 64, 5, 0)
+    counts = [len(ranks) for ranks in readers_of_shards(plan, 128, batch, world).values()]
+    assert len(counts) == 64
+    assert sum(counts) / 64 <= mean
+    assert max(counts) <= most
+    paired = readers_of_shards(plan, 128, batch, world, paired=True)
+    assert sum(map(len, paired.values())) / 64 > 0.9 * world
+
+
+def test_nodes_of_eight_share_few_shards() -> None:
+    """At 64 ranks on 8 nodes and 2 entries for each rank and step, a shard goes to two or three nodes."""
+    plan = EpochPlan("f", [256] * 64, 5, 0)
+    found = readers_of_shards(plan, 256, 128, 64)
+    nodes = [len({rank // 8 for rank in ranks}) for ranks in found.values()]
+    assert sum(nodes) / 64 < 2.5
+    assert max(nodes) <= 3
+
+
+def test_a_rank_reads_forwards_in_a_micro_step() -> None:
+    plan = EpochPlan("f", [50] * 20, 5, 0, 2)
+    for micro in cut(plan, 0, 30, 64, 2, 1, 4):
+        samples = [entry.sample for entry in micro.entries]
+        assert samples == sorted(samples)
+
+
+def test_partners_stay_in_one_batch_when_entries_are_paired() -> None:
+    """Position and position ^ 1, wherever a rank's share is even."""
+    plan = EpochPlan("f", [50] * 20, 5, 0)
+    for rank in range(4):
+        for micro in cut(plan, 0, 15, 64, 2, rank, 4, paired=True):
+            positions = {entry.position for entry in micro.entries}
+            assert positions == {position ^ 1 for position in positions}
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from http_folder import HttpFolder
+from PIL import Image
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema import DataConfig
-from vitgraft.data_shards import remote
+from vitgraft.data_shards import prefetch, remote
 from vitgraft.data_shards.batch import Entry, Skipped
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import eval_batches, train_batches
 from vitgraft.data_shards.manifest import read_manifest
+from vitgraft.data_shards.pack.writer import DatasetWriter
 from vitgraft.data_shards.plan import MicroBatch, micro_batches
 from vitgraft.data_shards.prefetch import Prefetcher
 from vitgraft.data_shards.remote import UnreachableError, is_url, join, read_small, shown
@@ -237,19 +241,110 @@ def test_batches_over_http_in_worker_processes_equal_local_ones(
     assert {name: count for name, count in served.requests.items() if count > 1} == {}
 
 
+def fetched(server: HttpFolder) -> set[str]:
+    return {name for name in server.requests if name.endswith(".tar")}
+
+
+def has_fetched(server: HttpFolder, names: set[str]) -> bool:
+    return fetched(server) >= names
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def test_the_next_shards_are_fetched_ahead(served: HttpFolder, configure: Configure, tmp_path: Path) -> None:
+    """Before the first batch is worked on, those of the steps that follow too; each once."""
     config = configure(served.folder, cache={"folder": str(tmp_path / "cache")})
     dataset = PackedDataset(served.url, config, "detection")
-    with Prefetcher(dataset.readers, dataset.plan) as ahead:
-        next(ahead.watch(micros(dataset, 0, 1)))
-        deadline = time.monotonic() + 20
-        while len(list((tmp_path / "cache").glob("*.tar"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
+    with Prefetcher(dataset.readers) as ahead:
+        next(ahead.watch(micros(dataset, 0, 3)))
+        wait_for(lambda: len(list((tmp_path / "cache").glob("*.tar"))) == 3)
     before = dict(served.requests)
     for sample in range(22):
         dataset.reader.read(sample)
     assert dict(served.requests) == before
     assert set(before.values()) == {1}
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Iterator[HttpFolder]:
+    """Sixteen shards of eight images each."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with DatasetWriter(tmp_path / "many", "image", ["a"], samples_per_shard=8) as writer:
+        for number in range(128):
+            writer.add({"png": picture.getvalue()}, {"label": 0, "file_name": str(number), "height": 8, "width": 8})
+    with HttpFolder(tmp_path / "many") as server:
+        yield server
+
+
+def test_a_rank_fetches_the_shards_that_it_reads_and_no_others(
+    many: HttpFolder, configure: Configure, tmp_path: Path
+) -> None:
+    def shards_of(micros: list[MicroBatch]) -> set[str]:
+        return {f"shard-{entry.sample // 8:06d}.tar" for micro in micros for entry in micro.entries}
+
+    everything = set()
+    for rank in range(4):
+        config = configure(many.folder, cache={"folder": str(tmp_path / f"host-{rank}")}, image_size=[8, 8])
+        dataset = PackedDataset(many.url, config, "image")
+        cut = list(micros(dataset, 0, 16, rank, 4))
+        many.requests.clear()
+        with Prefetcher(dataset.readers) as ahead:
+            watched = ahead.watch(iter(cut))
+            assert next(watched) == cut[0]
+            # Those of the first batch may be left to its worker.
+            later = shards_of(cut[1:])
+            wait_for(partial(has_fetched, many, later))
+            assert later <= fetched(many) <= shards_of(cut)
+            assert list(watched) == cut[1:]
+        everything |= shards_of(cut)
+        assert len(shards_of(cut)) < 12
+    assert len(everything) == 16
+
+
+def test_the_fetcher_looks_a_bounded_number_of_entries_ahead(
+    many: HttpFolder, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "AHEAD", 4)
+    config = configure(many.folder, cache={"folder": str(tmp_path / "cache")}, image_size=[8, 8])
+    dataset = PackedDataset(many.url, config, "image")
+    taken = []
+
+    def source() -> Iterator[MicroBatch]:
+        for micro in micros(dataset, 0, 16, 1, 4):
+            taken.append(micro)
+            yield micro
+
+    with Prefetcher(dataset.readers) as ahead:
+        watched = ahead.watch(source())
+        for done in range(1, 14):
+            assert next(watched) == taken[done - 1]
+            # Two entries in each: four entries are two micro-batches.
+            assert len(taken) == done + 2
+
+
+def test_a_fetcher_that_fails_leaves_it_to_the_reader(many: HttpFolder, configure: Configure, tmp_path: Path) -> None:
+    for number in range(16):
+        (many.folder / f"shard-{number:06d}.tar").unlink()
+    config = configure(many.folder, cache={"folder": str(tmp_path / "cache")}, image_size=[8, 8])
+    dataset = PackedDataset(many.url, config, "image")
+    with Prefetcher(dataset.readers) as ahead:
+        assert len(list(ahead.watch(micros(dataset, 0, 4)))) == 4
+    with pytest.raises(UnreachableError, match="missing, though the manifest lists it"):
+        dataset.reader.read(0)
+
+
+def test_two_blocks_of_shards_must_fit_into_the_cache(many: HttpFolder, configure: Configure, tmp_path: Path) -> None:
+    """Here two blocks are all shards."""
+    needed = sum(path.stat().st_size for path in many.folder.iterdir() if path.suffix in (".tar", ".idx"))
+    cache = {"folder": str(tmp_path / "cache"), "max_bytes": needed}
+    PackedDataset(many.url, configure(many.folder, cache=cache), "image")
+    with pytest.raises(ConfigError, match=rf"may have {needed} bytes; raise it"):
+        PackedDataset(many.url, configure(many.folder, cache=cache | {"max_bytes": needed - 1}), "image")
 
 
 def test_a_cache_too_small_for_the_shuffle_is_refused(served: HttpFolder, configure: Configure, tmp_path: Path) -> None:

@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.manifest import Shard, make_manifest, read_manifest
+from vitgraft.data_shards import files, stream
+from vitgraft.data_shards.manifest import Foreign, Shard, make_manifest, read_manifest
 from vitgraft.data_shards.report import verify
 from vitgraft.data_shards.stream import ShardReader
 
 
 def crafted(tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> ShardReader:
     """A set of one sample made of these tar members, whatever they are."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for info, data in members:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
         end = tar.offset
-    data = stream.getvalue()
+    data = buffer.getvalue()
     (tmp_path / "shard-000000.tar").write_bytes(data)
     np.asarray([0, end], dtype="<u8").tofile(tmp_path / "shard-000000.idx")
     shard = Shard(name="shard-000000.tar", samples=1, bytes=len(data), sha256="0" * 64, index_sha256="0" * 64)
@@ -119,6 +120,64 @@ def test_readers_can_be_pickled_and_keep_few_files_open(packed: dict[str, Path])
         reader.read(22)
     reader.close()
     assert reader.read(0) == first
+
+
+@pytest.mark.parametrize("kind", ["detection", "semantic", "video"])
+def test_what_we_pack_is_read_without_tarfile_and_as_tarfile_reads_it(
+    packed: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ShardReader(packed[kind], read_manifest(packed[kind]))
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "plain_members", lambda data: None)
+        expected = [reader.read(sample) for sample in range(22)]
+    monkeypatch.setattr(tarfile, "open", None)
+    assert [reader.read(sample) for sample in range(22)] == expected
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["000000000", "a/000000000", "b" * 60 + "/" + "c" * 60, "é", "a.b/c"])
+def test_tars_of_others_are_read_as_tarfile_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: int, key: str
+) -> None:
+    """Members of other names are passed over; extensions come in small letters."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for extension, data in (("JPG", b"1"), ("txt", b"left out"), ("seg.png", b"2" * 700)):
+            member = info(f"{key}.{extension}")
+            member.size, member.mtime = len(data), 0.5 if format == tarfile.PAX_FORMAT else 0
+            tar.addfile(member, io.BytesIO(data))
+        end = tar.offset
+    tar_bytes, text = buffer.getvalue(), b'{"label": 0}'
+    (tmp_path / "a.tar").write_bytes(tar_bytes)
+    index = np.asarray([0, end, 32, 32 + len(text)], dtype="<u8").tobytes() + text
+    (tmp_path / "a.idx").write_bytes(index)
+    zero = "0" * 64
+    shard = Shard(name="a.tar", samples=1, bytes=len(tar_bytes), sha256=zero, index_sha256=zero, index_size=len(index))
+    foreign = Foreign(members={"jpg": "jpg", "seg.png": "label.png"})
+    reader = ShardReader(tmp_path, make_manifest("semantic", ["a"], None, [shard], {}, foreign))
+    found = reader.read(0)
+    assert found.members == {"jpg": b"1", "label.png": b"2" * 700, "json": text}
+    monkeypatch.setattr(stream, "plain_members", lambda data: None)
+    assert reader.read(0) == found
+
+
+def test_a_sample_is_found_in_the_right_shard_whatever_was_read_before(packed: dict[str, Path]) -> None:
+    """More shards than are kept open, forwards and backwards."""
+    reader = ShardReader(packed["detection"], read_manifest(packed["detection"]))
+    expected = {sample: reader.read(sample) for sample in range(22)}
+    small = ShardReader(packed["detection"], read_manifest(packed["detection"]))
+    order = [*range(22), *reversed(range(22)), 0, 21, 9, 10, 19, 20]
+    assert all(small.read(sample) == expected[sample] for sample in order)
+
+
+def test_few_indices_and_files_are_kept(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_KEPT_SHARDS", 2)
+    monkeypatch.setattr(files, "_OPEN_FILES", 1)
+    reader = ShardReader(packed["detection"], read_manifest(packed["detection"]))
+    for sample in (0, 10, 20, 0, 20, 10):
+        assert reader.read(sample).key == f"{sample:09d}"
+        assert len(reader._kept) <= 2
+        assert len(reader._tars._open) <= 1  # type: ignore[attr-defined]
 
 
 def test_verify_finds_one_flipped_bit(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -158,33 +157,41 @@ with DatasetWriter(pathlib.Path(sys.argv[1]), "video", ["a"], samples_per_shard=
 def test_a_killed_packing_is_no_data_set_and_is_swept_by_the_next(tmp_path: Path) -> None:
     out = tmp_path / "set"
     subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
-    assert len(siblings(out)) == 1
-    assert siblings(out)[0].startswith("set.tmp-")
+    assert siblings(out) == ["set.packing"]
     with pytest.raises(DataError, match="no such folder"):
         read_manifest(out)
     write(out)
     assert siblings(out) == ["set"]
 
 
-def test_a_living_packing_of_the_same_set_is_not_swept(tmp_path: Path) -> None:
+def test_two_packers_of_one_set_do_not_mix(tmp_path: Path) -> None:
     out = tmp_path / "set"
-    other = tmp_path / f"set.tmp-{socket.gethostname()}.{os.getppid()}"
-    elsewhere = tmp_path / "set.tmp-another-host.1"
-    other.mkdir()
-    elsewhere.mkdir()
-    write(out)
-    assert siblings(out) == sorted(["set", other.name, elsewhere.name])
+    with DatasetWriter(out, "video", ["a"]) as writer:
+        writer.add({"mp4": b"x"}, {})
+        with pytest.raises(ConfigError, match=r"set: another process is packing it; .* choose another --out$"):
+            write(out)
+    assert read_manifest(out).samples == 1
+    assert siblings(out) == ["set"]
 
 
 def test_a_set_whose_replacement_died_between_two_renames_is_put_back(tmp_path: Path) -> None:
     out = tmp_path / "set"
     write(out)
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait()
-    out.rename(tmp_path / f"set.old-{socket.gethostname()}.{dead.pid}")
+    out.with_name("set.packing").mkdir()
+    out.rename(tmp_path / "set.packing" / "old")
     with pytest.raises(ConfigError, match="already holds a data set"):
         write(out)
     assert read_manifest(out).samples == 5
+    assert siblings(out) == ["set"]
+
+
+def test_what_was_replaced_goes_though_the_replacement_died_behind_both_renames(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    write(out)
+    (tmp_path / "set.packing" / "old").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="already holds a data set"):
+        write(out)
+    assert siblings(out) == ["set"]
 
 
 def test_empty_sets_are_refused(tmp_path: Path) -> None:
@@ -193,17 +200,22 @@ def test_empty_sets_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_finished_shards_alone(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        with pytest.raises(DataError, match=r"disk full after \d+ samples .* needs about \d+ MB") as caught:
-            write(small / "set", samples=100, size=100_000)
-        assert "\n" not in str(caught.value)
-        assert list(small.iterdir()) == []
+        for options, left in (({}, []), ({"identity": str}, ["set.packing"])):
+            with pytest.raises(DataError, match=r"disk full after \d+ samples .* needs about \d+ MB") as caught:
+                write(small / "set", samples=100, size=100_000, **options)
+            assert "\n" not in str(caught.value)
+            assert [path.name for path in small.iterdir()] == left
+        shards = sorted(path.name for path in (small / "set.packing" / "set").glob("*.tar"))
+        journal = (small / "set.packing" / "journal.jsonl").read_text().splitlines()
+        assert len(journal) > 1
+        assert len(shards) - len(journal) in (0, 1)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

@@ -65,6 +65,9 @@ def test_the_same_entries_are_skipped_in_every_world_and_the_run_goes_on(served:
     two, one = history(tmp_path / "two"), history(tmp_path / "one")
     for step in range(1, 9):
         assert math.isclose(two[step]["loss"], one[step]["loss"], rel_tol=1e-5)
+    # With loader processes their memory is in the log, without there is none.
+    assert all(row["loader_memory"] > 1 << 20 for row in one.values())
+    assert all(row["loader_memory"] == 0 for row in two.values())
     # All processes of both runs fetched the shard once.
     assert (served.requests["shard-000000.tar"], served.requests["shard-000000.idx"]) == (1, 1)
 

@@ -1,0 +1,135 @@
+"""Decode and resize: batches from vitgraft, in this process and from one loader process, against the decoder itself.
+
+The bound is what one core does when the JPEGs are bytes in memory: decode, resize, normalise, stack (common/pixels.py).
+WebDataset and mosaicml-streaming do the same work on what they read. All make batches of 16 of the same images in one
+process, vitgraft's with metadata checked and randomness seeded for each image; in every round the pixels of all images
+are compared, bit for bit. Rates are samples per second of a core's time, those of the main and the loader process
+together where there are both. They take turns within a round; the figures are medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import webdataset
+from common.images import pack
+from common.measure import Reader, Run, machine, ratios, show, spread, take_turns, write
+from common.mosaic import HOW, Mosaic, interpreter
+from common.pixels import BATCH, SIZE, time_batches, time_decoding
+from torch import Tensor
+
+from vitgraft.configs.schema import DataConfig
+from vitgraft.data_shards.dataset import PackedDataset
+from vitgraft.data_shards.loader import train_batches
+from vitgraft.data_shards.plan import micro_batches
+
+SAMPLES, PER_SHARD, STORED, ROUNDS = 192, 64, (384, 512), 7
+OURS, WORKER, MEMORY = "vitgraft", "vitgraft, from a loader process", "the decoder on bytes in memory"
+
+
+def config(folder: Path, workers: int) -> DataConfig:
+    """Training with a plain resize to the canvas."""
+    tree = {"train": {"path": str(folder)}, "image_size": list(SIZE), "workers": workers, "prefetch": 2}
+    return DataConfig.model_validate(tree)
+
+
+def epoch(dataset: PackedDataset, number: int) -> Iterator[Tensor]:
+    """The batches of one epoch."""
+    steps = SAMPLES // BATCH
+    cut = micro_batches(
+        dataset.plan,
+        epoch_size=dataset.epoch_size,
+        first_step=number * steps,
+        last_step=(number + 1) * steps,
+        global_batch=BATCH,
+        accumulation=1,
+        rank=0,
+        world=1,
+    )
+    return (batch.images for _, batch in train_batches(dataset, cut))
+
+
+def ours(dataset: PackedDataset, number: int) -> Run:
+    """In this process."""
+    return Run(*time_batches(epoch(dataset, number)))
+
+
+def worker(dataset: PackedDataset, number: int) -> Run:
+    """From a loader process that has started: from its first batch to its last."""
+    batches = epoch(dataset, number)
+    found = [next(batches)]
+    started = core_seconds()
+    for batch in batches:
+        found.append(batch)
+        # Before the last one comes and the process ends.
+        if len(found) == SAMPLES // BATCH:
+            seconds = core_seconds() - started
+    _, samples, digest = time_batches(iter(found))
+    return Run(seconds * len(found) / (len(found) - 1), samples, digest)
+
+
+def core_seconds() -> float:
+    """Of this process and its loader processes."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in family)
+
+
+def jpgs(folder: Path) -> Iterator[bytes]:
+    """By WebDataset, in order."""
+    data: Any = webdataset.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False)
+    return (sample["jpg"] for sample in data)
+
+
+def main() -> int:
+    """Measure, print and write."""
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = temporary / "data"
+        manifest = pack(folder, SAMPLES, PER_SHARD, STORED)
+        in_memory = list(jpgs(folder))
+        readers: dict[str, Reader] = {
+            OURS: partial(ours, PackedDataset(folder, config(folder, 0), "image")),
+            WORKER: partial(worker, PackedDataset(folder, config(folder, 1), "image")),
+            MEMORY: lambda _: Run(*time_decoding(iter(in_memory))),
+            "webdataset, in order": lambda _: Run(*time_decoding(jpgs(folder))),
+        }
+        python = interpreter()
+        if python is not None:
+            mosaic = stack.enter_context(Mosaic(python, folder, temporary / "mds"))
+            readers["mosaicml-streaming, shuffled epoch"] = partial(mosaic.read, decode=True, by_index=False)
+            readers["mosaicml-streaming, shuffled by index"] = partial(mosaic.read, decode=True, by_index=True)
+        rates = take_turns(readers, ROUNDS)
+    summary = {
+        "what": "samples per core-second, JPEGs decoded, resized, normalised, batched; ratio: vitgraft / it, by round",
+        "rounds": ROUNDS,
+        "samples": manifest.samples,
+        "stored": STORED,
+        "resized": SIZE,
+        "batch": BATCH,
+        "bytes_per_sample": int(manifest.shards.bytes.sum()) // manifest.samples,
+        "ratio": ratios(rates, OURS),
+        "worker_ratio": ratios(rates, WORKER),
+        "samples_per_second": {name: spread(values) for name, values in rates.items()},
+        "same_pixels": True,
+        **machine("webdataset", "torch", "torchvision", "pillow"),
+    }
+    show(
+        f"Decoding {STORED[1]}x{STORED[0]} JPEGs to {SIZE[1]}x{SIZE[0]} on one core, median of rounds",
+        summary,
+        None if python else HOW,
+    )
+    write("decoding", summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""A packing as a list of items, one for each sample: prepared in several processes, written in order, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
+
+from vitgraft.configs.hashing import canonical_json
+from vitgraft.data_shards.manifest import Kind, Manifest
+from vitgraft.data_shards.pack.label_report import LabelReport, Say
+from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+from vitgraft.data_shards.parallel import Given, Value, outcomes
+
+CHECKED_AT_ONCE = 64
+
+
+class PackOptions(TypedDict, total=False):
+    """What all packers take.
+
+    ``overwrite``: replace a data set that is in the target (default false). ``samples_per_shard``: default 1000.
+    ``jobs``: processes that check and prepare samples (default 1); they change no byte. ``checked``, ``progress``: told
+    the samples checked and packed, of all. ``say``: told the report on the labels, before anything is written, and what
+    was found of an interrupted packing.
+    """
+
+    overwrite: bool
+    samples_per_shard: int
+    jobs: int
+    checked: Progress
+    progress: Progress
+    say: Say
+
+
+class Prepared(NamedTuple):
+    """A sample as it is packed: members by extension, and the metadata."""
+
+    members: dict[str, bytes]
+    metadata: dict[str, Any]
+
+
+class LeftOut(NamedTuple):
+    """No sample, and why."""
+
+    reason: str
+
+
+class Item(Protocol):
+    """One sample to be. Picklable; what it gives is decided by ``metadata`` (JSON values) and the ``files``."""
+
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    def prepare(self) -> Prepared | LeftOut:
+        """Read, check, encode. Pure; raises DataError."""
+
+
+def pack_items(
+    items: Sequence[Item],
+    out: Path,
+    kind: Kind,
+    report: LabelReport,
+    *,
+    source: dict[str, Any],
+    category_ids: list[int] | None = None,
+    settings: Sequence[Any] = (),
+    chunk: int = 8,
+    **options: Unpack[PackOptions],
+) -> Manifest:
+    """Write the samples of all items as a data set; goes on with what an interrupted packing of them finished.
+
+    Args:
+        report: closed, without faults.
+        source: for the manifest, in which the report is added.
+        settings: what decides the bytes besides the items' metadata and files.
+        chunk: items that a process takes at once.
+
+    Raises:
+        DataError: an item failed, or a process was killed; finished shards are kept.
+        ConfigError: see :class:`DatasetWriter`.
+    """
+    # Another version of these may encode the same pixels to other bytes.
+    versions = [importlib.metadata.version(name) for name in ("pillow", "av")]
+    common = [*versions, *settings]
+    processes = options.get("jobs", 1)
+    writer = DatasetWriter(
+        out,
+        kind,
+        report.classes,
+        category_ids=category_ids,
+        source={**source, "label_report": report.as_source()},
+        total=len(items),
+        overwrite=options.get("overwrite", False),
+        samples_per_shard=options.get("samples_per_shard", 1000),
+        progress=options.get("progress"),
+        identity=lambda number: canonical_json([common, _identity(items[number])]),
+        threads=processes,
+        say=options.get("say"),
+    )
+    with writer, contextlib.closing(outcomes(_prepare, items[writer.items_done :], processes, chunk)) as found:
+        for outcome in found:
+            match outcome.get():
+                case LeftOut(reason):
+                    writer.skip(reason)
+                case Prepared(members, metadata):
+                    writer.add(members, metadata)
+    return writer.result()
+
+
+def checked(
+    function: Callable[[Given], Value], items: Sequence[Given], report: LabelReport, options: PackOptions
+) -> list[Value | None]:
+    """``function(item)`` for each item in several processes; faults go to the report, and ``None`` in their place."""
+    found: list[Value | None] = []
+    progress = options.get("checked")
+    with contextlib.closing(outcomes(function, items, options.get("jobs", 1), CHECKED_AT_ONCE)) as results:
+        for outcome in results:
+            found.append(None)
+            with report.collect():
+                found[-1] = outcome.get()
+            if progress is not None:
+                progress(len(found), len(items))
+    return found
+
+
+def _prepare(item: Item) -> Prepared | LeftOut:
+    return item.prepare()
+
+
+def _identity(item: Item) -> list[Any]:
+    return [item.metadata, [[str(file), *_facts(file)] for file in item.files]]
+
+
+def _facts(file: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    try:
+        found = file.stat()
+    except OSError:
+        # Reading it will say so.
+        return -1, -1
+    return found.st_size, found.st_mtime_ns

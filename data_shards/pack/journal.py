@@ -1,0 +1,234 @@
+"""A packing that is under way: its folder beside OUT, the one process that may write it, and what is finished of it.
+
+OUT.packing/lock              locked by the packer while it lives
+OUT.packing/journal.jsonl     a line for each finished shard, in order
+OUT.packing/set/              the shards; becomes OUT at the end
+OUT.packing/old/              what was OUT before, for the moment between two renames
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.hashing import canonical_json, sha256_file
+from vitgraft.configs.schema.section import NonNegative, Section
+from vitgraft.data_shards.shards import Sha256, Shard
+
+VERSION = 1
+"""Changes when the same items give other bytes."""
+
+
+class Finished(Section):
+    """One finished shard.
+
+    ``items``: how many were done up to its end. ``skipped``: why some on the way gave no sample. ``identity``: hash
+    over what decided the bytes up to here. ``last``: it was closed because there were no more items.
+    """
+
+    shard: Shard
+    items: NonNegative
+    skipped: list[str]
+    identity: Sha256
+    last: bool
+
+
+class Identity:
+    """A running hash over what decides the bytes of a packing: its settings, then each item.
+
+    Args:
+        settings: JSON values.
+        item: what decides the item of this number, as text.
+        total: how many items there are.
+    """
+
+    def __init__(self, settings: list[Any], item: Callable[[int], str], total: int) -> None:
+        self.item, self.total, self.items = item, total, 0
+        self._digest = hashlib.sha256(canonical_json([VERSION, *settings]).encode())
+
+    def advance(self, items: int) -> str:
+        """The hash up to the end of so many items, at least as many as before."""
+        for number in range(self.items, items):
+            self._digest.update(self.item(number).encode() + b"\n")
+        self.items = items
+        return self._digest.hexdigest()
+
+    def fits(self, line: Finished) -> bool:
+        """Whether a shard is one that this packing would write; advances to its end when it is."""
+        ahead = copy.copy(self)
+        ahead._digest = self._digest.copy()
+        if not self.items < line.items <= self.total or (line.last and line.items != self.total):
+            return False
+        if ahead.advance(line.items) != line.identity:
+            return False
+        self.items, self._digest = ahead.items, ahead._digest
+        return True
+
+
+class Workplace:
+    """The folder of a packing; at most one process has it open.
+
+    Raises:
+        ConfigError: another process is packing the same data set.
+        OSError: it cannot be made or locked.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(f"{out.name}.packing")
+        self.set, self._old = self.folder / "set", self.folder / "old"
+        self._journal_path = self.folder / "journal.jsonl"
+        self._journal: BinaryIO | None = None
+        self._lock = self._own()
+        # Its replacement died around the second of two renames.
+        if self._old.exists() and os.path.lexists(out):
+            shutil.rmtree(self._old)
+        elif self._old.exists():
+            os.rename(self._old, out)
+
+    @property
+    def started(self) -> bool:
+        """Whether shards were finished here."""
+        return self._journal_path.exists() and self._journal_path.stat().st_size > 0
+
+    def begin(self) -> None:
+        """Start anew, with an empty set and journal."""
+        self._empty()
+        self.set.mkdir()
+        self._write_journal([])
+
+    def resume(self, identity: Identity, threads: int = 1) -> list[Finished]:
+        """Go on with what an earlier packing finished; start anew when nothing of it fits.
+
+        Only shards that this packing would write too count, with the bytes that the journal states, up to the first
+        that is not so.
+
+        Args:
+            identity: is advanced to the end of what counts.
+            threads: how many hash.
+        """
+        lines, found = self._read(), []
+        with ThreadPoolExecutor(threads) as pool:
+            for line, whole in zip(lines, pool.map(self._is_whole, lines), strict=True):
+                if not whole or not identity.fits(line):
+                    break
+                found.append(line)
+            pool.shutdown(cancel_futures=True)
+        if not found:
+            self.begin()
+            return []
+        wanted = {name for line in found for name in (line.shard.name, line.shard.index_name)}
+        for path in self.set.iterdir():
+            if path.name not in wanted:
+                path.unlink()
+        self._write_journal(found)
+        return found
+
+    def append(self, finished: Finished) -> None:
+        """Note a shard that is on the disk, whole."""
+        assert self._journal is not None
+        self._journal.write(canonical_json(finished.model_dump(mode="json")).encode() + b"\n")
+        sync(self._journal)
+
+    def publish(self) -> None:
+        """Make the set OUT."""
+        if self.out.exists():
+            os.rename(self.out, self._old)
+        os.rename(self.set, self.out)
+        sync_folder(self.out.parent)
+
+    def close(self, keep: bool = False) -> None:
+        """Give the folder free; remove it, unless what is finished is to be kept."""
+        if self._journal is not None:
+            self._journal.close()
+        if not keep:
+            with contextlib.suppress(OSError):
+                self._empty()
+                # Last: whoever finds the folder without its lock takes it for his own.
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()
+        os.close(self._lock)
+
+    def _own(self) -> int:
+        path = self.folder / "lock"
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its owner may have removed the folder between our calls.
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+                os.close(descriptor)
+            except FileNotFoundError:
+                os.close(descriptor)
+            except OSError as error:
+                os.close(descriptor)
+                if not isinstance(error, BlockingIOError):
+                    raise
+                message = f"{self.out}: another process is packing it; wait for its end or choose another --out"
+                raise ConfigError(message) from None
+
+    def _empty(self) -> None:
+        for name in os.listdir(self.folder):
+            path = self.folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif name != "lock":
+                path.unlink()
+
+    def _read(self) -> list[Finished]:
+        """The lines of the journal up to the first that is damaged: the last one may have been cut short."""
+        found: list[Finished] = []
+        # ValidationError is a ValueError: what stands before the damage is good.
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._journal_path.read_bytes().split(b"\n")[:-1]:
+                found.append(Finished.model_validate_json(line))
+        return found
+
+    def _is_whole(self, finished: Finished) -> bool:
+        shard = finished.shard
+        try:
+            return (
+                (self.set / shard.name).stat().st_size == shard.bytes
+                and sha256_file(self.set / shard.name) == shard.sha256
+                and sha256_file(self.set / shard.index_name) == shard.index_sha256
+            )
+        except OSError:
+            return False
+
+    def _write_journal(self, lines: list[Finished]) -> None:
+        temporary = self._journal_path.with_name("journal.new")
+        self._journal = temporary.open("wb")
+        for line in lines:
+            self.append(line)
+        sync(self._journal)
+        os.replace(temporary, self._journal_path)
+        sync_folder(self.folder)
+
+
+def sync(stream: BinaryIO) -> None:
+    """Have what was written on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

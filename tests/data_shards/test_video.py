@@ -1,0 +1,131 @@
+"""Seeking gives the frames that decoding from the start gives, bit by bit, or is not done."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vitgraft.data_shards.decode import decode_frames
+from vitgraft.data_shards.seeking import stretches_of
+from vitgraft.data_shards.video import PyAVVideo
+
+SOUND = {
+    "torchvision/SOX5yA1l24A.mp4",
+    "torchvision/R6llTwEh07w.mp4",
+    "mmaction2/demo.mp4",
+    "decord/flipping_a_pancake.mkv",
+    "torchvision/v_SoccerJuggling_g23_c01.avi",
+}
+"""Clips of more than one key frame whose times can be trusted."""
+
+
+def synthetic(frames: int = 97, form: str = "mp4", **options: str) -> bytes:
+    """Moving noise, with B-frames unless told otherwise."""
+    random = np.random.RandomState(0)
+    base = random.randint(0, 255, (64, 96 + frames, 3)).astype(np.uint8)
+    stream = io.BytesIO()
+    options = {"bf": "3", "g": "12", "x264-params": "threads=1:b-adapt=0"} | options
+    with av.open(stream, "w", format=form) as container:
+        track: Any = container.add_stream("libx264", rate=30, options=options)
+        track.height, track.width, track.pix_fmt = 64, 96, "yuv420p"
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(base[:, number : number + 96]), format="rgb24")
+            container.mux(track.encode(frame))
+        container.mux(track.encode())
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sources(test_data: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and true length of every clip that can be decoded."""
+    root = test_data / "video_clips"
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
+    found = {name: data for name, data in found.items() if Path(name).suffix in (".mp4", ".avi", ".mkv", ".mov")}
+    del found["decord/corrupted.mp4"]
+    found |= {"B-frames": synthetic(), "open GOP": synthetic(**{"x264-params": "threads=1:open-gop=1:keyint=12"})}
+    found |= {"B-frames, mkv": synthetic(form="matroska"), "transport stream": synthetic(form="mpegts")}
+    return {name: (data, PyAVVideo(data, name).length) for name, data in found.items()}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_frames_of_any_clip(sources: dict[str, tuple[bytes, int]], data: st.DataObject) -> None:
+    content, length = sources[data.draw(st.sampled_from(sorted(sources)))]
+    wanted = sorted(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=6)))
+    expected = decode_frames(content, wanted, "x", "pyav")
+    assert torch.equal(decode_frames(content, wanted, "x", "pyav", length), expected)
+
+
+def test_seeking_is_done_where_it_helps(sources: dict[str, tuple[bytes, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few frames are decoded for the last one of a clip with key frames, and none is sought without a length."""
+    decoded = []
+    opened = PyAVVideo._opened
+
+    @contextmanager
+    def counting(self: PyAVVideo) -> Iterator[Any]:
+        with opened(self) as (container, stream):
+            yield Counting(container), stream
+
+    class Counting:
+        def __init__(self, container: Any) -> None:
+            self._container = container
+
+        def decode(self, stream: Any) -> Any:
+            for frame in self._container.decode(stream):
+                decoded.append(frame.pts)
+                yield frame
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._container, name)
+
+    monkeypatch.setattr(PyAVVideo, "_opened", counting)
+    for name in sorted(SOUND | {"B-frames", "B-frames, mkv"}):
+        content, length = sources[name]
+        decoded.clear()
+        PyAVVideo(content, name, length).frames_at([length - 1])
+        assert len(decoded) < length / 2, name
+        decoded.clear()
+        PyAVVideo(content, name).frames_at([length - 1])
+        assert len(decoded) == length, name
+        # The first and the last: two stretches.
+        decoded.clear()
+        PyAVVideo(content, name, length).frames_at([0, length - 1])
+        assert len(decoded) < length / 2 + 2, name
+
+
+@pytest.mark.parametrize("length", [96, 98, 1, 10**9])
+def test_a_length_that_is_not_so_is_of_no_use(sources: dict[str, tuple[bytes, int]], length: int) -> None:
+    content, true = sources["B-frames"]
+    assert true == 97
+    assert torch.equal(decode_frames(content, [96], "x", "pyav", length), decode_frames(content, [96], "x", "pyav"))
+
+
+def test_a_stream_that_begins_anywhere(sources: dict[str, tuple[bytes, int]]) -> None:
+    """Cut in the middle of a group: its first packets give no frames, so times and numbers do not fit."""
+    content, whole = sources["transport stream"]
+    cut = content[len(content) // 3 // 188 * 188 :]
+    frames = list(PyAVVideo(cut, "x").frames())
+    assert 10 < len(frames) < whole
+    found = decode_frames(cut, [len(frames) - 1], "x", "pyav", len(frames))
+    assert np.array_equal(found[0].permute(1, 2, 0).numpy(), frames[-1])
+
+
+def test_stretches() -> None:
+    keys = [0, 12, 24, 36, 48]
+    assert stretches_of([3], keys) == [(0, [3])]
+    assert stretches_of([13], keys) == [(12, [13])]
+    assert stretches_of([0, 13, 14, 50], keys) == [(0, [0]), (12, [13, 14]), (48, [50])]
+    # A seek from 26 to 36 saves ten frames, one from 26 to 24 none.
+    assert stretches_of([20, 25, 33, 37], keys) == [(12, [20, 25, 33, 37])]
+    assert stretches_of([20, 25, 37], keys) == [(12, [20, 25]), (36, [37])]
+    assert stretches_of([4, 13], keys) == [(0, [4, 13])]
