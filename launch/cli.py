@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, VitgraftError
+from vitgraft.launch.checkpoints_cli import checkpoints
 from vitgraft.launch.shards_cli import shards
 
 app = typer.Typer(
@@ -20,7 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-checkpoints = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
 app.add_typer(checkpoints, name="checkpoints")
 
@@ -53,6 +53,29 @@ def train(
     with Screen() as screen:
         training.train(loaded, run, screen, processes=processes, resume=resume)
     typer.echo(f"done: {run}")
+
+
+@app.command(epilog="Example: vitgraft status runs/first --watch")
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw it again and again, until Ctrl-C.")] = False,
+) -> None:
+    """Show how a run is: state, step, ETA, loss, speed, checkpoint, evaluation, roles and last events."""
+    import json
+
+    from vitgraft.launch import status_view
+    from vitgraft.launch.status import read_status
+
+    if watch and (as_json or not sys.stdout.isatty()):
+        raise ConfigError("--watch draws on a terminal; elsewhere, or with --json, call status as often as needed")
+    if watch:
+        status_view.watch(run)
+    elif as_json:
+        typer.echo(json.dumps(read_status(run).as_json(), indent=1))
+    else:
+        for line in status_view.lines(read_status(run)):
+            typer.echo(line)
 
 
 @app.command(epilog="Example: vitgraft evaluate runs/first --data data/val --out figures.json")
@@ -92,22 +115,55 @@ def predict(
     typer.echo(f"{count} predictions in {out}")
 
 
-@checkpoints.command("list", epilog="Example: vitgraft checkpoints list runs/first")
-def list_checkpoints(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """List checkpoints with step, size, age and whether their files are complete."""
-    from vitgraft.launch import inspection
+@app.command(epilog="Example: vitgraft export runs/first --format safetensors --part backbone --out trunk.safetensors")
+def export(
+    target: RunOrCheckpoint,
+    format: Annotated[
+        Literal["safetensors", "torch-export"],
+        typer.Option("--format", help="Weights alone, or the forward pass as a torch.export program."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .safetensors, or .pt2.")],
+    weights: Annotated[
+        Literal["ema", "raw"] | None, typer.Option("--weights", help="[default: ema where there is one, else raw]")
+    ] = None,
+    part: Annotated[
+        Literal["model", "backbone"],
+        typer.Option("--part", help="The whole model, or the trunk alone under timm's or the official names."),
+    ] = "model",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a checkpoint's model for use elsewhere, with classes, normalisation and origin in its metadata."""
+    from vitgraft.launch import inference
 
-    for line in inspection.list_lines(run):
-        typer.echo(line)
+    holds = inference.export(target, format, out, weights, part, overwrite)
+    typer.echo(f"{out}: {holds}")
 
 
-@checkpoints.command("verify", epilog="Example: vitgraft checkpoints verify runs/first")
-def verify_checkpoints(target: RunOrCheckpoint) -> None:
-    """Hash every file of every checkpoint; exits with 4 when one is damaged."""
-    from vitgraft.launch import inspection
+@app.command(epilog="Example: vitgraft doctor --hostfile hosts recipe.yaml --run-dir /shared/runs/first")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Also see whether this recipe and its data are the same everywhere.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option("--hostfile", help="Hosts to examine, lines NAME slots=N [default: this one].")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where the run will be written [default: runs/NAME of the recipe].")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1, help="Seconds after which a host that does not answer is given up.")
+    ] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Before a run: see on every host what would go wrong, and what to do; exits with 2 if something would."""
+    from vitgraft.launch.doctor import case_of, examine
+    from vitgraft.launch.doctor_report import require_health, show
+    from vitgraft.launch.ui import Screen
 
-    for line in inspection.verify_lines(target):
-        typer.echo(line)
+    with Screen() as screen:
+        findings = examine(case_of(recipe, hostfile, run_dir, timeout), screen)
+    show(findings, as_json=as_json)
+    require_health(findings)
 
 
 @app.command(epilog="Example: vitgraft demo --out runs/demo")

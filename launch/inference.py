@@ -1,8 +1,9 @@
-"""``vitgraft evaluate`` and ``vitgraft predict`` in this process."""
+"""``vitgraft evaluate``, ``predict`` and ``export`` in this process."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
 from vitgraft.configs.load import load_recipe
@@ -48,6 +49,21 @@ def predict(target: Path, inputs: list[Path], out: Path, device: str, screen: Sc
 
     predictor = Predictor(recipe, checkpoint, torch.device(_device(device)))
     return len(predict_files(predictor, inputs, out, screen.callback("predict")))
+
+
+def export(
+    target: Path,
+    format: Literal["safetensors", "torch-export"],
+    out: Path,
+    weights: Literal["ema", "raw"] | None,
+    part: Literal["model", "backbone"],
+    overwrite: bool,
+) -> str:
+    """Write the model of a checkpoint to ``out``; returns what the file holds."""
+    recipe, checkpoint = _open(target)
+    from vitgraft.trainer.export import export as write
+
+    return write(recipe, checkpoint, out, format, weights=weights, part=part, overwrite=overwrite)
 
 
 def _open(target: Path) -> tuple[Recipe, Checkpoint]:

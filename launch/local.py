@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.devices import Placement
 from vitgraft.launch.run_dir import RunHandle
 from vitgraft.launch.ui import Screen
@@ -45,11 +46,12 @@ def free_port(wanted: int) -> int:
 
 @dataclass
 class Gang:
-    """The ranks of one attempt."""
+    """The ranks of one attempt, and the checkpointer that serves them unless they write themselves."""
 
     handle: RunHandle
     placement: Placement
     screen: Screen
+    keeper: CheckpointerKeeper | None = None
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
     errors: list[tuple[int, str]] = field(default_factory=list)
     stopping: int | None = None
@@ -58,15 +60,19 @@ class Gang:
         """Start, watch, end.
 
         Raises:
-            VitgraftError: why the ranks ended, unless they finished; no rank lives then.
+            VitgraftError: why the ranks ended, unless they finished; no process of the run lives then.
         """
         read, write = os.pipe()
         old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            if self.keeper is not None:
+                self.keeper.make_buffers(self.placement.processes)
+                self.keeper.start(write)
             for rank in range(self.placement.processes):
                 self.ranks.append(self._start(rank, port, write))
-            os.close(write)
-            write = -1
+            if self.keeper is None:
+                os.close(write)
+                write = -1
             if self.stopping is not None:
                 self._ask_to_stop()  # the signal came before all ranks were there
             self._watch(read)
@@ -79,7 +85,12 @@ class Gang:
                 os.close(write)
 
     def end(self) -> None:
-        """Kill every rank that still lives, and its loader processes with it."""
+        """Kill everything that still lives, the ranks' loader processes with them."""
+        self._end_ranks()
+        if self.keeper is not None:
+            self.keeper.end()
+
+    def _end_ranks(self) -> None:
         for process in self.ranks:
             if process.poll() is None:
                 process.kill()
@@ -102,6 +113,7 @@ class Gang:
             "PYTHONSAFEPATH": "1",
             PIPE_VARIABLE: str(pipe),
             PARENT_VARIABLE: str(os.getpid()),
+            **(self.keeper.environment(rank) if self.keeper is not None else {}),
         }
         # The ranks of one host meet on the loopback; a host name that does not resolve must not matter.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -147,16 +159,35 @@ class Gang:
             while any(process.poll() is None for process in self.ranks):
                 if selector.select(timeout=0.2):
                     buffer = self._read(pipe, buffer)
+                if self.keeper is not None:
+                    self.keeper.tend()
                 if failed_at is None and any(process.poll() not in _NO_FAILURE for process in self.ranks):
                     failed_at = time.monotonic()
                 if failed_at is not None and time.monotonic() - failed_at > GRACE_AFTER_FAILURE_S:
                     dead = [process.poll() for process in self.ranks]
-                    self.end()
+                    self._end_ranks()
                     break
             else:
                 dead = [process.returncode for process in self.ranks]
+            buffer, failure = self._drain(selector, pipe, buffer)
             self._read(pipe, buffer)
         self._judge(dead)
+        if failure is not None:
+            raise failure
+
+    def _drain(self, selector: selectors.BaseSelector, pipe: int, buffer: bytes) -> tuple[bytes, TrainingError | None]:
+        """The ranks have ended, for whatever reason: let the checkpointer finish what all of them handed over. What
+        goes wrong with that matters only when nothing else did."""
+        if self.keeper is None:
+            return buffer, None
+        self.keeper.drain()
+        try:
+            while self.keeper.tend():
+                if selector.select(timeout=0.05):
+                    buffer = self._read(pipe, buffer)
+        except TrainingError as error:
+            return buffer, error
+        return buffer, None
 
     def _read(self, pipe: int, buffer: bytes) -> bytes:
         try:
@@ -176,6 +207,12 @@ class Gang:
             self.screen.progress(message["label"], message["done"], message["total"], message["facts"])
         elif message["kind"] == "note":
             self.screen.note(message["text"])
+        elif message["kind"] == "event":
+            self.screen.note(message["text"])
+            self.handle.event(message["name"], text=message["text"])
+        elif message["kind"] == "beat":
+            if self.keeper is not None:
+                self.keeper.heard(message)
         else:
             self.errors.append((message["code"], message["text"]))
 

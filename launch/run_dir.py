@@ -14,7 +14,7 @@ from typing import IO, Any
 from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
 from vitgraft.configs.schema import Recipe
-from vitgraft.trainer.checkpoint.commit import all_step_names, set_aside, sweep
+from vitgraft.trainer.checkpoint.commit import ATTEMPT, all_step_names, owning_attempt, set_aside, sweep
 from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.layout import POINTER
 from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
@@ -71,7 +71,10 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
         for folder in ("logs", "results", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         replace_text(path / "config.yaml", dump_recipe(recipe))
-        return RunHandle(path, _next_attempt(path), checkpoint, lock, notes)
+        attempt = _next_attempt(path)
+        # From here on what an earlier attempt has left may not commit any more.
+        replace_text(path / ATTEMPT, f"{attempt}\n")
+        return RunHandle(path, attempt, checkpoint, lock, notes)
     except BaseException as error:
         lock.close()
         if isinstance(error, OSError):
@@ -169,10 +172,11 @@ def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: s
 
 
 def _next_attempt(path: Path) -> int:
-    events = path / "events.jsonl"
+    events, last = path / "events.jsonl", owning_attempt(path) or 0
     if not events.is_file():
-        return 1
+        return 1 + last
     from vitgraft.trainer.monitor_files import drop_torn_line
 
     drop_torn_line(events)
-    return 1 + sum('"event": "start"' in line for line in events.read_text().splitlines())
+    # The record lacks what a full disk could not take.
+    return 1 + max(last, sum('"event": "start"' in line for line in events.read_text().splitlines()))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitgraft.configs.errors import ConfigError, DataError, VitgraftError
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError
 from vitgraft.configs.schema import Recipe
 from vitgraft.data_shards.manifest import Manifest, read_manifest
 from vitgraft.data_shards.mixture import check_mixture
 from vitgraft.data_shards.sources import resolve_source
+from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.devices import place
 from vitgraft.launch.local import Gang, free_port
 from vitgraft.launch.run_dir import open_run
 from vitgraft.launch.ui import Screen
+from vitgraft.trainer.checkpoint.commit import all_step_names
+from vitgraft.trainer.checkpoint.layout import MANIFEST
+from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.deepspeed_config import render
 
 
@@ -26,6 +30,9 @@ def train(recipe: Recipe, run: Path, screen: Screen, *, processes: int | None = 
     render(recipe, placement.processes)
     classes = check_data(recipe, screen)
     check_model(recipe, classes)
+    check_copy(recipe)
+    if resume == "never" or not all_step_names(run):
+        check_start(recipe)
     port = free_port(recipe.launch.port)
     handle = open_run(run, recipe, resume)
     try:
@@ -38,14 +45,40 @@ def train(recipe: Recipe, run: Path, screen: Screen, *, processes: int | None = 
         )
         facts = {"resume": handle.resume.step if handle.resume else None, "world": placement.processes}
         handle.event("start", **facts, device=placement.device, threads=placement.threads, notes=handle.notes)
+        separate, silence = recipe.train.roles == "separate", recipe.train.checkpoint.writer_silence_s
         try:
-            Gang(handle, placement, screen).run(port)
+            Gang(handle, placement, screen, CheckpointerKeeper(handle, silence) if separate else None).run(port)
         except VitgraftError as error:
             handle.event("end", code=error.exit_code, reason=str(error))
             raise
         handle.event("end", code=0, reason="done")
     finally:
         handle.close()
+
+
+def check_copy(recipe: Recipe) -> None:
+    """That checkpoints can be copied to the kind of store that the recipe names.
+
+    Raises:
+        ConfigError: an unknown scheme, or its client library is missing.
+    """
+    if recipe.train.checkpoint.copy_to is not None:
+        from vitgraft.trainer.checkpoint.store_copy import check_store
+
+        check_store(recipe.train.checkpoint.copy_to)
+
+
+def check_start(recipe: Recipe) -> None:
+    """That there is something to start from; its hashes are checked when it is read.
+
+    Raises:
+        CheckpointError: ``train.init_from`` names neither a checkpoint nor a run that has one.
+    """
+    if recipe.train.init_from is None:
+        return
+    path = Path(recipe.train.init_from).expanduser()
+    if not (path / MANIFEST).is_file() and not complete_checkpoints(path):
+        raise CheckpointError(f"train.init_from: {path}: neither a checkpoint nor a run that has one; name another")
 
 
 def check_model(recipe: Recipe, classes: int) -> None:

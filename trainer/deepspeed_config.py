@@ -14,6 +14,8 @@ _OWNED = (
     "gradient_accumulation_steps",
     "gradient_clipping",
     "zero_optimization.stage",
+    "zero_optimization.offload_optimizer.device",
+    "zero_force_ds_cpu_optimizer",
     "bf16.enabled",
     "bfloat16.enabled",  # an older name that DeepSpeed still reads
     "fp16.enabled",
@@ -42,6 +44,10 @@ def render(recipe: Recipe, world: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
     }
+    if train.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        # torch's own optimizer updates on the CPU: DeepSpeed's CPU Adam wants a compiler on every host.
+        config["zero_force_ds_cpu_optimizer"] = False
     if train.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif train.precision == "bf16_params":

@@ -26,6 +26,7 @@ from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.layout import step_name
 from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
+from vitgraft.trainer.checkpoint.retention import result_path
 from vitgraft.trainer.checkpoint.save import load_model
 from vitgraft.trainer.draw import beside, save_png, titled
 from vitgraft.trainer.tasks import Metric, make_task
@@ -219,11 +220,6 @@ def evaluate_into_run(
             to_json({**evaluation.as_json(), "id": evaluation_id(evaluator, checkpoint)}),
         )
     return evaluation
-
-
-def result_path(run: Path, step: int) -> Path:
-    """RUN/results/step-N.json."""
-    return run / "results" / f"{step_name(step)}.json"
 
 
 def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -> bool:

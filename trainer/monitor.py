@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vitgraft.trainer.monitor_files import drop_torn_line
+from vitgraft.trainer.monitor_files import attempts, drop_torn_line, read_rows
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -18,24 +19,58 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One row of metrics.jsonl. ``memory``: bytes at the peak, of the GPU or of the process."""
+    """One row of metrics.jsonl.
+
+    ``steps``: of the whole run. ``seconds``: from the step's begin to its end. ``mfu``: model FLOPs utilisation
+    (:mod:`vitgraft.trainer.mfu`), ``None`` where no peak is known. ``own_s_median``, ``own_s_max``, ``slowest_rank``:
+    what the ranks themselves took (:mod:`vitgraft.trainer.own_time`). ``memory``: bytes at the peak, of the GPU or of
+    the process. ``loader_memory``: bytes of rank 0's loader processes, measured every few seconds.
+    """
 
     step: int
+    steps: int
     samples: int
     epoch: int
     loss: float
     losses: dict[str, float]
     lr: float
     grad_norm: float
+    seconds: float
     images_per_second: float
+    mfu: float | None
+    own_s_median: float
+    own_s_max: float
+    slowest_rank: int
     data_wait_s: float
     checkpoint_stall_s: float
     memory: int
+    loader_memory: int
     attempt: int
 
     def as_json(self) -> dict[str, Any]:
-        """The row with the loss's exact bits as hexadecimal text."""
-        return {**asdict(self), "loss_hex": self.loss.hex()}
+        """The row with the loss's exact bits as hexadecimal text, and when it was written (seconds since 1970)."""
+        return {**asdict(self), "loss_hex": self.loss.hex(), "time": time.time()}
+
+    def curves(self) -> dict[str, float]:
+        """What TensorBoard draws, by tag."""
+        curves: dict[str, float] = {
+            "train/loss": self.loss,
+            "train/lr": self.lr,
+            "train/grad_norm": self.grad_norm,
+            "train/epoch": self.epoch,
+            "speed/images_per_second": self.images_per_second,
+            "speed/step_s": self.seconds,
+            "speed/data_wait_s": self.data_wait_s,
+            "speed/checkpoint_stall_s": self.checkpoint_stall_s,
+            "ranks/own_s_median": self.own_s_median,
+            "ranks/own_s_max": self.own_s_max,
+            "ranks/slowest": self.slowest_rank,
+            "memory/peak_bytes": self.memory,
+            "memory/loader_bytes": self.loader_memory,
+        }
+        if self.mfu is not None:
+            curves["speed/mfu"] = self.mfu
+        return curves | {f"loss/{name}": value for name, value in self.losses.items()}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -43,6 +78,16 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def attempts_table(events: list[dict[str, Any]]) -> str:
+    """The starts of a run and how they ended, as a table in Markdown."""
+    lines = ["| attempt | started | from step | ranks | ended |", "|---|---|---|---|---|"]
+    for attempt in attempts(events):
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt.started))
+        ended = "" if attempt.code is None else f"exit {attempt.code}: {attempt.reason}".replace("|", r"\|")
+        lines.append(f"| {attempt.number} | {started} | {attempt.resumed_step} | {attempt.world} | {ended} |")
+    return "\n".join(lines)
 
 
 class Monitor:
@@ -56,24 +101,18 @@ class Monitor:
         self._rows = path.open("a", encoding="utf-8")
         # Points of a killed attempt that this one computes again are hidden, not drawn twice.
         self._board: SummaryWriter = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self._points: Any = self._board.file_writer
+        self._board.add_text("run/attempts", attempts_table(read_rows(run / "events.jsonl")), first_step)
 
     def step(self, row: StepRow) -> None:
         """Write one optimizer step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
         self._rows.write(json.dumps(row.as_json()) + "\n")
         self._rows.flush()
-        curves = {
-            "train/loss": row.loss,
-            "train/lr": row.lr,
-            "train/grad_norm": row.grad_norm,
-            "train/epoch": row.epoch,
-            "speed/images_per_second": row.images_per_second,
-            "speed/data_wait_s": row.data_wait_s,
-            "speed/checkpoint_stall_s": row.checkpoint_stall_s,
-            "memory/peak_bytes": row.memory,
-        }
-        curves |= {f"loss/{name}": value for name, value in row.losses.items()}
-        for name, value in curves.items():
-            self._board.add_scalar(name, value, row.step)
+        # One event with all points: as one call for each, they would cost several times as much.
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.curves().items()]
+        self._points.add_summary(Summary(value=values), row.step)
 
     def evaluation(self, step: int, figures: dict[str, float], pictures: list[Path]) -> None:
         """Write one evaluation's figures and pictures."""

@@ -34,6 +34,14 @@ class Reporter:
         """One line that the user should see."""
         self._send({"kind": "note", "text": text}, fallback=text)
 
+    def beat(self, role: str, done: int) -> None:
+        """A sign of life of a role, and how much it has done since it started."""
+        self._send({"kind": "beat", "role": role, "done": done})
+
+    def event(self, name: str, text: str) -> None:
+        """Something for RUN/events.jsonl that the user should see too."""
+        self._send({"kind": "event", "name": name, "text": text}, fallback=text)
+
     def error(self, error: VitgraftError) -> None:
         """Why this process ends."""
         self._send({"kind": "error", "code": error.exit_code, "text": str(error)}, fallback=f"vitgraft: {error}")

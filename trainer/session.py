@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
 from vitgraft.configs.hashing import seed_of
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.train import AdamWConfig
-from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
-from vitgraft.data_shards.loader import train_batches
-from vitgraft.data_shards.plan import MicroBatch, data_state, micro_batches, samples_before, steps_per_epoch
+from vitgraft.data_shards.loader import TrainBatches, train_batches
+from vitgraft.data_shards.plan import data_state, micro_batches, samples_before, steps_per_epoch
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.layer_decay import layer_of
 from vitgraft.models.norms import convert_sync_batchnorm
@@ -27,7 +25,9 @@ from vitgraft.trainer import comm, param_groups
 from vitgraft.trainer.checkpoint.layout import DataState, Normalisation
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint, read_weights
 from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, load_model, store_frozen
+from vitgraft.trainer.checkpoint.savers import Saver, make_saver
 from vitgraft.trainer.deepspeed_config import render
+from vitgraft.trainer.init_from import start_from
 from vitgraft.trainer.report import Reporter
 
 
@@ -51,6 +51,7 @@ class Session:
     dataset: PackedDataset
     engine: Any
     state: TrainerState
+    saver: Saver
     facts: RunFacts
     lr_multipliers: list[float]
     first_step: int
@@ -73,7 +74,7 @@ class Session:
         )
         return DataState(**state)
 
-    def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
+    def batches(self) -> TrainBatches:
         """This rank's micro-batches from the first step to the last."""
         train = self.recipe.train
         cut = micro_batches(
@@ -85,6 +86,7 @@ class Session:
             accumulation=train.accumulation,
             rank=comm.rank(),
             world=comm.world(),
+            paired=self.dataset.paired,
         )
         return train_batches(self.dataset, cut)
 
@@ -115,6 +117,10 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
     size = (recipe.data.image_size[0], recipe.data.image_size[1])
     config = recipe.model if checkpoint is None else recipe.model.without_weights()
     model = build_model(config, num_classes=len(classes), image_size=size)
+    if checkpoint is None and train.init_from is not None:
+        started = start_from(train.init_from, model, config, classes, size)
+        if comm.rank() == 0:
+            reporter.note(started)
     groups = _group_parameters(recipe, model)
     frozen = _load_or_store(model, assignment.run, checkpoint)
     if comm.rank() == 0:
@@ -140,6 +146,7 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
         dataset=dataset,
         engine=engine,
         state=state,
+        saver=make_saver(recipe, state, facts, last_step, reporter),
         facts=facts,
         lr_multipliers=[group.lr_multiplier for group in groups],
         first_step=0 if checkpoint is None else checkpoint.step,

@@ -16,14 +16,17 @@ from torch import Tensor
 from vitgraft.configs.errors import PreemptedRun, TrainingError
 from vitgraft.configs.hashing import seed_of
 from vitgraft.data_shards.batch import Batch, Entry, Skipped
+from vitgraft.data_shards.loader import TrainBatches
 from vitgraft.data_shards.plan import MicroBatch
 from vitgraft.models.contract import Losses
 from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
-from vitgraft.trainer.checkpoint import commit
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
-from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already, result_path
+from vitgraft.trainer.checkpoint.retention import evaluation_due, result_path
+from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already
+from vitgraft.trainer.mfu import Arithmetic, arithmetic_of
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
+from vitgraft.trainer.own_time import clock_for, spread
 from vitgraft.trainer.schedule import lr_factor
 from vitgraft.trainer.session import Session
 from vitgraft.trainer.skips import SkipLog
@@ -33,8 +36,9 @@ from vitgraft.trainer.skips import SkipLog
 class StepFacts:
     """What a step leaves behind for the checks and the log.
 
-    ``reduced`` and ``local``: per micro-step, the loss sums, counts, skipped entries and whether to stop, over all
-    ranks and of this rank; they stay on the device until the step's one synchronisation. ``skipped``: this rank's.
+    ``reduced`` and ``local``: per micro-step, the loss sums, counts, own seconds of each rank, skipped entries, whether
+    a checkpoint failed and whether to stop, over all ranks and of this rank; they stay on the device until the step's
+    one synchronisation. ``skipped``: this rank's.
     """
 
     names: list[str] = field(default_factory=list)
@@ -59,9 +63,18 @@ class StepFacts:
                 out[name] += weight * row[index] / max(row[half + index], 1.0) / len(self.weights)
         return out
 
+    def own_seconds(self) -> list[float]:
+        """What each rank took for the step without waiting for others, by rank."""
+        own: list[float] = torch.stack(self.reduced)[:, 2 * len(self.names) : -3].sum(0).tolist()
+        return own
+
     def any_skipped(self) -> bool:
         """Whether any rank skipped an entry in the step."""
-        return any(row[-2].item() > 0 for row in self.reduced)
+        return any(row[-3].item() > 0 for row in self.reduced)
+
+    def checkpoint_failed(self) -> bool:
+        """Whether any rank was told that the last checkpoint could not be written."""
+        return bool(self.reduced[-1][-2].item() > 0)
 
     def stop_asked(self) -> bool:
         """Whether any rank was asked to stop before the step's last micro-step."""
@@ -79,6 +92,8 @@ class TrainLoop:
         self._monitor = Monitor(self.run_folder, session.first_step) if comm.rank() == 0 else None
         self._loose_statistics = unsynchronised_statistics(session.engine.module)
         self._stall = 0.0
+        self._clock = clock_for(session.device)
+        self._arithmetic = self._count_arithmetic() if comm.rank() == 0 else None
         self._ledger = self._open_ledger()
         attempt = session.assignment.attempt
         self._skips = SkipLog(self.run_folder, self.recipe.data.on_error, session.first_step, attempt)
@@ -96,19 +111,22 @@ class TrainLoop:
             for step in range(session.first_step, session.last_step):
                 started = time.monotonic()
                 facts = self._step(step, batches)
-                self._log(step + 1, facts, time.monotonic() - started)
+                self._log(step + 1, facts, time.monotonic() - started, batches)
+                self._clock.stop()
+                if facts.checkpoint_failed():
+                    session.saver.finish()  # raises, on every rank
                 last = step + 1 == session.last_step
                 stop = facts.stop_asked() and not last
                 every = self.recipe.train.checkpoint.every_steps
                 if last or stop or (every is not None and (step + 1) % every == 0):
-                    self._checkpoint(step + 1, last=last, evaluate=not stop)
+                    self._checkpoint(step + 1, wait=last or stop, evaluate=not stop)
                 if stop:
                     comm.barrier()
                     raise PreemptedRun(
                         f"stopped at step {step + 1} behind a committed checkpoint; the same command goes on"
                     )
         finally:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             if self._monitor is not None:
                 self._monitor.close()
             if self._ledger is not None:
@@ -117,7 +135,7 @@ class TrainLoop:
     def catch_up(self) -> None:
         """Evaluate the checkpoint that this attempt resumes from, if a kill came between its commit and its results."""
         resume, step = self.session.assignment.resume, self.session.first_step
-        if resume is None or not self._evaluation_due(step):
+        if resume is None or not evaluation_due(self.recipe, step, self.session.last_step):
             return
         checkpoint = open_checkpoint(resume)
         if not comm.gather(evaluated_already(self._evaluator_of_run(), self.run_folder, checkpoint))[0]:
@@ -132,6 +150,7 @@ class TrainLoop:
             group["lr"] = facts.lr * multiplier
         for micro in range(train.accumulation):
             asked = time.monotonic()
+            self._clock.start()
             part, batch = next(batches)
             facts.data_wait += time.monotonic() - asked
             self._write_ledger(part)
@@ -170,7 +189,10 @@ class TrainLoop:
         names = sorted(losses)
         totals = torch.stack([losses[name].total.float() for name in names])
         counts = torch.stack([losses[name].count.float() for name in names]).to(totals.device)
-        flags = torch.tensor([float(len(batch.skipped)), float(self.stop())], device=totals.device)
+        own = [0.0] * comm.world()
+        own[comm.rank()] = self._clock.meet()
+        news = [*own, len(batch.skipped), self.session.saver.failed(), self.stop()]
+        flags = torch.tensor(news, dtype=torch.float32, device=totals.device)
         local = torch.cat([totals.detach(), counts, flags])
         reduced = comm.sum_tensor(local.clone())
         # Samples count alike in a short step, whose micro-steps are not equally full.
@@ -200,7 +222,7 @@ class TrainLoop:
             "look at these samples, lower the learning rate or set train.clip_grad"
         )
 
-    def _log(self, step: int, facts: StepFacts, seconds: float) -> None:
+    def _log(self, step: int, facts: StepFacts, seconds: float, batches: TrainBatches) -> None:
         session = self.session
         losses = facts.losses()
         if not math.isfinite(facts.grad_norm):
@@ -210,41 +232,42 @@ class TrainLoop:
         stall, self._stall = self._stall, 0.0
         if self._monitor is None:
             return
-        loss = math.fsum(losses.values())
+        loss, own = math.fsum(losses.values()), spread(facts.own_seconds())
         row = StepRow(
             step=step,
+            steps=session.last_step,
             samples=session.samples_at(step),
             epoch=facts.epoch,
             loss=loss,
             losses=losses,
             lr=facts.lr,
             grad_norm=facts.grad_norm,
+            seconds=seconds,
             images_per_second=facts.samples / seconds,
+            mfu=None if self._arithmetic is None else self._arithmetic.utilisation(facts.samples, seconds),
+            own_s_median=own.median,
+            own_s_max=own.slowest,
+            slowest_rank=own.slowest_rank,
             data_wait_s=facts.data_wait,
             checkpoint_stall_s=stall,
             memory=peak_memory(session.device),
+            loader_memory=batches.memory(),
             attempt=session.assignment.attempt,
         )
         self._monitor.step(row)
         session.reporter.progress("train", step, session.last_step, loss=loss, lr=facts.lr, rate=row.images_per_second)
 
-    def _checkpoint(self, step: int, *, last: bool, evaluate: bool) -> None:
+    def _checkpoint(self, step: int, *, wait: bool, evaluate: bool) -> None:
         session = self.session
         started = time.monotonic()
-        checkpoint = session.state.save(session.facts, step, session.samples_at(step), session.data_state(step))
+        session.saver.begin(step, session.samples_at(step), session.data_state(step))
+        due = evaluate and evaluation_due(self.recipe, step, session.last_step)
+        # Training goes on at once, unless somebody is to read the checkpoint or rely on it now.
+        checkpoint = session.saver.finish() if due or wait else None
         self._stall = time.monotonic() - started
-        if comm.rank() == 0:
-            session.reporter.progress("commit", step, session.last_step)
-        if evaluate and self._evaluation_due(step):
+        if due and checkpoint is not None:
             self._evaluate(checkpoint)
-        if comm.rank() == 0:
-            commit.retain(self.run_folder, self.recipe.train.checkpoint.keep_last)
-
-    def _evaluation_due(self, step: int) -> bool:
-        """A function of the step, so that a restart neither skips nor shifts an evaluation."""
-        every = self.recipe.train.checkpoint.every_steps
-        regular = every is not None and step % (every * self.recipe.evaluate.every_checkpoints) == 0
-        return self.recipe.data.val is not None and (step == self.session.last_step or regular)
+        session.saver.tidy()
 
     def _evaluate(self, checkpoint: Checkpoint) -> None:
         session, evaluator = self.session, self._evaluator_of_run()
@@ -271,6 +294,15 @@ class TrainLoop:
             classes, data = self.session.facts.classes, self.recipe.data.val.path
             self._evaluator = Evaluator(self.recipe, classes, data, self.session.device)
         return self._evaluator
+
+    def _count_arithmetic(self) -> Arithmetic | None:
+        session = self.session
+        trained = {name for name, parameter in session.engine.module.named_parameters() if parameter.requires_grad}
+        try:
+            return arithmetic_of(self.recipe, len(session.facts.classes), trained, session.device, comm.world())
+        except RuntimeError as error:
+            session.reporter.note(f"no MFU curve: the model's FLOPs cannot be counted: {str(error).splitlines()[0]}")
+            return None
 
     def _open_ledger(self) -> Any:
         if not self.recipe.train.ledger:

@@ -24,15 +24,34 @@ OPERATIONAL = (
     "data.on_error",
     "data.train.path",
     "data.val",
+    "train.roles",
     "train.checkpoint",
     "train.ledger",
+    "train.peak_tflops",
     "train.zero_stage",
+    "train.offload_optimizer",
     "train.deterministic",
     "train.activation_checkpointing",
     "train.deepspeed",
 )
 # Keys that came after the first runs: unset they stay out of the identity, so that those runs go on.
-_WHERE_SET = ("data.train.weight", "data.clip.decoder", "data.transforms.sides", "data.transforms.cat_max_ratio")
+_WHERE_SET = (
+    "data.train.weight",
+    "data.clip.decoder",
+    "data.transforms.sides",
+    "data.transforms.cat_max_ratio",
+    "train.init_from",
+)
+
+METRICS: dict[Task, tuple[str, ...]] = {
+    "detection": tuple(
+        f"{of}_{name}" for of in ("box", "mask") for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    ),
+    "semantic": ("mIoU", "mAcc", "aAcc"),
+    "video": ("top1", "top5"),
+    "image": ("top1", "top5"),
+}
+"""The figures by which ``train.checkpoint.keep_best`` can choose; larger is better in all."""
 
 
 class EvaluateConfig(Section):
@@ -59,6 +78,8 @@ class LaunchConfig(Section):
     """CPU threads of each rank; ``null``: the cores divided by the ranks. Bit-exact resume needs the same number."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on which the ranks meet; 0: a free one."""
+    ssh_args: list[str] = []
+    """Arguments of every ssh to another host, e.g. ["-p", "2222"]; what has spaces belongs in a file: ["-F", FILE]."""
 
 
 class Recipe(Section):
@@ -76,6 +97,23 @@ class Recipe(Section):
         check_task(self.data.transforms, self.task)
         if self.evaluate.views is not None and self.task != "video":
             raise ValueError(f"evaluate.views: views are of videos, the head does {self.task}; set it to null")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> Recipe:
+        metric = self.train.checkpoint.keep_best
+        if metric is not None and metric not in METRICS[self.task]:
+            names = ", ".join(METRICS[self.task])
+            raise ValueError(f"train.checkpoint.keep_best: {metric!r} is no metric of {self.task}; use one of {names}")
+        if metric is not None and self.data.val is None:
+            raise ValueError("train.checkpoint.keep_best needs evaluations: set data.val, or keep_best to null")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Recipe:
+        for key, weights in ("weights", self.model.weights), ("backbone.weights", self.model.backbone.weights):
+            if self.train.init_from is not None and weights is not None:
+                raise ValueError(f"train.init_from names weights for the trunk too; remove model.{key}, or init_from")
         return self
 
     @property

@@ -93,12 +93,31 @@ class CheckpointConfig(Section):
     """Commit every so many steps, and always at the end; ``null``: at the end only."""
     keep_last: Positive = 3
     """How many valid checkpoints are kept."""
+    keep_every: Positive | None = None
+    """Keep also those of the steps that this number divides."""
+    keep_best: str | None = None
+    """Keep also the best of those evaluated by this metric, e.g. ``mIoU``; needs ``data.val``."""
+    copy_to: str | None = None
+    """URL of a folder in any store of fsspec (s3://, gs://, file://) that gets a copy after each commit."""
+    writer_silence_s: PositiveFloat = 30.0
+    """A checkpointer that is silent for so long is killed and started again; it goes on from the memory it shares."""
+
+    @field_validator("copy_to")
+    @classmethod
+    def _a_store(cls, value: str | None) -> str | None:
+        if value is not None and ("://" not in value or value.lower().startswith(("http://", "https://"))):
+            raise ValueError(f"expected the URL of a store that can be written, e.g. s3://bucket/run, not {value!r}")
+        return value
 
 
 class TrainConfig(Section):
     """One of the five axes: how the model is trained."""
 
     seed: int = 0
+    init_from: str | None = None
+    """Another run, or one of its checkpoints, whose weights (averaged, where it has an average) the run starts from,
+    instead of ``model.weights`` and ``model.backbone.weights``. The head's last layers start fresh when the classes are
+    others. Not read again when the run is resumed."""
     epochs: Positive | None = None
     steps: Positive | None = None
     """Length of the run: exactly one of ``epochs`` and ``steps``."""
@@ -118,12 +137,18 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
     """bf16: fp32 parameters under torch autocast; bf16_params: DeepSpeed's bf16 engine with fp32 masters (GPU)."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: bool = False
+    """Keep masters and optimizer states in host memory and update there: for models whose states a GPU cannot hold."""
     deterministic: bool = False
     """Deterministic kernels on CUDA (slower); on CPU runs are deterministic anyway."""
     activation_checkpointing: Literal["none", "full", "offload"] = "none"
     deepspeed: dict[str, Any] = {}
     """A DeepSpeed dictionary laid over the rendered one; what vitgraft sets itself cannot be contradicted."""
+    roles: Literal["separate", "inline"] = "separate"
+    """separate: a checkpointer process writes and commits while training goes on; inline: the trainer does it."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device, for the MFU curve; ``null``: that of the GPU's name, dense bfloat16, where it is known."""
     ledger: bool = False
     """Write RUN/ledger: step, rank and entries of every batch."""
 
@@ -135,6 +160,8 @@ class TrainConfig(Section):
             raise ValueError(f"global_batch {self.global_batch} must be a multiple of accumulation {self.accumulation}")
         if self.precision == "bf16_params" and self.zero_stage == 0:
             raise ValueError("precision bf16_params needs zero_stage 1, 2 or 3")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.activation_checkpointing == "offload" and self.precision == "bf16":
             raise ValueError(
                 "activation_checkpointing offload does not work under autocast; use full, or precision fp32"

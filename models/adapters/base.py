@@ -32,7 +32,7 @@ class Adapter(nn.Module):
         """
         if images.ndim == 5 and not trunk.takes_clips:
             frames = self.maps(trunk, images.transpose(1, 2).flatten(0, 1))
-            return {stride: x.view(len(images), -1, *x.shape[1:]) for stride, x in frames.items()}
+            return {stride: x.view(images.shape[0], -1, *x.shape[1:]) for stride, x in frames.items()}
         height, width = images.shape[-2:]
         multiple = self.canvas_multiple(trunk)
         right, bottom = -width % multiple, -height % multiple

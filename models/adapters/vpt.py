@@ -35,7 +35,7 @@ class Prompts(Graft):
         nn.init.xavier_uniform_(self.tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        prompts = self.tokens.to(tokens.dtype).expand(len(tokens), -1, -1)
+        prompts = self.tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([tokens[:, : self.behind], prompts, tokens[:, self.behind :]], 1)
 
 

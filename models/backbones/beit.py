@@ -81,7 +81,7 @@ class BEiT(Trunk):
     def embed(self, images: Tensor) -> Tensor:
         tokens = with_positions(self.patch_embed(images), self.pos_embed, self.grid_of(images))
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1)
         return tokens
 
     def resize_loaded(self, name: str, value: Tensor) -> Tensor | None:
@@ -139,7 +139,7 @@ class Block(GraftableBlock):
             inside: Tensor = self.attn(windows.flatten(1, 2), (size, size))
             return inside.view_as(windows)
 
-        maps = tokens.view(len(tokens), *grid, tokens.shape[-1])
+        maps = tokens.view(tokens.shape[0], *grid, tokens.shape[-1])
         return within_windows(attention, maps, size).flatten(1, 2)
 
 

@@ -130,7 +130,7 @@ class MIMDet(Trunk):
         grid = self.grid_of(images)
         places = grid[0] * grid[1]
         if noise is None:
-            kept, order = places, torch.arange(places, device=images.device).expand(len(images), -1)
+            kept, order = places, torch.arange(places, device=images.device).expand(images.shape[0], -1)
         else:
             if sizes is not None:
                 noise = noise.masked_fill(_padding(sizes, grid), PADDING_NOISE)
@@ -152,7 +152,7 @@ class MIMDet(Trunk):
         grid = self.grid_of(images)
         if not self.encoder.training or self.sample_ratio == 1:
             return self.decode(self.encode(images), grid)
-        noise = torch.rand(len(images), grid[0] * grid[1], device=images.device)
+        noise = torch.rand(images.shape[0], grid[0] * grid[1], device=images.device)
         return self.decode(self.encode(images, noise, valid_sizes(images)), grid)
 
 
@@ -277,7 +277,8 @@ def _padding(sizes: Tensor, grid: Grid) -> Tensor:
 
 def _taken(tokens: Tensor, places: Tensor) -> Tensor:
     """tokens (B, N, C) at places (B, K) → (B, K, C)."""
-    return tokens.take_along_dim(places[:, :, None], 1)
+    # Not take_along_dim, which torch.export captures for one size of batch only.
+    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _resized(table: Tensor, grid: Grid) -> Tensor:

@@ -142,7 +142,7 @@ class Block(GraftableBlock):
             inside: Tensor = self.self_attn(windows.flatten(1, 2))
             return inside.view_as(windows)
 
-        maps = tokens.view(len(tokens), *grid, tokens.shape[-1])
+        maps = tokens.view(tokens.shape[0], *grid, tokens.shape[-1])
         return within_windows(attention, maps, self.window_size).flatten(1, 2)
 
 

@@ -75,7 +75,7 @@ class VideoMAE(Trunk):
     def _maps(self, images: Tensor, visit: Visit | None) -> tuple[Tensor, ...]:
         tokens = self.tokens(images, visit)[:, self.prefix_tokens :]
         height, width = self.grid_of(images)
-        return (tokens.reshape(len(tokens), -1, height, width, self.embed_dim).permute(0, 1, 4, 2, 3),)
+        return (tokens.reshape(tokens.shape[0], -1, height, width, self.embed_dim).permute(0, 1, 4, 2, 3),)
 
     def _visited(self, visit: Visit | None, index: int, tokens: Tensor, grid: Grid) -> Tensor:
         if visit is None:

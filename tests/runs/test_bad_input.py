@@ -255,11 +255,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_while_writing_a_checkpoint(semantic_data: Path, tmp_path: Path, small_disk: Path) -> None:
-    """Each checkpoint is about a megabyte: some are committed, then one is not; those before it stay valid."""
-    tree = semantic(semantic_data, train__checkpoint={"every_steps": 2, "keep_last": 100}, train__steps=200)
+    """Each checkpoint is about a megabyte: some are committed, then one is not; those before it stay valid. The ranks
+    hear of it while they train on, long before the next save."""
+    tree = semantic(semantic_data, train__checkpoint={"every_steps": 8, "keep_last": 100}, train__steps=200)
     recipe, run = write_recipe(tmp_path / "recipe.yaml", tree), small_disk / "run"
     done = vitgraft("train", recipe, "--run-dir", run)
     assert_refused(done, 5, "no space left", "earlier checkpoints are untouched")
+    assert rows(run) % 8
     assert not list(run.glob("checkpoints/*.tmp"))
     listed = vitgraft("checkpoints", "verify", run)
     assert listed.returncode == 0, listed.stdout + listed.stderr

@@ -1,14 +1,18 @@
-"""evaluate and predict on the checkpoints of real runs."""
+"""evaluate, predict and export on the checkpoints of real runs, and a run that starts from another."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import succeed, tiny_recipe, train, write_recipe
+from safetensors.numpy import load_file
+from support import succeed, tiny_recipe, train, vitgraft, write_recipe
+
+from vitgraft.trainer.checkpoint.read import open_checkpoint, read_weights
 
 
 def test_evaluate_gives_the_figures_of_training(unbroken: Path, detection_data: Path, tmp_path: Path) -> None:
@@ -37,6 +41,47 @@ def test_predict_images(unbroken: Path, tmp_path: Path) -> None:
         assert 0 <= top <= bottom <= 90
         assert detection["mask"]["size"] == [90, 160]
     assert Image.open(tmp_path / "out" / "photo.png").size == (320, 180)
+
+
+def test_export(unbroken: Path, tmp_path: Path) -> None:
+    """Of a real run's newest checkpoint: what is evaluated there, i.e. the average."""
+    weights, program = tmp_path / "model.safetensors", tmp_path / "model.pt2"
+    done = succeed("export", unbroken, "--format", "safetensors", "--out", weights)
+    assert "the whole model" in done.stdout
+    checkpoint = open_checkpoint(unbroken / "checkpoints" / "step-00000020")
+    expected = read_weights(checkpoint, ema=True)
+    exported = load_file(weights)
+    assert exported.keys() == expected.keys()
+    assert all((exported[name] == expected[name]).all() for name in expected)
+    step = unbroken / "checkpoints" / "step-00000018"
+    done = succeed("export", step, "--format", "torch-export", "--weights", "raw", "--out", program)
+    assert "images (B, 3, 128, 128), sizes (B, 2)" in done.stdout
+    assert program.stat().st_size > 100_000
+    again = vitgraft("export", unbroken, "--format", "safetensors", "--out", weights)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+
+
+def test_init_from(unbroken: Path, detection_data: Path, tmp_path: Path) -> None:
+    """A run starts from another's average; resumed, it does not read it again, nor miss it when it is gone."""
+    source = tmp_path / "source"
+    shutil.copytree(unbroken, source)
+    tree = tiny_recipe("detection", detection_data / "train", train__steps=2, train__init_from=str(source))
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", tree), tmp_path / "run"
+    done = train(recipe, run)
+    assert f"started from the averaged weights of {source}/checkpoints/step-00000020" in done.stderr
+    # Two steps away from the average, whereas random weights are far from it.
+    average = read_weights(open_checkpoint(unbroken / "checkpoints" / "step-00000020"), ema=True)
+    found = read_weights(open_checkpoint(run / "checkpoints" / "step-00000002"))
+    name = "backbone.vit.blocks.0.attn.qkv.weight"
+    assert 0 < np.abs(found[name] - average[name]).max() < 5e-3
+    shutil.rmtree(source)
+    done = train(recipe, run)
+    assert "started from" not in done.stderr
+    other = vitgraft("train", recipe, "--run-dir", tmp_path / "other")
+    assert other.returncode == 4
+    assert "train.init_from" in other.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_video_run_with_a_frozen_trunk(video_data: Path, tmp_path: Path) -> None:

@@ -40,6 +40,31 @@ def test_stage_clipping_and_precision() -> None:
     assert "torch_autocast" not in engine
 
 
+def test_offload() -> None:
+    """The states go to host memory, under torch's own optimizer; nothing of it without the key."""
+    for stage in (1, 2, 3):
+        config = rendered(
+            zero_stage=stage, offload_optimizer=True, user={"zero_optimization": {"contiguous_gradients": True}}
+        )
+        assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+        assert config["zero_optimization"]["contiguous_gradients"] is True
+        assert config["zero_force_ds_cpu_optimizer"] is False
+    assert "offload_optimizer" not in rendered()["zero_optimization"]
+    assert "zero_force_ds_cpu_optimizer" not in rendered()
+    with pytest.raises(ConfigError, match="offload_optimizer needs zero_stage 1, 2 or 3"):
+        rendered(zero_stage=0, offload_optimizer=True)
+    tuned = rendered(offload_optimizer=True, user={"zero_optimization": {"offload_optimizer": {"pin_memory": False}}})
+    assert tuned["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+
+
+def test_offload_is_where_a_run_computes_and_not_what() -> None:
+    plain, offloaded = (
+        validate_recipe(tiny_recipe("semantic", "data", train__offload_optimizer=value), "recipe")
+        for value in (False, True)
+    )
+    assert plain.identity_hash() == offloaded.identity_hash()
+
+
 def test_a_users_own_keys_are_laid_over() -> None:
     user = {
         "zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True},
@@ -58,6 +83,8 @@ def test_a_users_own_keys_are_laid_over() -> None:
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("train_batch_size", {"train_batch_size": 8}),
+    ("zero_optimization.offload_optimizer.device", {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}),
+    ("zero_force_ds_cpu_optimizer", {"zero_force_ds_cpu_optimizer": True}),
     ("train_micro_batch_size_per_gpu", {"train_micro_batch_size_per_gpu": 4}),
     ("train_micro_batch_size_per_gpu", {"train_micro_batch_size_per_gpu": None}),
     ("train_micro_batch_size_per_gpu", {"train_micro_batch_size_per_gpu": "auto"}),

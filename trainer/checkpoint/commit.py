@@ -1,26 +1,52 @@
-"""The commit: ``step-N.tmp`` → manifest of the expected files → rename → pointer; then retention.
+"""The commit: ``step-N.tmp`` → manifest of the expected files → rename → pointer.
 
-Only the rank that commits calls these; the ranks' shards are in the temporary folder by then (see save.py).
+Only the role that commits calls these; the ranks' shards are in the temporary folder by then. A successor can
+take each step up again: :func:`commit` begins when all shards are there, :func:`publish` when the manifest is.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import errno
 import os
-import shutil
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError
-from vitgraft.trainer.checkpoint.files import replace_text, sync_folder, write_text_durably
-from vitgraft.trainer.checkpoint.layout import MANIFEST, POINTER, Manifest, expected_files, parse_step, step_name
-from vitgraft.trainer.checkpoint.read import complete_checkpoints
+from vitgraft.trainer.checkpoint.files import (
+    remove_file,
+    remove_tree,
+    rename_durably,
+    replace_text,
+    sync_folder,
+    write_text_durably,
+)
+from vitgraft.trainer.checkpoint.layout import (
+    MANIFEST,
+    POINTER,
+    FileRecord,
+    Manifest,
+    RankRecord,
+    expected_files,
+    parse_step,
+    record_name,
+    seal,
+    step_name,
+)
+from vitgraft.trainer.checkpoint.manifest import read_manifest
 
 TEMPORARY = ".tmp"
+ATTEMPT = "attempt"
+"""RUN/attempt: the number of the attempt that owns the run. Another one may not commit."""
 
 
 def checkpoints_folder(run: Path) -> Path:
     """RUN/checkpoints."""
     return run / "checkpoints"
+
+
+def final_folder(run: Path, step: int) -> Path:
+    """A step's committed checkpoint."""
+    return checkpoints_folder(run) / step_name(step)
 
 
 def temporary_folder(run: Path, step: int) -> Path:
@@ -34,48 +60,120 @@ def sweep(run: Path) -> None:
     if folder.is_dir():
         for entry in folder.iterdir():
             if entry.name.endswith(TEMPORARY):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                remove_tree(entry) if entry.is_dir() else remove_file(entry)
+
+
+def why(error: BaseException, folder: Path) -> str:
+    """One line on why a checkpoint was not written."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk of {folder.parent}; free some and start again with the same command"
+    return " ".join(str(error).split())
+
+
+def write_record(folder: Path, record: RankRecord) -> None:
+    """Tell the one who commits what a rank's writer has done: whole or not at all, but good for this boot only."""
+    part = folder / f"{record_name(record.rank)}.part"
+    part.write_text(record.model_dump_json(), encoding="utf-8")
+    os.replace(part, folder / record_name(record.rank))
+
+
+def read_record(folder: Path, rank: int, *, attempt: int, step: int, world: int) -> RankRecord | None:
+    """What a rank's writer has reported; ``None``: nothing yet, or another attempt's, or of lost files."""
+    try:
+        record = RankRecord.model_validate_json((folder / record_name(rank)).read_bytes())
+        if (record.attempt, record.step, record.world, record.rank) != (attempt, step, world, rank):
+            return None
+        if any((folder / file.path).stat().st_size != file.bytes for file in record.files):
+            return None
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def interrupted_commit(run: Path, attempt: int, step: int) -> Manifest | None:
+    """The manifest of a commit that was killed between manifest and rename: all files are there then."""
+    with contextlib.suppress(CheckpointError, OSError):
+        manifest = read_manifest(temporary_folder(run, step) / MANIFEST)
+        if (manifest.attempt, manifest.step) == (attempt, step):
+            return manifest
+    return None
+
+
+def is_committed(run: Path, attempt: int, step: int) -> bool:
+    """Whether this attempt's checkpoint of the step is there."""
+    with contextlib.suppress(CheckpointError, OSError):
+        return read_manifest(final_folder(run, step) / MANIFEST).attempt == attempt
+    return False
+
+
+def with_files(manifest: Manifest, records: list[FileRecord]) -> Manifest:
+    """The draft of a manifest with the files that were written, in a fixed order."""
+    return manifest.model_copy(update={"files": sorted(records, key=lambda record: record.path)})
 
 
 def commit(run: Path, manifest: Manifest) -> Path:
     """Turn a step's temporary folder into a checkpoint.
 
     Raises:
-        CheckpointError: the files that ranks reported are not the expected ones.
+        CheckpointError: the files that ranks reported are not the expected ones, or as in :func:`publish`.
         OSError: e.g. a full disk; nothing is committed.
     """
     temporary = temporary_folder(run, manifest.step)
-    final = temporary.with_name(step_name(manifest.step))
     expected, written = sorted(expected_files(manifest.world)), sorted(record.path for record in manifest.files)
     if expected != written:
         raise CheckpointError(f"{temporary}: expected the files {expected}, the ranks wrote {written}")
-    write_text_durably(temporary / MANIFEST, manifest.model_dump_json(indent=1))
+    write_text_durably(temporary / MANIFEST, seal(manifest).model_dump_json(indent=1))
+    return publish(run, manifest)
+
+
+def publish(run: Path, manifest: Manifest) -> Path:
+    """The commit from the manifest on: what the ranks' writers left beside it goes, then the folder gets its name.
+
+    Raises:
+        CheckpointError: a newer attempt owns the run, or there is a checkpoint of this step.
+        OSError: nothing is committed.
+    """
+    temporary, final = temporary_folder(run, manifest.step), final_folder(run, manifest.step)
+    expected = {MANIFEST, *expected_files(manifest.world)}
+    for entry in sorted(temporary.iterdir()):
+        if entry.name not in expected:
+            remove_file(entry)
     sync_folder(temporary)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-    replace_text(final.parent / POINTER, final.name + "\n")
+    if final.exists():
+        raise CheckpointError(f"{final}: exists already; a checkpoint is never overwritten")
+    check_owner(run, manifest.attempt)
+    rename_durably(temporary, final)
+    point_to(final)
     return final
 
 
-def retain(run: Path, keep_last: int, spare: set[str] | None = None) -> list[str]:
-    """Delete all but the newest ``keep_last`` complete checkpoints; returns the names of the deleted ones.
+def check_owner(run: Path, attempt: int) -> None:
+    """Refuse to commit for an attempt that does not own the run any more.
 
-    One that somebody reads (it holds a shared lock on the manifest) or that ``spare`` names stays.
+    Raises:
+        CheckpointError: names both attempts.
     """
-    deleted = []
-    for checkpoint in complete_checkpoints(run)[:-keep_last]:
-        if checkpoint.path.name in (spare or set()):
-            continue
-        with (checkpoint.path / MANIFEST).open("rb") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            doomed = checkpoint.path.with_name(checkpoint.path.name + ".deleted" + TEMPORARY)
-            os.rename(checkpoint.path, doomed)
-        shutil.rmtree(doomed)
-        deleted.append(checkpoint.path.name)
-    return deleted
+    owner = owning_attempt(run)
+    if owner is not None and owner != attempt:
+        raise CheckpointError(f"{run}: attempt {attempt} is stale, attempt {owner} owns the run; nothing is committed")
+
+
+def owning_attempt(run: Path) -> int | None:
+    """The attempt that owns the run; ``None`` for a run that no launcher has opened."""
+    try:
+        text = (run / ATTEMPT).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def point_to(final: Path) -> None:
+    """Let the pointer name this checkpoint, unless it does."""
+    pointer, line = final.parent / POINTER, final.name + "\n"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if pointer.read_text() == line:
+            return
+    replace_text(pointer, line)
 
 
 def set_aside(run: Path, names: list[str], reason: str) -> Path:

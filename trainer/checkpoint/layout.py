@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.hashing import sha256_of
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -22,7 +23,13 @@ POINTER = "latest"
 MASTER = "master"
 EMA = "ema"
 
-_STEP = re.compile(r"^step-(\d{8,})$")
+MAX_WORLD = 1 << 16
+
+_STEP = re.compile(r"^step-([0-9]{8,18})$")
+_START = re.compile(r"^[0-9]{1,18}$")
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileRecord(BaseModel):
@@ -31,8 +38,8 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Sha256
 
 
 class DataState(BaseModel):
@@ -42,8 +49,8 @@ class DataState(BaseModel):
 
     fingerprint: str
     seed: int
-    epoch: int
-    cursor: int
+    epoch: Count
+    cursor: Count
 
 
 class Normalisation(BaseModel):
@@ -51,9 +58,22 @@ class Normalisation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mean: list[float]
-    std: list[float]
-    image_size: list[int]
+    mean: list[FiniteFloat]
+    std: list[FiniteFloat]
+    image_size: list[Count]
+
+
+class RankRecord(BaseModel):
+    """What one rank's writer has written, or why it could not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attempt: int
+    step: int
+    world: int
+    rank: int
+    files: list[FileRecord]
+    error: str | None = None
 
 
 class Manifest(BaseModel):
@@ -62,29 +82,36 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = SCHEMA
-    run: str
-    attempt: int
-    step: int
-    samples: int
+    run: Annotated[str, Field(pattern=r"^[^/\x00]*$")]
+    attempt: Count
+    step: Count
+    samples: Count
     data: DataState
-    world: int
-    zero_stage: int
+    world: Annotated[int, Field(ge=1, le=MAX_WORLD)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     recipe_hash: str
     classes: list[str]
     normalisation: Normalisation
-    parameters: dict[str, list[int]]
+    parameters: dict[str, list[Count]]
     """Trained parameters and their shapes."""
     kinds: list[str]
     """Vectors stored for every trained parameter: master, optimizer states, ema."""
-    scalars: dict[str, float]
+    scalars: dict[str, FiniteFloat]
     """Scalar states of the optimizer, e.g. its step count."""
     groups: list[dict[str, Any]]
     """Hyper-parameters of each parameter group, with the names of its parameters."""
-    frozen: str | None
+    frozen: Sha256 | None
     """SHA-256 of the blob with the frozen parameters, if any."""
     code_version: str
-    created: float
+    created: FiniteFloat
     files: list[FileRecord]
+    digest: Sha256 | None = None
+    """SHA-256 of everything else in the manifest (:func:`seal`); checkpoints of before there was one lack it."""
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """The same manifest with the digest of its own content, so that an edited one is noticed."""
+    return manifest.model_copy(update={"digest": sha256_of(manifest.model_dump(mode="json", exclude={"digest"}))})
 
 
 def step_name(step: int) -> str:
@@ -101,6 +128,11 @@ def parse_step(name: str) -> int | None:
 def shard_name(rank: int) -> str:
     """File name of one rank's shard."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def record_name(rank: int) -> str:
+    """File name of what one rank's writer reports to the one who commits; gone when the checkpoint is there."""
+    return f"rank-{rank:05d}.written.json"
 
 
 def expected_files(world: int) -> list[str]:
@@ -121,7 +153,7 @@ def parse_range_key(key: str) -> tuple[str, str, int]:
     """
     kind, _, rest = key.partition("|")
     name, _, start = rest.rpartition("|")
-    if not (kind and name and start.isdigit()):
+    if not (kind and name and _START.match(start)):
         raise CheckpointError(f"key {key!r} is not KIND|PARAMETER|START: the file was not written by vitgraft")
     return kind, name, int(start)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from vitgraft.configs.errors import CheckpointError
@@ -21,15 +24,15 @@ from vitgraft.trainer.checkpoint.layout import (
     EMA,
     MANIFEST,
     MASTER,
-    SCHEMA,
     Manifest,
     expected_files,
     intersections,
     parse_range_key,
     parse_step,
 )
+from vitgraft.trainer.checkpoint.manifest import read_manifest
 
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_HASH_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not a complete checkpoint; says what is wrong.
     """
     file = path / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{path}: no {MANIFEST}, so this is not a committed checkpoint")
-    if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{file}: not a manifest: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}"
-        ) from None
-    if manifest.schema_version != SCHEMA:
-        raise CheckpointError(
-            f"{file}: schema {manifest.schema_version}, this vitgraft reads {SCHEMA}; use a matching one"
-        )
+    manifest = read_manifest(file)
     if sorted(record.path for record in manifest.files) != sorted(expected_files(manifest.world)):
         raise CheckpointError(f"{file}: does not list the files of a world of {manifest.world}")
     for record in manifest.files:
@@ -96,22 +84,45 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Hash every file of the checkpoint and its frozen blob.
+def verify(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None, *, trusted: set[Path] | None = None
+) -> None:
+    """Hash every file of the checkpoint and its frozen blob, several at a time.
+
+    Args:
+        progress: called with the bytes hashed and all bytes after each file.
+        trusted: blobs that were hashed for another checkpoint of the run and need not be again; this one's is added.
 
     Raises:
         CheckpointError: names the first file that differs.
     """
-    for record in checkpoint.manifest.files:
-        file = checkpoint.path / record.path
-        if _hash(file) != record.sha256:
-            raise CheckpointError(f"{file}: SHA-256 differs from the manifest: the file was damaged after the commit")
-    if checkpoint.manifest.frozen is not None:
-        blob = blob_path(checkpoint.run, checkpoint.manifest.frozen)
+    expected = {checkpoint.path / record.path: record.sha256 for record in checkpoint.manifest.files}
+    frozen = checkpoint.manifest.frozen
+    if frozen is not None:
+        blob = blob_path(checkpoint.run, frozen)
         if not blob.is_file():
             raise CheckpointError(f"{blob}: missing; it holds the frozen trunk of {checkpoint.path.name}")
-        if _hash(blob) != checkpoint.manifest.frozen:
-            raise CheckpointError(f"{blob}: SHA-256 differs from its name: the frozen trunk was damaged")
+        if blob not in (trusted or ()):
+            expected[blob] = frozen
+    # hashlib lets other threads run; the largest files start first, so that none is left over at the end.
+    files = sorted(expected, key=_size, reverse=True)
+    done, total = 0, sum(map(_size, files))
+    with ThreadPoolExecutor(min(len(files), len(os.sched_getaffinity(0)), MAX_HASH_THREADS)) as pool:
+        for file, digest in zip(files, pool.map(_hash, files), strict=True):
+            if digest != expected[file]:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise CheckpointError(_differs(file, file.parent != checkpoint.path))
+            done += _size(file)
+            if progress is not None:
+                progress(done, total)
+            if trusted is not None and file.parent != checkpoint.path:
+                trusted.add(file)
+
+
+def _differs(file: Path, blob: bool) -> str:
+    if blob:
+        return f"{file}: SHA-256 differs from its name: the frozen trunk was damaged"
+    return f"{file}: SHA-256 differs from the manifest: the file was damaged after the commit"
 
 
 def _hash(file: Path) -> str:
@@ -119,6 +130,13 @@ def _hash(file: Path) -> str:
         return sha256_file(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0  # gone in the meantime: hashing it says so
 
 
 def blob_path(run: Path, digest: str) -> Path:
@@ -155,12 +173,13 @@ def newest_valid(run: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     The pointer file is only a hint for people and tools: a kill between rename and pointer must not lose a checkpoint.
     """
     invalid: list[tuple[Path, str]] = []
+    trusted: set[Path] = set()
     for path, found in reversed(scan(run)):
         if isinstance(found, CheckpointError):
             invalid.append((path, str(found)))
             continue
         try:
-            verify(found)
+            verify(found, trusted=trusted)
         except CheckpointError as error:
             invalid.append((path, str(error)))
             continue
@@ -188,34 +207,59 @@ def resolve_checkpoint(path: Path) -> Checkpoint:
 
 
 class VectorReader:
-    """Reads ranges of the named flat vectors of a checkpoint, whatever world wrote them."""
+    """Reads ranges of the named flat vectors of a checkpoint, whatever world wrote them.
+
+    Only headers are read at first; :meth:`read` touches the bytes it returns and no others.
+
+    Raises:
+        CheckpointError: a shard holds something else than float32 ranges of the manifest's vectors, or one range twice.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
         self._handles: list[Any] = []
         self._index: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-        for number, record in enumerate(r for r in checkpoint.manifest.files if r.path != BUFFERS):
-            handle = open_safetensors(checkpoint.path / record.path)
+        manifest = checkpoint.manifest
+        sizes = {name: math.prod(shape) for name, shape in manifest.parameters.items()}
+        for number, record in enumerate(r for r in manifest.files if r.path != BUFFERS):
+            file = checkpoint.path / record.path
+            handle = open_safetensors(file)
             self._handles.append(handle)
             for key in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
                 kind, name, start = parse_range_key(key)
-                length = handle.get_slice(key).get_shape()[0]
-                self._index.setdefault((kind, name), []).append((start, start + length, number))
-        for ranges in self._index.values():
+                piece = handle.get_slice(key)
+                shape, dtype = piece.get_shape(), piece.get_dtype()
+                if kind not in manifest.kinds or name not in sizes:
+                    raise CheckpointError(f"{file}: {key}: the manifest knows no such vector")
+                if dtype != "F32" or len(shape) != 1:
+                    raise CheckpointError(f"{file}: {key}: {dtype} of shape {shape}; expected a flat range of F32")
+                stop = start + shape[0]
+                if stop > sizes[name]:
+                    raise CheckpointError(f"{file}: {key}: reaches to {stop}, but {name} has {sizes[name]} elements")
+                self._index.setdefault((kind, name), []).append((start, stop, number))
+        for (kind, name), ranges in self._index.items():
             ranges.sort()
-        self.path = checkpoint.path
+            for (_, end, _), (start, _, _) in pairwise(ranges):
+                if start < end:
+                    raise CheckpointError(f"{self.path}: two shards hold element {start} of {kind} of {name}")
 
-    def read(self, kind: str, name: str, start: int, stop: int) -> NDArray[np.float32]:
+    def read(
+        self, kind: str, name: str, start: int, stop: int, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
         """Elements [start, stop) of a vector, float32.
+
+        Args:
+            out: where they go, of that length; ``None``: into a new array.
 
         Raises:
             CheckpointError: the vector is absent or has a gap.
         """
-        ranges = self._index.get((kind, name))
-        if ranges is None:
+        ranges = self._index.get((kind, name), [])
+        if not ranges and start < stop:
             raise CheckpointError(
                 f"{self.path}: holds no {kind} of parameter {name}: it is of another model or optimizer"
             )
-        out = np.empty(stop - start, np.float32)
+        out = np.empty(stop - start, np.float32) if out is None else out
         where = f"{self.path}: {kind} of {name}"
         for index, low, high in intersections([(a, b) for a, b, _ in ranges], start, stop, where):
             first, _, number = ranges[index]
@@ -225,21 +269,29 @@ class VectorReader:
 
 
 def open_safetensors(path: Path) -> Any:
-    """A safetensors file as numpy arrays.
+    """A safetensors file as numpy arrays. The library bounds the header (100 MB) and refuses tensors that overlap,
+    leave gaps or reach beyond the file.
 
     Raises:
         CheckpointError: not a readable safetensors file.
     """
     try:
         return safe_open(str(path), framework="np")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Every tensor of a safetensors file."""
+    """Every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: not a readable safetensors file, or of a type that numpy does not know.
+    """
     handle = open_safetensors(path)
-    return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    try:
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: holds a tensor that cannot be read: {error}") from None
 
 
 def read_weights(checkpoint: Checkpoint, *, ema: bool = True) -> dict[str, NDArray[np.generic]]:
@@ -253,8 +305,7 @@ def read_weights(checkpoint: Checkpoint, *, ema: bool = True) -> dict[str, NDArr
     reader = VectorReader(checkpoint)
     state: dict[str, NDArray[np.generic]] = {}
     for name, shape in manifest.parameters.items():
-        numel = int(np.prod(shape, dtype=np.int64))
-        state[name] = reader.read(kind, name, 0, numel).reshape(shape)
+        state[name] = reader.read(kind, name, 0, math.prod(shape)).reshape(shape)
     if manifest.frozen is not None:
         state.update(read_all(blob_path(checkpoint.run, manifest.frozen)))
     state.update(read_all(checkpoint.path / BUFFERS))

@@ -1,10 +1,8 @@
-"""Save and restore the trainer's state: every rank its shard, one manifest for all."""
+"""The trainer's state as named flat vectors: what is saved of it, and how it is restored (savers.py writes it)."""
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,27 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitgraft.configs.errors import CheckpointError, TrainingError, VitgraftError
+from vitgraft.configs.errors import CheckpointError, TrainingError
 from vitgraft.trainer import comm
-from vitgraft.trainer.checkpoint import commit
+from vitgraft.trainer.checkpoint.commit import why
 from vitgraft.trainer.checkpoint.files import sync_folder, write_safetensors
-from vitgraft.trainer.checkpoint.layout import (
-    BUFFERS,
-    EMA,
-    MASTER,
-    DataState,
-    FileRecord,
-    Manifest,
-    Normalisation,
-    range_key,
-    shard_name,
-    step_name,
-)
-from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path, open_checkpoint
+from vitgraft.trainer.checkpoint.layout import EMA, MASTER, DataState, Manifest, Normalisation, range_key
+from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path
 from vitgraft.trainer.deepspeed_state import (
     Fragment,
     fragments,
     full_shape,
+    inner_optimizer,
     install_states,
     scalar_states,
     tensor_states,
@@ -65,6 +53,7 @@ class TrainerState:
         self.shapes = {name: full_shape(p) for p, name in self.names.items()}
         self.fragments: list[Fragment] = fragments(engine, self.names, comm.rank(), comm.world())
         self.flats: list[Tensor] = list({id(f.flat): f.flat for f in self.fragments}.values())
+        self.states = state_names(inner_optimizer(engine))
         self.ema = None if ema_decay is None else Ema(self.flats, ema_decay)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -73,23 +62,44 @@ class TrainerState:
         parameters = {name for name, _ in module.named_parameters()}
         return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
-    def vectors(self) -> dict[str, NDArray[np.generic]]:
-        """This rank's ranges, by safetensors key."""
-        out: dict[str, NDArray[np.generic]] = {}
-        for fragment in self.fragments:
-            sources = {MASTER: fragment.flat, **tensor_states(self.engine, fragment.flat)}
-            if self.ema is not None:
-                sources[EMA] = self.ema.of(fragment.flat)
-            for kind, source in sources.items():
-                values = fragment.saved(source)
-                if values.numel():
-                    out[range_key(kind, fragment.name, fragment.writes[0])] = values.float().cpu().numpy()
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's ranges by safetensors key: views, nothing is copied. What the optimizer has not made yet is zero,
+        as it will be made. One kind after the other, each in the order of the memory it lies in, so that neighbours in
+        the file are neighbours in memory.
+
+        Raises:
+            TrainingError: the optimizer keeps other states than its class is known for.
+        """
+        sources = [self._sources(flat) for flat in self.flats]
+        place = {id(flat): number for number, flat in enumerate(self.flats)}
+        ordered = sorted(self.fragments, key=lambda fragment: (place[id(fragment.flat)], fragment.offset))
+        out: dict[str, Tensor] = {}
+        for kind in self.kinds():
+            for fragment in ordered:
+                first, last = fragment.writes
+                source = sources[place[id(fragment.flat)]].get(kind)
+                values = fragment.saved(source) if source is not None else torch.zeros(1).expand(last - first)
+                if first < last:
+                    out[range_key(kind, fragment.name, first)] = values
         return out
+
+    def addresses(self) -> list[int]:
+        """Where the memory of :meth:`tensors` lies: while this is the same, so are its views."""
+        return [source.data_ptr() for flat in self.flats for source in self._sources(flat).values()]
+
+    def _sources(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat tensor's kinds, laid out like it."""
+        states = tensor_states(self.engine, flat)
+        if states and sorted(states) != self.states:
+            raise TrainingError(
+                f"{type(inner_optimizer(self.engine)).__name__} keeps the states {sorted(states)}, expected "
+                f"{self.states}: this version of it is not supported"
+            )
+        return {MASTER: flat, **states, **({EMA: self.ema.of(flat)} if self.ema is not None else {})}
 
     def kinds(self) -> list[str]:
         """Which vectors are stored for each parameter."""
-        states = tensor_states(self.engine, self.flats[0]) if self.flats else {}
-        return [MASTER, *sorted(states), *([EMA] if self.ema is not None else [])]
+        return [MASTER, *self.states, *([EMA] if self.ema is not None else [])]
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Read this rank's ranges, whatever world and stage wrote them. The model's own weights were loaded before
@@ -109,39 +119,15 @@ class TrainerState:
             if self.ema is not None:
                 targets[EMA] = self.ema.of(fragment.flat)
             for kind, target in targets.items():
-                values = reader.read(kind, fragment.name, fragment.start, fragment.stop)
-                fragment.view(target).copy_(torch.from_numpy(values))
+                view = fragment.view(target)
+                # On the CPU straight to its place: every further pass over the memory costs as much as reading it.
+                place = view.numpy() if view.device.type == "cpu" and view.dtype == torch.float32 else None
+                values = reader.read(kind, fragment.name, fragment.start, fragment.stop, out=place)
+                if place is None:
+                    view.copy_(torch.from_numpy(values))
 
-    def save(self, facts: RunFacts, step: int, samples: int, data: DataState) -> Checkpoint:
-        """Write, hash, commit; collective. Returns the committed checkpoint.
-
-        Raises:
-            TrainingError: a rank could not write (e.g. a full disk); nothing is committed and nothing is left.
-        """
-        temporary = commit.temporary_folder(facts.run, step)
-        if comm.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        comm.barrier()
-        groups = self._groups()
-        answer = _attempt_write(self, temporary)
-        answers = comm.gather(answer)
-        failure = next((a for a in answers if isinstance(a, str)), None)
-        if failure is None and comm.rank() == 0:
-            records = [record for a in answers if not isinstance(a, str) for record in a]
-            try:
-                commit.commit(facts.run, self._manifest(facts, step, samples, data, records, groups))
-            except (OSError, VitgraftError) as error:
-                failure = _reason(error, temporary)
-        failure = next((f for f in comm.gather(failure) if f is not None), None)
-        if failure is not None:
-            if comm.rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            comm.barrier()
-            raise TrainingError(f"checkpoint of step {step} not written: {failure}; earlier checkpoints are untouched")
-        return open_checkpoint(temporary.with_name(step_name(step)))
-
-    def _groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
+        """The hyper-parameters of each parameter group: plain values."""
         groups: list[dict[str, Any]] = []
         for group in self.engine.optimizer.param_groups:
             plain = {k: v for k, v in group.items() if isinstance(v, int | float | str | bool)}
@@ -149,15 +135,8 @@ class TrainerState:
             groups.append({**plain, **({"betas": list(betas)} if betas else {})})
         return groups
 
-    def _manifest(
-        self,
-        facts: RunFacts,
-        step: int,
-        samples: int,
-        data: DataState,
-        records: list[FileRecord],
-        groups: list[dict[str, Any]],
-    ) -> Manifest:
+    def manifest(self, facts: RunFacts, step: int, samples: int, data: DataState) -> Manifest:
+        """The manifest, but for its files."""
         return Manifest(
             run=facts.run.name,
             attempt=facts.attempt,
@@ -172,30 +151,26 @@ class TrainerState:
             parameters=self.shapes,
             kinds=self.kinds(),
             scalars=scalar_states(self.engine, self.flats),
-            groups=groups,
+            groups=self.groups(),
             frozen=facts.frozen,
             code_version=version("vitgraft"),
             created=time.time(),
-            files=records,
+            files=[],
         )
 
 
-def _attempt_write(state: TrainerState, folder: Path) -> list[FileRecord] | str:
-    """This rank's files, or why they could not be written: the ranks must all learn of it, not hang."""
-    try:
-        records = [write_safetensors(folder / shard_name(comm.rank()), state.vectors())]
-        if comm.rank() == 0:
-            arrays = {name: value.cpu().numpy() for name, value in state.buffers().items()}
-            records.append(write_safetensors(folder / BUFFERS, arrays))
-    except OSError as error:
-        return _reason(error, folder)
-    return records
+def state_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The tensor states that an optimizer keeps for each parameter, known before its first step from its class.
 
-
-def _reason(error: BaseException, folder: Path) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk of {folder.parent}; free some and start again with the same command"
-    return str(error)
+    Raises:
+        TrainingError: an unknown class.
+    """
+    name = type(optimizer).__name__
+    if "adam" in name.lower():
+        return ["exp_avg", "exp_avg_sq"]
+    if name == "SGD":
+        return ["momentum_buffer"] if any(group["momentum"] for group in optimizer.param_groups) else []
+    raise TrainingError(f"optimizer {name}: its states are not known, so it cannot be saved; use adamw or sgd")
 
 
 def _first_difference(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> str:
@@ -243,7 +218,7 @@ def store_frozen(run: Path, model: nn.Module) -> str | None:
         record = write_safetensors(temporary, frozen)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise TrainingError(f"frozen trunk not written: {_reason(error, temporary)}") from None
+        raise TrainingError(f"frozen trunk not written: {why(error, temporary)}") from None
     final = blob_path(run, record.sha256)
     os.replace(temporary, final)
     sync_folder(folder)

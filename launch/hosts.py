@@ -1,0 +1,160 @@
+"""The hosts of a job: the hostfile, which of its hosts and slots are meant, and how ssh gets there. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitgraft.configs.errors import ConfigError
+
+SSH_CONFIG_VARIABLE = "VITGRAFT_SSH_CONFIG"
+MAX_HOSTFILE_BYTES = 1 << 20
+MAX_SLOTS = 1024
+_EXAMPLE = "write e.g. node-1 slots=8"
+# What DeepSpeed's filters and pdsh's lists of hosts can carry: both give meaning to @ : , and brackets.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+Slots = dict[str, tuple[int, ...]]
+"""The chosen slots of each host, in the hostfile's order."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One line of a hostfile: ``slots`` ranks fit there. A ``spare`` takes part only when another host is left out."""
+
+    name: str
+    slots: int
+    spare: bool = False
+
+
+def parse_hostfile(text: str, where: str) -> list[Host]:
+    """The hosts of a hostfile: lines ``NAME slots=N [spare=true|false]``, ``#`` starts a comment.
+
+    Raises:
+        ConfigError: names ``where`` and the line: what is wrong with it, and the remedy.
+    """
+    hosts: dict[str, Host] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        host = _parse_line(words, f"{where}:{number}")
+        if host.name in hosts:
+            raise ConfigError(
+                f"{where}:{number}: {host.name} is already in line {lines[host.name]}; keep one line for each host"
+            )
+        hosts[host.name], lines[host.name] = host, number
+    if not any(not host.spare for host in hosts.values()):
+        found = "only spare hosts" if hosts else "no hosts"
+        raise ConfigError(f"{where}: {found}; {_EXAMPLE}")
+    return list(hosts.values())
+
+
+def _parse_line(words: Sequence[str], where: str) -> Host:
+    name, *settings = words
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: {name!r} is no host name; use letters, digits, dots and dashes (a user or port of ssh belongs "
+            "in launch.ssh_args or a configuration of ssh)"
+        )
+    found: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in ("slots", "spare"):
+            raise ConfigError(f"{where}: {setting!r} is not understood; {_EXAMPLE}, or node-1 slots=8 spare=true")
+        if key in found:
+            raise ConfigError(f"{where}: {key} is there twice; keep one")
+        found[key] = value
+    if "slots" not in found:
+        raise ConfigError(f"{where}: {name} has no slots; {_EXAMPLE}")
+    slots = found["slots"]
+    if not (slots.isascii() and slots.isdigit() and 1 <= int(slots[:6]) <= MAX_SLOTS):
+        raise ConfigError(f"{where}: slots={slots}: expected a number from 1 to {MAX_SLOTS}, the ranks that fit there")
+    spare = found.get("spare", "false")
+    if spare not in ("true", "false"):
+        raise ConfigError(f"{where}: spare={spare}: expected true or false")
+    return Host(name, int(slots), spare == "true")
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or as :func:`parse_hostfile`.
+    """
+    try:
+        if path.stat().st_size > MAX_HOSTFILE_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_HOSTFILE_BYTES} bytes; this is not a hostfile")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--hostfile {path}: cannot be read: {error.strerror}; name an existing file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; a hostfile has lines such as: node-1 slots=8") from None
+    return parse_hostfile(text, str(path))
+
+
+def write_hostfile(hosts: Iterable[Host]) -> str:
+    """The text of a hostfile; :func:`parse_hostfile` reads it back, and without spares DeepSpeed reads it too."""
+    return "".join(f"{host.name} slots={host.slots}{' spare=true' if host.spare else ''}\n" for host in hosts)
+
+
+def choose_slots(hosts: Sequence[Host], include: str = "", exclude: str = "") -> Slots:
+    """The slots that ``--include`` or ``--exclude`` leaves, e.g. ``node-1@node-2:0,2``; DeepSpeed reads them alike.
+
+    Without ``include`` spares stay out; one that it names takes part.
+
+    Raises:
+        ConfigError: both are given, one names an unknown host or slot, or nothing is left.
+    """
+    if include and exclude:
+        raise ConfigError("--include and --exclude: give one of them; each says by itself which slots are meant")
+    every = {host.name: tuple(range(host.slots)) for host in hosts}
+    if include:
+        wanted = _parse_filter(include, "--include", every)
+        return {name: wanted[name] for name in every if name in wanted}
+    regular = {host.name: every[host.name] for host in hosts if not host.spare}
+    if not exclude:
+        return regular
+    unwanted = _parse_filter(exclude, "--exclude", every)
+    left = {name: tuple(s for s in slots if s not in unwanted.get(name, ())) for name, slots in regular.items()}
+    chosen = {name: slots for name, slots in left.items() if slots}
+    if not chosen:
+        raise ConfigError(f"--exclude {exclude}: leaves no slot of the hostfile; leave some in")
+    return chosen
+
+
+def _parse_filter(text: str, option: str, every: Slots) -> Slots:
+    found: dict[str, set[int]] = {}
+    for part in text.split("@"):
+        name, colon, slots = part.partition(":")
+        if name not in every:
+            raise ConfigError(f"{option} {text}: {name!r} is not in the hostfile; it has {', '.join(every)}")
+        numbers = slots.split(",") if colon else [str(slot) for slot in every[name]]
+        for number in numbers:
+            if not (number.isascii() and number.isdigit() and int(number[:6]) in every[name]):
+                raise ConfigError(
+                    f"{option} {text}: {name} has no slot {number!r}; it has 0 to {len(every[name]) - 1}, "
+                    "given as NAME:SLOT,SLOT"
+                )
+            found.setdefault(name, set()).add(int(number))
+    return {name: tuple(sorted(slots)) for name, slots in found.items()}
+
+
+def ssh_arguments(of_recipe: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """What is given to every ssh: ``launch.ssh_args``, and the configuration file that VITGRAFT_SSH_CONFIG names.
+
+    Raises:
+        ConfigError: an argument with white space, quotes or a percent sign, which pdsh would not pass on.
+    """
+    config = environment.get(SSH_CONFIG_VARIABLE, "")
+    words = [*(["-F", config] if config else []), *of_recipe]
+    for word in words:
+        if not word or re.search(r"[\s'\"\\%]", word):
+            raise ConfigError(
+                f"launch.ssh_args, {SSH_CONFIG_VARIABLE}: {word!r}: pdsh passes on no empty words, spaces, quotes or "
+                "percent signs; put it into a configuration file of ssh and name that"
+            )
+    return words

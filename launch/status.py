@@ -1,0 +1,295 @@
+"""What is known about a run from the files of its directory alone: ``vitgraft status``.
+
+Nothing here writes, locks or imports anything heavy: a run may be looked at as often as one likes, from any host that
+sees its directory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun
+from vitgraft.launch.ownership import ownership
+from vitgraft.trainer.monitor_files import Attempt, attempts, read_rows
+
+TAIL_BYTES = 1 << 18
+"""How much is read from the end of metrics.jsonl: some hundred rows."""
+SHOWN_EVENTS = 5
+MAX_JSON_BYTES = 64 << 20
+_LOG = re.compile(r"([a-z]+)(?:-[0-9]+)?\.(.+)\.([0-9]+)\.log")
+
+State = Literal["running", "finished", "stopped", "failed", "dead"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """The processes of one role on one host, as the logs of the attempt name them."""
+
+    role: str
+    host: str
+    processes: int
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the last rows of an attempt tell. Shares are of the time that the steps took; ``slowest_share``: how often
+    the rank that was slowest most often was it."""
+
+    seconds_per_step: float | None
+    images_per_second: float | None
+    data_wait_share: float | None
+    checkpoint_stall_share: float | None
+    own_s_median: float | None
+    own_s_max: float | None
+    slowest_rank: int | None
+    slowest_share: float | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment; ``None``: not known (yet). Ages and the time that is left are in seconds.
+
+    ``state``: ``dead`` is a run whose end nobody recorded though no process owns it. ``row_age_s``: since the last
+    optimizer step was written. ``restarts``: starts after the first; ``role_restarts``: of roles within this attempt.
+    """
+
+    run: str
+    name: str | None
+    state: State
+    reason: str | None
+    exit_code: int | None
+    attempt: int
+    restarts: int
+    role_restarts: int
+    owner: str | None
+    device: str | None
+    world: int | None
+    step: int
+    steps: int | None
+    epoch: int | None
+    epochs: int | None
+    samples: int | None
+    eta_s: float | None
+    row_age_s: float | None
+    loss: float | None
+    lr: float | None
+    grad_norm: float | None
+    mfu: float | None
+    memory: int | None
+    pace: Pace
+    checkpoint_step: int | None
+    checkpoint_age_s: float | None
+    evaluation_step: int | None
+    evaluation: dict[str, float]
+    roles: list[Role] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is not finite becomes null."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
+
+
+def read_status(run: Path, now: float | None = None) -> Status:
+    """Look at a run.
+
+    Raises:
+        ConfigError: there is no run in that directory.
+    """
+    if not any((run / name).is_file() for name in ("config.yaml", "events.jsonl", "lock")):
+        raise ConfigError(f"{run}: no run directory (it has neither config.yaml nor events.jsonl); name one of train's")
+    now = time.time() if now is None else now
+    config, events = _config(run), read_rows(run / "events.jsonl")
+    starts = attempts(events)
+    held, owner, claimed = ownership(run)
+    state, reason, code = judge(starts, held, claimed)
+    start = starts[-1] if starts else None
+    begins = [event for event in events if event.get("event") == "start"]
+    rows = read_rows(run / "metrics.jsonl", TAIL_BYTES)
+    number = _attempt(run, start)
+    # Rows of an earlier attempt tell nothing about this one.
+    rows = [row for row in rows if row.get("attempt") == number]
+    row, pace = rows[-1] if rows else {}, pace_of(rows)
+    step = int(_number(row, "step") or (start.resumed_step if start is not None and start.number == number else 0))
+    steps = _number(row, "steps") or _number(config.get("train"), "steps")
+    written = _number(row, "time")
+    checkpoint, result = _newest_json(run, "checkpoints/step-*/manifest.json"), _newest_json(run, "results/step-*.json")
+    made, metrics = _number(checkpoint, "created"), _tree((result or {}).get("metrics"))
+    return Status(
+        run=str(run),
+        name=_text(config, "name"),
+        state=state,
+        reason=reason,
+        exit_code=code,
+        attempt=number,
+        restarts=max(0, len(starts) - 1),
+        role_restarts=sum(_is_role_restart(event, number) for event in events),
+        owner=owner,
+        device=_text(begins[-1], "device") if begins else None,
+        world=start.world if start is not None else None,
+        step=step,
+        steps=None if steps is None else int(steps),
+        epoch=_whole(row, "epoch"),
+        epochs=_whole(config.get("train"), "epochs"),
+        samples=_whole(row, "samples"),
+        eta_s=eta(step, steps, pace, None if written is None else now - written) if state == "running" else None,
+        row_age_s=None if written is None else max(0.0, now - written),
+        loss=_number(row, "loss"),
+        lr=_number(row, "lr"),
+        grad_norm=_number(row, "grad_norm"),
+        mfu=_number(row, "mfu"),
+        memory=_whole(row, "memory"),
+        pace=pace,
+        checkpoint_step=_whole(checkpoint, "step"),
+        checkpoint_age_s=None if made is None else max(0.0, now - made),
+        evaluation_step=_whole(result, "step"),
+        evaluation={name: value for name in metrics if (value := _number(metrics, name)) is not None},
+        roles=list(_roles(run, number)),
+        events=events[-SHOWN_EVENTS:],
+    )
+
+
+def judge(starts: list[Attempt], held: bool | None, claimed: float) -> tuple[State, str | None, int | None]:
+    """State, its reason and the exit code.
+
+    Args:
+        held: whether a process owns the run; ``None``: that cannot be told from here.
+        claimed: when the lock was taken last (seconds since 1970).
+    """
+    last = starts[-1] if starts else None
+    ended = last is not None and last.code is not None
+    if last is not None and last.ended is not None and not (held and claimed > last.ended):
+        state: State = "failed"
+        if last.code == 0:
+            state = "finished"
+        elif last.code in (PreemptedRun.exit_code, InterruptedRun.exit_code):
+            state = "stopped"
+        return state, last.reason, last.code
+    if held is None:
+        return "running", "as far as its files tell: it is owned by a process on another host", None
+    if held:
+        return "running", "starting" if last is None or ended else None, None
+    return "dead", "nobody owns the run, though no end of it is recorded; the same command goes on", None
+
+
+def pace_of(rows: list[dict[str, Any]]) -> Pace:
+    """``rows``: of one attempt, in order. The time between rows contains checkpoints and evaluations, as what is left
+    of the run will."""
+    seconds = sum(_number(row, "seconds") or 0.0 for row in rows)
+    timed = [(step, when) for row in rows if (step := _number(row, "step")) and (when := _number(row, "time"))]
+    passed = timed[-1][0] - timed[0][0] if timed else 0
+    images = sum((_number(row, "images_per_second") or 0.0) * (_number(row, "seconds") or 0.0) for row in rows)
+    slowest = Counter(rank for row in rows if (rank := _whole(row, "slowest_rank")) is not None).most_common(1)
+
+    def share(key: str) -> float | None:
+        return sum(_number(row, key) or 0.0 for row in rows) / seconds if seconds > 0 else None
+
+    def mean(key: str) -> float | None:
+        values = [value for row in rows if (value := _number(row, key)) is not None]
+        return sum(values) / len(values) if values else None
+
+    return Pace(
+        seconds_per_step=(timed[-1][1] - timed[0][1]) / passed if passed > 0 else None,
+        images_per_second=images / seconds if seconds > 0 else None,
+        data_wait_share=share("data_wait_s"),
+        checkpoint_stall_share=share("checkpoint_stall_s"),
+        own_s_median=mean("own_s_median"),
+        own_s_max=mean("own_s_max"),
+        slowest_rank=slowest[0][0] if slowest else None,
+        slowest_share=slowest[0][1] / len(rows) if slowest else None,
+    )
+
+
+def eta(step: int, steps: float | None, pace: Pace, row_age: float | None) -> float | None:
+    """Seconds to the end at the pace of the last rows; the step that is under way since the last row counts."""
+    if steps is None or pace.seconds_per_step is None:
+        return None
+    left = (steps - step) * pace.seconds_per_step
+    return max(0.0, left - min(row_age or 0.0, pace.seconds_per_step))
+
+
+def _attempt(run: Path, start: Attempt | None) -> int:
+    """The attempt that owns the run: RUN/attempt is written before the event of its start."""
+    try:
+        text = (run / "attempt").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    owned = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+    return max(owned, start.number if start is not None else 0)
+
+
+def _roles(run: Path, attempt: int) -> Iterator[Role]:
+    """From RUN/logs/ROLE.HOST.ATTEMPT.log, where a role's name may end with the number of its process."""
+    try:
+        names = os.listdir(run / "logs")
+    except OSError:
+        return
+    parts = [found for name in names if (found := _LOG.fullmatch(name)) is not None]
+    counted = Counter((part[1], part[2]) for part in parts if int(part[3]) == attempt)
+    for (role, host), processes in sorted(counted.items()):
+        yield Role(role, host, processes)
+
+
+def _is_role_restart(event: dict[str, Any], attempt: int) -> bool:
+    return str(event.get("event", "")).endswith("_restart") and event.get("attempt") == attempt
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """RUN/config.yaml without the schema, which takes long to import: only a few keys are shown."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return _tree(tree)
+
+
+def _newest_json(run: Path, pattern: str) -> dict[str, Any] | None:
+    """The last by name that can be read."""
+    for path in sorted(run.glob(pattern), reverse=True):
+        try:
+            tree = _tree(json.loads(path.read_bytes()) if path.stat().st_size <= MAX_JSON_BYTES else None)
+        except (OSError, ValueError, RecursionError):
+            continue
+        if tree:
+            return tree
+    return None
+
+
+def _tree(value: Any) -> dict[str, Any]:
+    """The same, or an empty one if it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _number(tree: Any, key: str) -> float | None:
+    """A number of a tree that somebody else wrote."""
+    value = tree.get(key) if isinstance(tree, dict) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _whole(tree: Any, key: str) -> int | None:
+    value = _number(tree, key)
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
+def _text(tree: dict[str, Any], key: str) -> str | None:
+    value = tree.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,230 @@
+"""Hostfiles, filters and what DeepSpeed's runner is given: all pure."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from deepspeed.launcher import runner
+from deepspeed.launcher.multinode_runner import PDSHRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.launch import deepspeed_launch
+from vitgraft.launch.deepspeed_launch import Meeting
+from vitgraft.launch.hosts import (
+    MAX_SLOTS,
+    Host,
+    choose_slots,
+    parse_hostfile,
+    read_hostfile,
+    ssh_arguments,
+    write_hostfile,
+)
+
+NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,20}", fullmatch=True)
+HOSTS = st.lists(
+    st.builds(Host, NAMES, st.integers(1, MAX_SLOTS), st.booleans()), min_size=1, unique_by=lambda host: host.name
+).filter(lambda hosts: any(not host.spare for host in hosts))
+
+
+@given(HOSTS)
+def test_what_is_written_is_read_back(hosts: list[Host]) -> None:
+    assert parse_hostfile(write_hostfile(hosts), "hosts") == hosts
+
+
+@given(HOSTS)
+def test_deepspeed_reads_the_hosts_that_take_part(hosts: list[Host]) -> None:
+    slots = choose_slots(hosts)
+    lines = deepspeed_launch.deepspeed_hostfile(slots).splitlines()
+    pool = runner._parse_hostfile(lines)
+    chosen = runner.parse_inclusion_exclusion(pool, deepspeed_launch.slot_filter(slots), "")
+    assert list(chosen.items()) == [(name, list(used)) for name, used in slots.items()]
+
+
+@given(HOSTS, st.data())
+def test_filters_mean_what_they_mean_to_deepspeed(hosts: list[Host], data: st.DataObject) -> None:
+    regular = [Host(host.name, min(host.slots, 4)) for host in hosts]
+    some = data.draw(st.lists(st.sampled_from(regular), min_size=1, unique_by=lambda host: host.name))
+    parts = []
+    for host in some:
+        numbers = data.draw(st.lists(st.integers(0, host.slots - 1), unique=True))
+        parts.append(f"{host.name}:{','.join(map(str, numbers))}" if numbers else host.name)
+    text = "@".join(parts)
+    pool = runner._parse_hostfile(write_hostfile(regular).splitlines())
+    for include, exclude in ((text, ""), ("", text)):
+        theirs = runner.parse_inclusion_exclusion(pool, include, exclude)
+        if not theirs:
+            with pytest.raises(ConfigError, match="leaves no slot"):
+                choose_slots(regular, include, exclude)
+        else:
+            ours = choose_slots(regular, include, exclude)
+            assert list(ours.items()) == [(name, tuple(used)) for name, used in theirs.items()]
+
+
+def test_a_hostfile_as_people_write_it() -> None:
+    text = "# the cluster\n\nnode-1 slots=8   # rack 1\n  node-2\tslots=4\n#node-3 slots=8\nnode-4 spare=true slots=8\n"
+    assert parse_hostfile(text, "hosts") == [Host("node-1", 8), Host("node-2", 4), Host("node-4", 8, spare=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a slots=1\nb\n", "hosts:2: b has no slots; write e.g. node-1 slots=8"),
+        ("a slots=0", "hosts:1: slots=0: expected a number from 1 to 1024"),
+        ("a slots=-1", "hosts:1: slots=-1: expected a number"),
+        ("a slots=eight", "hosts:1: slots=eight: expected a number"),
+        ("a slots=99999999999999999999", "expected a number"),
+        ("a slots=1²", "expected a number"),
+        ("a slots=1\n\n# x\na slots=2", "hosts:4: a is already in line 1"),
+        ("a slots=1 slots=2", "hosts:1: slots is there twice"),
+        ("a slots=1 spare=yes", "hosts:1: spare=yes: expected true or false"),
+        ("a slots=1 cores=2", "hosts:1: 'cores=2' is not understood"),
+        ("a 8", "hosts:1: '8' is not understood"),
+        ("me@a slots=1", "hosts:1: 'me@a' is no host name"),
+        ("node[1-4] slots=1", "is no host name"),
+        ("-oProxyCommand=x slots=1", "is no host name"),
+        ("", "hosts: no hosts"),
+        ("a slots=1 spare=true", "hosts: only spare hosts"),
+    ],
+)
+def test_bad_hostfiles_are_refused_with_line_and_remedy(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_hostfile(text, "hosts")
+    assert says in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "large").write_bytes(b"#" * (2 << 20))
+    for name, says in (("binary", "not a text file"), ("large", "larger than"), ("none", "cannot be read")):
+        with pytest.raises(ConfigError, match=says):
+            read_hostfile(tmp_path / name)
+
+
+def test_spares_take_part_only_by_name() -> None:
+    hosts = [Host("a", 2), Host("b", 2, spare=True), Host("c", 3)]
+    assert choose_slots(hosts) == {"a": (0, 1), "c": (0, 1, 2)}
+    assert choose_slots(hosts, exclude="a") == {"c": (0, 1, 2)}
+    assert list(choose_slots(hosts, include="c:1,0@b").items()) == [("b", (0, 1)), ("c", (0, 1))]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "says"),
+    [
+        ("a", "c", "give one of them"),
+        ("d", "", "'d' is not in the hostfile; it has a, c"),
+        ("a:2", "", "a has no slot '2'; it has 0 to 1"),
+        ("a:x", "", "a has no slot 'x'"),
+        ("a:", "", "a has no slot ''"),
+        ("a@@c", "", "'' is not in the hostfile"),
+        ("", "a@c", "leaves no slot"),
+    ],
+)
+def test_bad_filters(include: str, exclude: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_slots([Host("a", 2), Host("c", 3)], include, exclude)
+    assert says in str(caught.value)
+
+
+def test_ssh_arguments() -> None:
+    assert ssh_arguments([], {}) == []
+    assert ssh_arguments(["-p", "2222"], {"VITGRAFT_SSH_CONFIG": "/etc/x"}) == ["-F", "/etc/x", "-p", "2222"]
+    for bad in ("-o Port=1", "a\tb", 'x"', "'", "%h", "\\", ""):
+        with pytest.raises(ConfigError, match=r"launch\.ssh_args"):
+            ssh_arguments([bad], {})
+    with pytest.raises(ConfigError, match="VITGRAFT_SSH_CONFIG"):
+        ssh_arguments([], {"VITGRAFT_SSH_CONFIG": "/my files/x"})
+
+
+TEXT = st.text(st.characters(min_codepoint=32, exclude_characters="\x7f", exclude_categories=["Cs", "Cc"]), max_size=30)
+
+
+def through_runner_and_shell(exports: dict[str, str], words: list[str]) -> list[str]:
+    """What a shell makes of the line that DeepSpeed's pdsh backend builds, after pdsh has read its percent signs."""
+    backend = object.__new__(PDSHRunner)
+    backend.args = SimpleNamespace(user_args=words)
+    backend.exports = {}
+    for name, value in exports.items():
+        backend.add_export(name, value)
+    line = "".join(f"export {name}={value}; " for name, value in backend.exports.items())
+    line += " ".join(["printf", r"'%%s\0'", *[f'"${name}"' for name in exports], *backend.parse_user_args()])
+    assert "%" not in line.replace("%%", "")
+    done = subprocess.run(["sh", "-c", line.replace("%%", "%")], capture_output=True, text=True, check=True, env={})
+    return done.stdout.split("\0")[:-1]
+
+
+@settings(deadline=None, max_examples=60)  # each starts a shell
+@given(st.lists(TEXT, min_size=1, max_size=3), st.lists(TEXT.map(str.strip), min_size=1, max_size=3))
+def test_any_argument_and_value_passes_through_the_runner(words: list[str], values: list[str]) -> None:
+    environment = {f"NCCL_{number}": value for number, value in enumerate(values)}
+    lines = deepspeed_launch.environment_file(environment).splitlines(keepends=True)
+    exports = dict(line.split("=", maxsplit=1) for line in lines)
+    command = deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("10.0.0.1", 1), words)
+    given_to_ranks = command[command.index(deepspeed_launch.RANK_MODULE) + 1 :]
+    assert through_runner_and_shell(exports, given_to_ranks) == [*values, *words]
+
+
+def test_what_no_line_carries_is_refused() -> None:
+    with pytest.raises(ConfigError, match="control characters"):
+        deepspeed_launch.environment_file({"NCCL_X": "a\nb"})
+    with pytest.raises(ConfigError, match="white space at an end"):
+        deepspeed_launch.environment_file({"NCCL_X": " a"})
+    with pytest.raises(ConfigError, match="no name"):
+        deepspeed_launch.environment_file({"NCCL-X": "a"})
+    with pytest.raises(ConfigError, match="control characters"):
+        deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("a", 1), ["a\nb"])
+    for folder in ("/a b", "/a$b", "/a;b", "/a%b", ""):
+        with pytest.raises(ConfigError, match="unusual characters"):
+            deepspeed_launch.check_folder(folder)  # type: ignore[arg-type]
+    deepspeed_launch.check_folder(Path("/home/me/work_1-2.3"))
+
+
+def test_the_runner_is_told_everything() -> None:
+    slots = {"node-1": (0, 1), "node-2": (2,)}
+    assert deepspeed_launch.deepspeed_hostfile(slots) == "node-1 slots=2\nnode-2 slots=3\n"
+    arguments = deepspeed_launch.rank_arguments(Path("/runs/a"), 3, "cuda", Path("/runs/a/checkpoints/step-00000001"))
+    command = shlex.join(
+        deepspeed_launch.runner_command(Path("/runs/a/hosts"), slots, Meeting("10.0.0.1", 29500), arguments)
+    )
+    assert "-m deepspeed.launcher.runner --hostfile /runs/a/hosts --include node-1:0,1@node-2:2" in command
+    assert "--master_addr 10.0.0.1 --master_port 29500" in command
+    assert "--launcher pdsh --force_multi" in command
+    assert command.endswith(
+        "--module vitgraft.trainer.rank --run-dir /runs/a --attempt 3 --device cuda "
+        "--resume /runs/a/checkpoints/step-00000001"
+    )
+
+
+def test_what_ranks_and_runner_find_in_their_environment() -> None:
+    here = {
+        "NCCL_IB_HCA": "mlx5",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "VITGRAFT_CACHE": "/cache",
+        "VITGRAFT_REPORT_FD": "7",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "OMP_NUM_THREADS": "9",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "PYTHONPATH": "$(id)",
+        "PDSH_RCMD_TYPE": "rsh",
+        "HOME": "/home/me",
+    }
+    ranks = deepspeed_launch.rank_environment(here, device="cpu", threads=2)
+    assert ranks == {
+        "NCCL_IB_HCA": "mlx5",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "VITGRAFT_CACHE": "/cache",
+        "OMP_NUM_THREADS": "2",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+    its_own = deepspeed_launch.runner_environment(here, Path("/runs/a/env"), ["-p", "2222"])
+    assert its_own["HOME"] == "/home/me"
+    assert its_own["DS_ENV_FILE"] == "/runs/a/env"
+    assert (its_own["PDSH_RCMD_TYPE"], its_own["PDSH_SSH_ARGS"]) == ("ssh", "-a -x -oBatchMode=yes -p 2222 %h")
+    assert "PYTHONPATH" not in its_own

@@ -1,0 +1,85 @@
+"""Real runs whose checkpointer or ranks die: losses and last checkpoint are those of the unbroken run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from support import losses, processes_naming, rows, start, succeed, train, wait_until
+
+
+def pids(run: Path, module: str) -> list[int]:
+    """Live processes of a role of this run, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if f"vitgraft.trainer.{module}\0" in line and str(run) in line and state != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == name]
+
+
+def assert_like(run: Path, unbroken: Path) -> None:
+    assert losses(run) == losses(unbroken)
+    for name in ("rank-00000.safetensors", "rank-00001.safetensors", "buffers.safetensors"):
+        last = Path("checkpoints") / "step-00000020" / name
+        assert (run / last).read_bytes() == (unbroken / last).read_bytes(), name
+    wait_until(lambda: not processes_naming(run), seconds=15)
+
+
+def test_a_stopped_and_a_killed_checkpointer_change_no_loss(
+    detection_recipe: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """Stopped until the next save must wait for it, then killed; copies go to a store meanwhile."""
+    run, store = tmp_path / "run", tmp_path / "store"
+    settings = ("train.checkpoint.writer_silence_s=2", f"train.checkpoint.copy_to=file://{store}")
+    process = start("train", detection_recipe, "--run-dir", run, *(f"--set={setting}" for setting in settings))
+    wait_until(lambda: rows(run) >= 1, process=process)
+    (stopped,) = pids(run, "checkpointer")
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until(lambda: (again := pids(run, "checkpointer")) and again != [stopped], process=process)
+    wait_until(lambda: rows(run) >= 8, process=process)
+    os.kill(pids(run, "checkpointer")[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_like(run, unbroken)
+    reasons = [event["reason"] for event in events(run, "checkpointer_restart")]
+    assert reasons == ["silent for 2 s", "ended by SIGKILL"]
+    # The wait for the stopped one is accounted for, and only the step after a save has any.
+    stalls = {row["step"]: row["checkpoint_stall_s"] for row in map(json.loads, (run / "metrics.jsonl").open())}
+    assert max(stalls.values()) > 0.5
+    assert all(stall == 0 for step, stall in stalls.items() if step % 3 != 1)
+    assert " valid" in succeed("checkpoints", "verify", store / "checkpoints" / "step-00000020").stdout
+
+
+def test_a_rank_killed_after_the_copy_leaves_a_committed_checkpoint(
+    detection_recipe: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """The checkpointer is stopped, so nothing is written yet: what is committed comes from the shared memory. The next
+    start, which writes inline, goes on from it."""
+    run = tmp_path / "run"
+    process = start("train", detection_recipe, "--run-dir", run, "--set", "train.checkpoint.writer_silence_s=2")
+    wait_until(lambda: rows(run) >= 1, process=process)
+    os.kill(pids(run, "checkpointer")[0], signal.SIGSTOP)
+    wait_until(lambda: rows(run) >= 4, process=process)
+    os.kill(pids(run, "rank")[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 5, errors
+    assert "was ended by SIGKILL" in errors.strip().splitlines()[-1]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000003\n"
+    wait_until(lambda: not processes_naming(run), seconds=15)
+    done = train(detection_recipe, run, "--set", "train.roles=inline")
+    assert "attempt 2 from step-00000003" in done.stderr
+    assert_like(run, unbroken)

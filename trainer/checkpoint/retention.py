@@ -1,0 +1,124 @@
+"""Which checkpoints go. The plan is a pure function; what carries it out spares those that somebody reads."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitgraft.configs.schema import Recipe
+from vitgraft.trainer.checkpoint.commit import TEMPORARY
+from vitgraft.trainer.checkpoint.files import remove_tree
+from vitgraft.trainer.checkpoint.layout import MANIFEST, step_name
+from vitgraft.trainer.checkpoint.read import complete_checkpoints
+
+MAX_RESULT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What stays: the newest ``keep_last``, every step that ``keep_every`` divides, the best by ``keep_best``."""
+
+    keep_last: int
+    keep_every: int | None = None
+    keep_best: str | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Policy:
+        """The recipe's policy."""
+        checkpoint = recipe.train.checkpoint
+        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
+
+
+def plan(
+    steps: Collection[int], policy: Policy, figures: Mapping[int, Mapping[str, float]], spared: Collection[int] = ()
+) -> list[int]:
+    """The steps whose checkpoints go, oldest first.
+
+    Args:
+        steps: of all valid checkpoints; an invalid one must not be among them, or it would count as kept.
+        figures: what evaluations found, by step. All metrics are better when larger.
+        spared: steps that stay whatever the policy says.
+    """
+    ordered = sorted(steps)
+    kept = {*ordered[-policy.keep_last :], *spared}
+    if policy.keep_every is not None:
+        kept |= {step for step in ordered if step % policy.keep_every == 0}
+    if policy.keep_best is not None and (best := best_step(ordered, figures, policy.keep_best)) is not None:
+        kept.add(best)
+    return [step for step in ordered if step not in kept]
+
+
+def best_step(steps: Collection[int], figures: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
+    """The step with the largest figure, the newest of equal ones; ``None`` when none was evaluated."""
+    found = {step: figures.get(step, {}).get(metric, math.nan) for step in steps}
+    return max((step for step, value in found.items() if value == value), key=lambda s: (found[s], s), default=None)
+
+
+def evaluation_due(recipe: Recipe, step: int, last_step: int | None) -> bool:
+    """Whether a checkpoint is to be evaluated: a function of the step, so that a restart neither skips nor shifts one.
+
+    Args:
+        last_step: of the run, where it is known.
+    """
+    every = recipe.train.checkpoint.every_steps
+    regular = every is not None and step % (every * recipe.evaluate.every_checkpoints) == 0
+    return recipe.data.val is not None and (step == last_step or regular)
+
+
+def result_path(run: Path, step: int) -> Path:
+    """RUN/results/step-N.json."""
+    return run / "results" / f"{step_name(step)}.json"
+
+
+def figures_of(run: Path, steps: Collection[int]) -> dict[int, dict[str, float]]:
+    """The figures of those steps that were evaluated."""
+    found: dict[int, dict[str, float]] = {}
+    for step in steps:
+        path = result_path(run, step)
+        try:
+            if path.stat().st_size <= MAX_RESULT_BYTES:
+                metrics = json.loads(path.read_bytes())["metrics"]
+                found[step] = {str(k): float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not evaluated, or not by this version: no figure to go by
+    return found
+
+
+def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list[str]:
+    """Delete what the recipe does not keep; returns the names of the deleted checkpoints.
+
+    Those that await their evaluation stay, and those that somebody reads (:func:`delete`).
+
+    Raises:
+        OSError: a checkpoint could not be deleted; half of one is never taken for a whole.
+    """
+    steps = [checkpoint.step for checkpoint in complete_checkpoints(run)]
+    figures = figures_of(run, steps)
+    spared = {step for step in steps if step not in figures and evaluation_due(recipe, step, None)}
+    return delete(run, plan(steps, Policy.of(recipe), figures, spared | {just_committed or 0}))
+
+
+def delete(run: Path, steps: Collection[int]) -> list[str]:
+    """Delete checkpoints, but none that somebody reads (it holds a shared lock on the manifest); returns the names."""
+    deleted = []
+    for step in sorted(steps):
+        path = run / "checkpoints" / step_name(step)
+        try:
+            stream = (path / MANIFEST).open("rb")
+        except FileNotFoundError:
+            continue
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            doomed = path.with_name(f"{path.name}.deleted{TEMPORARY}")
+            os.rename(path, doomed)
+        remove_tree(doomed)
+        deleted.append(path.name)
+    return deleted
