@@ -1,0 +1,41 @@
+"""Who owns a run, found out without touching its lock."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_OWNER = re.compile(r"pid ([0-9]{1,10}) on (\S+)")
+
+
+def ownership(run: Path) -> tuple[bool | None, str | None, float]:
+    """Whether the process that RUN/lock names owns the run (``None``: it is on another host), its record, and when that
+    was written. The lock itself is not touched: even a moment's hold could make somebody's start wait."""
+    try:
+        record, written = (run / "lock").read_text(errors="replace").strip(), (run / "lock").stat().st_mtime
+    except OSError:
+        return False, None, 0.0
+    found = _OWNER.fullmatch(record)
+    if found is None:
+        # Between taking the lock and writing the record; the next look tells.
+        return False, None, written
+    if found[2] != os.uname().nodename:
+        return None, record, written
+    return _has_open(int(found[1]), run / "lock"), record, written
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether the process has the file open: a number alone may by now be another process's."""
+    try:
+        for descriptor in os.scandir(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(descriptor.path).endswith(path.name) and os.path.samefile(descriptor.path, path):
+                    return True
+            except OSError:
+                continue  # closed meanwhile
+    except PermissionError:
+        return True  # another user's: it lives, and nothing more can be known
+    except OSError:
+        return False
+    return False
