@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -139,8 +140,15 @@ def install_states(engine: Any, flats: list[Tensor], kinds: list[str], scalars: 
     optimizer = inner_optimizer(engine)
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for flat in flats:
-        state: dict[str, Any] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
+        state: dict[str, Any] = {kind: _zeros_like(flat) for kind in kinds}
         # torch keeps the step count in float32: beside the parameters for a fused optimizer, else on the CPU.
         device = flat.device if fused else torch.device("cpu")
         state.update({key: torch.tensor(value, dtype=torch.float32, device=device) for key, value in scalars.items()})
         optimizer.state[flat] = state
+
+
+def _zeros_like(flat: Tensor) -> Tensor:
+    """Zeros that cost nothing before they are written: torch's own would be touched twice in a restore."""
+    if flat.device.type != "cpu" or flat.dtype != torch.float32:
+        return torch.zeros_like(flat, requires_grad=False)
+    return torch.from_numpy(np.zeros(tuple(flat.shape), np.float32))
