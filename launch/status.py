@@ -116,10 +116,12 @@ def read_status(run: Path, now: float | None = None) -> Status:
     begins = [event for event in events if event.get("event") == "start"]
     rows = read_rows(run / "metrics.jsonl", TAIL_BYTES)
     number = _attempt(run, start)
-    # Rows of an earlier attempt tell nothing about this one.
-    rows = [row for row in rows if row.get("attempt") == number]
-    row, pace = rows[-1] if rows else {}, pace_of(rows)
-    step = int(_number(row, "step") or (start.resumed_step if start is not None and start.number == number else 0))
+    # Rows of an earlier attempt tell nothing about this one, but where it goes on.
+    own = [row for row in rows if row.get("attempt") == number]
+    begin = start.resumed_step if start is not None and start.number == number else 0
+    before = [row for row in rows if (_number(row, "step") or math.inf) <= begin]
+    row: dict[str, Any] = next(reversed(own or before), {})
+    step, pace = int(_number(row, "step") or begin), pace_of(own)
     steps = _number(row, "steps") or _number(config.get("train"), "steps")
     written = _number(row, "time")
     checkpoint, result = _newest_json(run, "checkpoints/step-*/manifest.json"), _newest_json(run, "results/step-*.json")

@@ -165,8 +165,9 @@ def test_a_restart_counts_from_its_checkpoint_until_it_has_rows(run: Path) -> No
     write_rows(run / "events.jsonl", [start(1, NOW - 600), end(1, NOW - 99, 5), start(2, NOW - 50, resume=30)])
     with owned(run):
         status = read_status(run, NOW)
-    assert (status.state, status.attempt, status.restarts, status.step, status.loss) == ("running", 2, 1, 30, None)
-    assert status.eta_s is None
+    # The figures are those of the step from which it goes on.
+    assert (status.state, status.attempt, status.restarts, status.step, status.loss) == ("running", 2, 1, 30, 1 / 30)
+    assert (status.eta_s, status.pace) == (None, pace_of([]))
     write_rows(run / "metrics.jsonl", [row(40), row(31, 2), row(32, 2)], torn='{"step": 33, "att')
     with owned(run):
         status = read_status(run, NOW)

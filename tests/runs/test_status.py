@@ -13,13 +13,14 @@ STEPS = 20
 def test_the_status_of_a_finished_run(unbroken: Path) -> None:
     status = json.loads(succeed("status", unbroken, "--json").stdout)
     assert (status["state"], status["exit_code"], status["step"], status["steps"]) == ("finished", 0, STEPS, STEPS)
-    assert (status["attempt"], status["restarts"], status["world"], status["device"]) == (1, 0, 2, "cpu")
+    assert (status["world"], status["device"]) == (2, "cpu")
+    # Another test may have started the finished run again.
+    assert status["restarts"] == status["attempt"] - 1
     assert (status["checkpoint_step"], status["evaluation_step"]) == (STEPS, STEPS)
     assert "box_AP" in status["evaluation"]
     assert {role["role"]: role["processes"] for role in status["roles"]} == {"trainer": 2, "checkpointer": 1}
-    assert status["pace"]["seconds_per_step"] > 0
-    assert 0 <= status["pace"]["data_wait_share"] <= 1
-    assert [event["event"] for event in status["events"]] == ["start", "end"]
+    assert status["loss"] == history(unbroken)[STEPS]["loss"]
+    assert [event["event"] for event in status["events"][-2:]] == ["start", "end"]
     assert "finished" in succeed("status", unbroken).stdout
 
 
