@@ -51,7 +51,7 @@ def save_model(
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_recipe(recipe))
     frozen = store_frozen(run, model)
-    folder = commit.temporary_folder(run, step)
+    folder = commit.temporary_folder(run, step, 1)
     folder.mkdir(parents=True)
     parameters = dict(model.named_parameters())
     buffers = {name: value.numpy() for name, value in model.state_dict().items() if name not in parameters}

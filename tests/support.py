@@ -129,6 +129,18 @@ def losses(run: Path) -> list[str]:
     return [found[step]["loss_hex"] for step in sorted(found)]
 
 
+def audited_entries(run: Path) -> dict[int, list[list[int]]]:
+    """The entries (epoch, sample, repetition) of each step by RUN/ledger, sorted: those of the last attempt that
+    trained it, over its ranks and micro-steps."""
+    found: dict[int, dict[str, list[list[int]]]] = {}
+    for path in (run / "ledger").iterdir():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # a kill may have torn the last one
+                row = json.loads(line)
+                found.setdefault(row["step"], {}).setdefault(path.name.split(".")[0], []).extend(row["entries"])
+    return {step: sorted(attempts[max(attempts)]) for step, attempts in sorted(found.items())}
+
+
 def wait_until(condition: Any, seconds: float = 120, process: subprocess.Popen[str] | None = None) -> None:
     """Poll until ``condition()`` holds; fails when the time is over or the process has ended."""
     deadline = time.monotonic() + seconds

@@ -12,10 +12,10 @@ from vitgraft.trainer.checkpoint.files import write_safetensors
 VALUES = np.arange(10, dtype=np.float32)
 
 
-def manifest_of(run: Path, step: int, files: list[layout.FileRecord], world: int) -> layout.Manifest:
+def manifest_of(run: Path, step: int, files: list[layout.FileRecord], world: int, attempt: int = 1) -> layout.Manifest:
     return layout.Manifest(
         run=run.name,
-        attempt=1,
+        attempt=attempt,
         step=step,
         samples=step,
         data=layout.DataState(fingerprint="f", seed=0, epoch=0, cursor=step),
@@ -35,13 +35,13 @@ def manifest_of(run: Path, step: int, files: list[layout.FileRecord], world: int
     )
 
 
-def write(run: Path, step: int, world: int = 2) -> Path:
+def write(run: Path, step: int, world: int = 2, attempt: int = 1) -> Path:
     """Commit a checkpoint of one vector of ten numbers (times the step), cut over the ranks."""
-    folder = commit.temporary_folder(run, step)
+    folder = commit.temporary_folder(run, step, attempt)
     folder.mkdir(parents=True)
     records = [write_safetensors(folder / layout.BUFFERS, {"steps": np.array(step)})]
     for rank in range(world):
         start, stop = layout.even_range(10, rank, world)
         key = layout.range_key(layout.MASTER, "w", start)
         records.append(write_safetensors(folder / layout.shard_name(rank), {key: VALUES[start:stop] * step}))
-    return commit.commit(run, manifest_of(run, step, records, world))
+    return commit.commit(run, manifest_of(run, step, records, world, attempt))

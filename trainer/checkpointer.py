@@ -2,7 +2,7 @@
 
 It writes and hashes what the ranks hand over, commits, applies the retention policy and copies to a store. SIGTERM: end
 when everything that all ranks have handed over is committed. It can be killed at any moment: a successor finds in the
-buffers and in ``step-N.tmp`` how far this one was. It never imports torch.
+buffers and in ``step-N.ATTEMPT.tmp`` how far this one was. It never imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitgraft.configs.errors import VitgraftError
+from vitgraft.configs.errors import CheckpointError, VitgraftError
 from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint import commit
@@ -134,7 +134,7 @@ class Checkpointer:
         assert control is not None
         assert buffer is not None
         run, attempt, step = self.run, self.attempt, control.step
-        folder = commit.temporary_folder(run, step)
+        folder = commit.temporary_folder(run, step, attempt)
         try:
             if commit.is_committed(run, attempt, step) or commit.interrupted_commit(run, attempt, step) is not None:
                 return None
@@ -152,7 +152,7 @@ class Checkpointer:
             commit.write_record(folder, record)
         except Exception as error:  # whatever it is, the rank must not wait for ever
             _log.exception("step %d, rank %d", step, control.rank)
-            return commit.why(error, folder)
+            return self._why(error, step)
         size = sum(part.bytes for part in control.files)
         _log.info(
             "step %d, rank %d: %d bytes in %.2f s", step, control.rank, size, max(1e-9, time.monotonic() - started)
@@ -180,7 +180,7 @@ class Checkpointer:
             done = self._commit(leader) if leader is not None else self._committed_elsewhere(step)
         except Exception as error:
             _log.exception("step %d", step)
-            self._give_up(step, lanes, commit.why(error, commit.temporary_folder(self.run, step)))
+            self._give_up(step, lanes, self._why(error, step))
             return
         if done:
             self._finish(step, lanes, leader)
@@ -200,10 +200,11 @@ class Checkpointer:
         if manifest is not None:
             commit.publish(run, manifest)
             return True
-        folder, records = commit.temporary_folder(run, step), []
+        folder, records = commit.temporary_folder(run, step, attempt), []
         for rank in range(leader.world):
             record = commit.read_record(folder, rank, attempt=attempt, step=step, world=leader.world)
             if record is None:
+                commit.check_owner(run, attempt)  # a newer one has swept it
                 return False
             if record.error is not None:
                 raise VitgraftError(record.error)
@@ -218,7 +219,7 @@ class Checkpointer:
         Raises:
             VitgraftError: it has given up.
         """
-        gone = not commit.temporary_folder(self.run, step).exists()
+        gone = not commit.temporary_folder(self.run, step, self.attempt).exists()
         if commit.is_committed(self.run, self.attempt, step):
             return True
         if gone:
@@ -236,8 +237,16 @@ class Checkpointer:
         if self._copy is not None:
             self._copy.offer(commit.final_folder(self.run, step))
 
+    def _why(self, error: Exception, step: int) -> str:
+        """One line on a failure; that of a stale attempt is that it is stale, whatever it ran into."""
+        try:
+            commit.check_owner(self.run, self.attempt)
+        except (CheckpointError, OSError) as stale:
+            return str(stale)
+        return commit.why(error, commit.temporary_folder(self.run, step, self.attempt))
+
     def _give_up(self, step: int, lanes: list[Lane], reason: str) -> None:
-        folder = commit.temporary_folder(self.run, step)
+        folder = commit.temporary_folder(self.run, step, self.attempt)
         controls = [lane.control for lane in lanes if lane.control is not None]
         try:
             if any(control.rank == 0 or len(self.lanes) >= control.world for control in controls):

@@ -76,7 +76,7 @@ def test_a_successor_writes_only_what_has_no_record(tmp_path: Path, monkeypatch:
     ranks, paths = make_ranks(run, 2)
     first = checkpointer(run, recipe, paths)
     ranks[0].hand_over(3)
-    folder = commit.temporary_folder(run, 3)
+    folder = commit.temporary_folder(run, 3, 1)
     while not (folder / layout.record_name(0)).exists():
         first.poll()
     ranks[1].hand_over(3)
@@ -255,7 +255,7 @@ def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
 def test_what_another_attempt_left_is_written_anew(tmp_path: Path) -> None:
     run, recipe = make_run(tmp_path)
     ranks, paths = make_ranks(run, 1)
-    folder = commit.temporary_folder(run, 3)
+    folder = commit.temporary_folder(run, 3, 1)
     folder.mkdir()
     (folder / layout.shard_name(0)).write_bytes(b"x" * ranks[0].parts[0].bytes)
     old = [layout.FileRecord(path=layout.shard_name(0), bytes=ranks[0].parts[0].bytes, sha256="0" * 64)]
@@ -337,7 +337,7 @@ def large(tmp_path: Path) -> Iterator[Keeping]:
 
 
 def being_written(keeping: Keeping, step: int) -> bool:
-    return (commit.temporary_folder(keeping.run, step) / layout.shard_name(0)).exists()
+    return (commit.temporary_folder(keeping.run, step, 1) / layout.shard_name(0)).exists()
 
 
 def test_killed_in_mid_write_it_is_started_again_and_commits_from_memory(large: Keeping) -> None:

@@ -1,6 +1,6 @@
-"""A save is killed by SIGKILL at each of its operations on the disk: of the checkpointer, of one rank, of all processes,
-handed over and inline. Real processes, real files, small states; what a new start finds is the old checkpoint or the
-new one, byte for byte, and nothing else."""
+"""A save is killed by SIGKILL at each of its operations on the disk: of the checkpointer, of one rank, of all
+processes, handed over and inline. Real processes, real files, small states; what a new start finds is the old
+checkpoint or the new one, byte for byte, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ def rank_hands_over(run: Path, path: str, rank: int, given: mmap.mmap, wait: boo
     return 0
 
 
-def rank_saves_inline(run: Path, rank: int, peer: Connection) -> int:
+def rank_saves_inline(run: Path, rank: int, peer: Connection, attempt: int = 1) -> int:
     """A rank of ``train.roles: inline``, its frozen trunk included; a pipe stands for the process group."""
 
     def gather(value: Any) -> list[Any]:
@@ -89,7 +90,7 @@ def rank_saves_inline(run: Path, rank: int, peer: Connection) -> int:
         buffers=lambda: {"steps": torch.tensor(NEW)},
         manifest=manifest,
     )
-    facts = RunFacts(run, 1, "h", ["a"], layout.Normalisation(mean=[0], std=[1], image_size=[8, 8]), frozen)
+    facts = RunFacts(run, attempt, "h", ["a"], layout.Normalisation(mean=[0], std=[1], image_size=[8, 8]), frozen)
     saver = InlineSaver(load_recipe(str(run / "config.yaml")), state, facts, 100, Told())  # type: ignore[arg-type]
     saver.begin(NEW, NEW, layout.DataState(fingerprint="f", seed=0, epoch=0, cursor=NEW))
     saver.tidy()
@@ -134,6 +135,7 @@ class Launcher:
         def job(rank: int) -> Callable[[], int]:
             def inner() -> int:
                 ends[1 - rank].close()  # so that a peer's death is seen
+                until(lambda: self.given[0])
                 return rank_saves_inline(self.run, rank, ends[rank])
 
             return inner
@@ -143,6 +145,7 @@ class Launcher:
         ]
         for end in ends:
             end.close()
+        self.given[0] = 1  # nobody is killed before all are there to be
         return forks
 
     def checkpointer(self, at: int | None = None, *, whole_group: bool = False, **options: Any) -> Fork:
@@ -228,7 +231,7 @@ def handed_over(launcher: Launcher, at: int | None = None, *, wait: bool = True,
 
 
 def test_the_checkpointer_killed_at_every_operation(prepared: Path, tmp_path: Path) -> None:
-    """A new start finds the old or the new one; a successor, itself killed once more, commits the new one from memory."""
+    """A new start finds the old or the new one; a successor, itself killed again, commits the new one from memory."""
     expected, operations = whole(prepared, tmp_path / "whole", handed_over)
     assert set(operations) >= KINDS
     chance, seen = random.Random(5), set()
@@ -268,15 +271,18 @@ def test_a_rank_killed_at_every_operation_of_the_hand_over(prepared: Path, tmp_p
         forks = launcher.ranks(wait=False)
         assert [fork.wait() for fork in forks] == [0] * WORLD
         operations = forks[victim].operations
-    assert operations.count("half a pwrite") >= 2
-    for at in range(len(operations)):
+    assert "half a pwrite" in operations
+    for at in range(len(operations) + 1):
         with launched(prepared, tmp_path / "killed") as launcher:
             forks = launcher.ranks(victim, at)
-            assert forks[victim].wait() == -signal.SIGKILL
-            until(lambda launcher=launcher: launcher.given[1 - victim])
-            forks[1 - victim].kill()
+            if at < len(operations):
+                assert forks[victim].wait() == -signal.SIGKILL
+            given = WORLD - (at < len(operations))
+            until(lambda launcher=launcher, given=given: sum(launcher.given[:]) == given)
+            for fork in forks:
+                fork.kill()
             assert launcher.checkpointer().wait() == 0, operations[at]
-            assert assert_a_new_start_goes_on(launcher.run, expected) == OLD
+            assert assert_a_new_start_goes_on(launcher.run, expected) == (OLD if at < len(operations) else NEW)
 
 
 def inline(launcher: Launcher) -> Fork:
@@ -309,62 +315,58 @@ def test_inline_killed_at_every_operation(prepared: Path, tmp_path: Path, who: s
     assert seen == ({OLD} if victim else {OLD, NEW})
 
 
+def start_of_a_run(folder: Path, at: int | None = None) -> list[Fork]:
+    """Both ranks of an inline start, rank 0 the launcher too; with a checkpoint there is nothing left to do."""
+    ends, forks = Pipe(), list[Fork]()
+
+    def first() -> int:
+        ends[1].close()
+        handle = open_run(folder, load_recipe(str(folder.parent / "recipe.yaml")), "auto")
+        ends[0].send(None if handle.resume is not None else handle.attempt)
+        return 0 if handle.resume is not None else rank_saves_inline(folder, 0, ends[0], handle.attempt)
+
+    def second() -> int:
+        ends[0].close()
+        attempt = ends[1].recv()
+        return 0 if attempt is None else rank_saves_inline(folder, 1, ends[1], attempt)
+
+    for job, armed in ((first, at), (second, None)):
+        forks.append(Fork(job, folder, armed))
+    for end in ends:
+        end.close()
+    with all_ended(forks):
+        for fork in forks:
+            fork.wait()
+    return forks
+
+
 def test_a_first_start_killed_at_every_operation_leaves_nothing_that_stops_the_next(tmp_path: Path) -> None:
-    """No checkpoint is there yet: blob, attempt and recipe included, the next start begins or goes on."""
-    run, recipe = make_run(tmp_path / "empty" / "run", train__checkpoint={"every_steps": 1, "keep_last": 1})
-    (run / "config.yaml").unlink()
-
-    def first_start(folder: Path, peer: Connection, rank: int) -> int:
-        if rank == 0:
-            open_run(folder, recipe, "auto")
-        peer.send(None)
-        peer.recv()
-        return rank_saves_inline(folder, rank, peer)
-
-    def start(folder: Path, at: int | None) -> tuple[list[Fork], list[str]]:
-        ends, forks = Pipe(), list[Fork]()
-        for rank in range(WORLD):
-
-            def job(rank: int = rank) -> int:
-                ends[1 - rank].close()
-                return first_start(folder, ends[rank], rank)
-
-            forks.append(Fork(job, folder, at if rank == 0 else None))
-        for end in ends:
-            end.close()
-        with all_ended(forks):
-            forks[0].wait()
-            forks[1].wait()
-        return forks, forks[0].operations
-
-    reference = Path(shutil.copytree(run, tmp_path / "whole" / "run"))
-    forks, operations = start(reference, None)
+    """No checkpoint is there yet: recipe, attempt, blob and first save; the next start begins or goes on."""
+    run, _ = make_run(tmp_path / "whole")
+    (run / "config.yaml").rename(tmp_path / "recipe.yaml")
+    forks = start_of_a_run(run)
     assert [fork.code for fork in forks] == [0, 0]
-    found, _ = newest_valid(reference)
+    found, _ = newest_valid(run)
     assert found is not None
-    expected, seen = content(found.path), set()
-    for at in range(len(operations)):
-        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        copy = Path(shutil.copytree(run, tmp_path / "killed" / "run"))
-        forks, _ = start(copy, at)
-        assert forks[0].code == -signal.SIGKILL
-        handle = open_run(copy, recipe, "auto")
-        handle.close()
-        assert handle.notes == []
-        seen.add(handle.resume is not None)
-        if handle.resume is not None:
-            assert content(handle.resume.path) == expected
-        else:
-            (copy / "attempt").write_text("1\n")
-            done, _ = start_again(start, copy)
-            assert done == [0, 0]
-        assert not list(copy.rglob("*.tmp")), operations[at]
+    kinds, seen = Counter(forks[0].operations), set()
+    assert kinds["os.mkdir"] >= 2
+    for at in range(len(forks[0].operations)):
+        copy = tmp_path / "killed"
+        shutil.rmtree(copy, ignore_errors=True)
+        assert start_of_a_run(copy, at)[0].code == -signal.SIGKILL
+        before, invalid = newest_valid(copy)
+        assert invalid == []
+        seen.add(before is not None)
+        assert [fork.code for fork in start_of_a_run(copy)] == [0, 0]
+        after, invalid = newest_valid(copy)
+        assert after is not None
+        assert invalid == []
+        assert {name: data for name, data in content(after.path).items() if name != layout.MANIFEST} == {
+            name: data for name, data in content(found.path).items() if name != layout.MANIFEST
+        }
+        assert not list((copy / "checkpoints").glob("*.tmp"))
+        assert not list((copy / "blobs").glob("*.tmp"))
     assert seen == {False, True}
-
-
-def start_again(start: Callable[..., Any], copy: Path) -> tuple[list[int | None], list[str]]:
-    forks, operations = start(copy, None)
-    return [fork.code for fork in forks], operations
 
 
 def test_the_count_counts(tmp_path: Path) -> None:

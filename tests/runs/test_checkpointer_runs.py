@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
-from support import losses, processes_naming, rows, start, succeed, train, wait_until
+import pytest
+from support import audited_entries, losses, processes_naming, rows, start, succeed, train, wait_until
 
 
 def pids(run: Path, module: str) -> list[int]:
@@ -83,3 +86,42 @@ def test_a_rank_killed_after_the_copy_leaves_a_committed_checkpoint(
     done = train(detection_recipe, run, "--set", "train.roles=inline")
     assert "attempt 2 from step-00000003" in done.stderr
     assert_like(run, unbroken)
+
+
+def test_a_failed_save_is_known_at_the_next_steps_and_not_at_the_next_save(
+    detection_recipe: Path, tmp_path: Path
+) -> None:
+    """The run is taken over by another attempt, so the save of step 10 is refused; the next one would be at the end."""
+    run = tmp_path / "run"
+    process = start("train", detection_recipe, "--run-dir", run, "--set", "train.checkpoint.every_steps=10")
+    wait_until(lambda: rows(run) >= 1, process=process)
+    (run / "attempt").write_text("7\n")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 5, errors
+    expected = "checkpoint of step 10 not written: .*attempt 1 is stale, attempt 7 owns the run"
+    assert re.search(expected, errors), errors
+    assert 10 < rows(run) < 18
+
+
+def test_kills_at_random_operations_of_real_saves(
+    detection_recipe: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the checkpointer, of a rank while it writes, of everything: losses, files and entries are the unbroken
+    run's. (Every operation, on a small state: tests/faults/test_kill_matrix.py.)"""
+    run, kills, chance = tmp_path / "run", tmp_path / "kills", random.Random(5)
+    kills.mkdir()
+    monkeypatch.setenv("VITGRAFT_TEST_KILLS", str(kills))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "kill_site"))
+    codes = []
+    for victims in (("self", "rank"), ("self", "all"), ("self",)):
+        for number, victim in enumerate(victims):
+            (kills / f"{number}.{victim}.{chance.randrange(60)}").touch()
+        process = start("train", detection_recipe, "--run-dir", run)
+        _, errors = process.communicate(timeout=200)
+        codes.append(process.returncode)
+        assert not list(kills.iterdir()), errors
+    assert codes == [5, -signal.SIGKILL, 0], errors
+    assert [event["attempt"] for event in events(run, "start")] == [1, 2, 3]
+    assert [event["reason"] for event in events(run, "checkpointer_restart")] == ["ended by SIGKILL"] * 3
+    assert_like(run, unbroken)
+    assert audited_entries(run) == audited_entries(unbroken)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from support import history, kill_group, losses, processes_naming, rows, start, succeed, train, wait_until
+from support import (
+    audited_entries,
+    history,
+    kill_group,
+    losses,
+    processes_naming,
+    rows,
+    start,
+    succeed,
+    train,
+    wait_until,
+)
 
 
 def kill_at_random(recipe: Path, run: Path, kills: int, chance: random.Random) -> None:
@@ -43,6 +55,38 @@ def test_three_kills_change_nothing(detection_recipe: Path, unbroken: Path, tmp_
         assert mine.keys() == reference.keys()
         assert all((mine[key] == reference[key]).all() for key in mine), name
     wait_until(lambda: not processes_naming(run), seconds=15)
+
+
+EDGES = (5, 6)
+"""Of eight steps: before the short last batch of an epoch (2 samples of 4), and on the edge of the epoch; with two
+micro-steps each, they are edges of the accumulation too."""
+
+
+def test_successive_resumes_on_every_kind_of_edge(detection_recipe: Path, tmp_path: Path) -> None:
+    """Each resume goes on from a checkpoint that the one before has written, and gives the unbroken run again."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = [
+        "train.steps=8",
+        "train.accumulation=2",
+        "train.checkpoint.every_steps=1",
+        "train.checkpoint.keep_last=9",
+    ]
+    settings += ["data.val=null"]
+    options = [f"--set={setting}" for setting in settings]
+    train(detection_recipe, whole, *options)
+    shutil.copytree(whole, run)
+    for edge in EDGES:
+        train(detection_recipe, run, *options, "--resume", str(run / "checkpoints" / f"step-{edge:08d}"))
+    starts = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if '"start"' in line]
+    assert [(event["attempt"], event["resume"]) for event in starts] == [(1, None), (2, 5), (3, 6)]
+    assert losses(run) == losses(whole)
+    assert [history(run)[step]["attempt"] for step in range(1, 9)] == [1, 1, 1, 1, 1, 2, 3, 3]
+    for name in ("rank-00000.safetensors", "rank-00001.safetensors", "buffers.safetensors"):
+        last = Path("checkpoints") / "step-00000008" / name
+        assert (run / last).read_bytes() == (whole / last).read_bytes(), name
+    trained = audited_entries(whole)
+    assert [len(trained[step]) for step in range(1, 9)] == [4, 4, 4, 4, 4, 2, 4, 4]
+    assert audited_entries(run) == trained
 
 
 @pytest.mark.soak

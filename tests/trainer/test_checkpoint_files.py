@@ -70,7 +70,7 @@ def test_the_commit_leaves_manifest_pointer_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_missing_shard_is_not_committed(tmp_path: Path) -> None:
-    folder = commit.temporary_folder(tmp_path, 1)
+    folder = commit.temporary_folder(tmp_path, 1, 1)
     folder.mkdir(parents=True)
     record = write_safetensors(folder / layout.BUFFERS, {})
     with pytest.raises(CheckpointError, match=r"expected the files .*rank-00000"):
@@ -117,7 +117,7 @@ def test_swapped_shards_are_found(tmp_path: Path) -> None:
 
 def test_sweep_removes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    half = commit.temporary_folder(tmp_path, 2)
+    half = commit.temporary_folder(tmp_path, 2, 1)
     half.mkdir()
     (half / "rank-00000.safetensors").write_bytes(b"half")
     commit.sweep(tmp_path)

@@ -39,7 +39,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 def written(run: Path, *shards: Arrays, edit: dict[str, Any] | None = None) -> Path:
     """A committed checkpoint of these shards; its manifest, edited, has the digest that belongs to it."""
-    folder = commit.temporary_folder(run, 1)
+    folder = commit.temporary_folder(run, 1, 1)
     folder.mkdir(parents=True)
     records = [write_safetensors(folder / layout.BUFFERS, {})]
     records += [write_safetensors(folder / layout.shard_name(rank), arrays) for rank, arrays in enumerate(shards)]

@@ -1,4 +1,4 @@
-"""The commit: ``step-N.tmp`` → manifest of the expected files → rename → pointer.
+"""The commit: ``step-N.ATTEMPT.tmp`` → manifest of the expected files → rename → pointer.
 
 Only the role that commits calls these; the ranks' shards are in the temporary folder by then. A successor can
 take each step up again: :func:`commit` begins when all shards are there, :func:`publish` when the manifest is.
@@ -49,9 +49,10 @@ def final_folder(run: Path, step: int) -> Path:
     return checkpoints_folder(run) / step_name(step)
 
 
-def temporary_folder(run: Path, step: int) -> Path:
-    """Where the shards of a step are written before the commit."""
-    return checkpoints_folder(run) / (step_name(step) + TEMPORARY)
+def temporary_folder(run: Path, step: int, attempt: int) -> Path:
+    """Where an attempt's shards of a step are written before the commit. Each attempt has its own: one that slept
+    through the start of the next cannot touch what that one writes."""
+    return checkpoints_folder(run) / f"{step_name(step)}.{attempt}{TEMPORARY}"
 
 
 def sweep(run: Path) -> None:
@@ -93,7 +94,7 @@ def read_record(folder: Path, rank: int, *, attempt: int, step: int, world: int)
 def interrupted_commit(run: Path, attempt: int, step: int) -> Manifest | None:
     """The manifest of a commit that was killed between manifest and rename: all files are there then."""
     with contextlib.suppress(CheckpointError, OSError):
-        manifest = read_manifest(temporary_folder(run, step) / MANIFEST)
+        manifest = read_manifest(temporary_folder(run, step, attempt) / MANIFEST)
         if (manifest.attempt, manifest.step) == (attempt, step):
             return manifest
     return None
@@ -118,7 +119,7 @@ def commit(run: Path, manifest: Manifest) -> Path:
         CheckpointError: the files that ranks reported are not the expected ones, or as in :func:`publish`.
         OSError: e.g. a full disk; nothing is committed.
     """
-    temporary = temporary_folder(run, manifest.step)
+    temporary = temporary_folder(run, manifest.step, manifest.attempt)
     expected, written = sorted(expected_files(manifest.world)), sorted(record.path for record in manifest.files)
     if expected != written:
         raise CheckpointError(f"{temporary}: expected the files {expected}, the ranks wrote {written}")
@@ -133,7 +134,8 @@ def publish(run: Path, manifest: Manifest) -> Path:
         CheckpointError: a newer attempt owns the run, or there is a checkpoint of this step.
         OSError: nothing is committed.
     """
-    temporary, final = temporary_folder(run, manifest.step), final_folder(run, manifest.step)
+    temporary = temporary_folder(run, manifest.step, manifest.attempt)
+    final = final_folder(run, manifest.step)
     expected = {MANIFEST, *expected_files(manifest.world)}
     for entry in sorted(temporary.iterdir()):
         if entry.name not in expected:

@@ -126,7 +126,7 @@ class InlineSaver:
         """Write, hash, commit."""
         run = self._facts.run
         _agree(self._facts, step, data)
-        temporary = commit.temporary_folder(run, step)
+        temporary = commit.temporary_folder(run, step, self._facts.attempt)
         failure = comm.gather(_attempt_prepare(temporary) if comm.rank() == 0 else None)[0]
         answers = comm.gather(self._attempt_write(temporary) if failure is None else failure)
         failure = next((a for a in answers if isinstance(a, str)), None)
