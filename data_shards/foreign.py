@@ -206,7 +206,8 @@ class _BoundedTarInfo(tarfile.TarInfo):
         if found.type == tarfile.XGLTYPE:
             raise tarfile.ReadError("a global pax header, which would change all members after it")
         special = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-        if found.type in special and found.size > MAX_HEADER_BYTES:
+        # Of less than nothing, tarfile would read all that follows.
+        if found.type in special and not 0 <= found.size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"{found.size} bytes of extended header")
         return found
 
@@ -224,7 +225,7 @@ def _check_member(member: tarfile.TarInfo, tar_bytes: int, where: str) -> None:
         kind = "a link" if member.islnk() or member.issym() else "a special or sparse file"
         raise DataError(f"{where}: member {shown_name} is {kind}; expected plain files, write the tar again")
     left = tar_bytes - member.offset_data
-    if member.size > min(MAX_SAMPLE_BYTES, left):
+    if not 0 <= member.size <= min(MAX_SAMPLE_BYTES, left):
         raise DataError(
             f"{where}: member {shown_name} declares {member.size} bytes, {max(left, 0)} follow and "
             f"{MAX_SAMPLE_BYTES} are allowed; copy the tar again or leave the member out"

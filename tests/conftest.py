@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-_WITH_RANKS = {"runs", "faults", "docs", "multinode"}
+_WITH_RANKS = {"runs", "multinode"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,9 @@ from vitgraft.data_shards.parallel import Given, Value, outcomes
 
 CHECKED_AT_ONCE = 64
 
+Facts = list[tuple[str, int, int]]
+"""Name, size and time of change of each file of an item."""
+
 
 class PackOptions(TypedDict, total=False):
     """What all packers take.
@@ -88,6 +91,13 @@ def pack_items(
     versions = [importlib.metadata.version(name) for name in ("pillow", "av")]
     common = [*versions, *settings]
     processes = options.get("jobs", 1)
+    read: dict[int, Facts] = {}
+
+    def identity(number: int) -> str:
+        # What is packed counts as it was when it was read; what an earlier packing wrote, as it is now.
+        facts = read.pop(number) if number in read else _facts(items[number])
+        return canonical_json([common, [items[number].metadata, facts]])
+
     writer = DatasetWriter(
         out,
         kind,
@@ -98,13 +108,14 @@ def pack_items(
         overwrite=options.get("overwrite", False),
         samples_per_shard=options.get("samples_per_shard", 1000),
         progress=options.get("progress"),
-        identity=lambda number: canonical_json([common, _identity(items[number])]),
+        identity=identity,
         threads=processes,
         say=options.get("say"),
     )
     with writer, contextlib.closing(outcomes(_prepare, items[writer.items_done :], processes, chunk)) as found:
-        for outcome in found:
-            match outcome.get():
+        for number, outcome in enumerate(found, writer.items_done):
+            read[number], sample = outcome.get()
+            match sample:
                 case LeftOut(reason):
                     writer.skip(reason)
                 case Prepared(members, metadata):
@@ -128,16 +139,16 @@ def checked(
     return found
 
 
-def _prepare(item: Item) -> Prepared | LeftOut:
-    return item.prepare()
+def _prepare(item: Item) -> tuple[Facts, Prepared | LeftOut]:
+    # Facts first: a file that changes while it is read, or after, is another one when the packing is gone on with.
+    return _facts(item), item.prepare()
 
 
-def _identity(item: Item) -> list[Any]:
-    return [item.metadata, [[str(file), *_facts(file)] for file in item.files]]
+def _facts(item: Item) -> Facts:
+    return [(str(file), *_size_and_time(file)) for file in item.files]
 
 
-def _facts(file: Path) -> tuple[int, int]:
-    """Size and time of change."""
+def _size_and_time(file: Path) -> tuple[int, int]:
     try:
         found = file.stat()
     except OSError:

@@ -3,7 +3,10 @@
 OUT.packing/lock              locked by the packer while it lives
 OUT.packing/journal.jsonl     a line for each finished shard, in order
 OUT.packing/set/              the shards; becomes OUT at the end
+OUT.packing/journal.new       the next journal, while it is written
 OUT.packing/old/              what was OUT before, for the moment between two renames
+
+Whatever else lies there is not ours: then nothing is written, and nothing removed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.hashing import canonical_json, sha256_file
 from vitgraft.configs.schema.section import NonNegative, Section
 from vitgraft.data_shards.shards import Sha256, Shard
+
+_NAMES = ("set", "old", "journal.jsonl", "journal.new", "lock")
 
 VERSION = 1
 """Changes when the same items give other bytes."""
@@ -78,7 +83,7 @@ class Workplace:
     """The folder of a packing; at most one process has it open.
 
     Raises:
-        ConfigError: another process is packing the same data set.
+        ConfigError: another process is packing the same data set, or the folder is a link or holds what is not ours.
         OSError: it cannot be made or locked.
     """
 
@@ -86,14 +91,11 @@ class Workplace:
         self.out = out
         self.folder = out.with_name(f"{out.name}.packing")
         self.set, self._old = self.folder / "set", self.folder / "old"
-        self._journal_path = self.folder / "journal.jsonl"
+        self._journal_path, self._journal_new = self.folder / "journal.jsonl", self.folder / "journal.new"
         self._journal: BinaryIO | None = None
+        self._refuse_others()
         self._lock = self._own()
-        # Its replacement died around the second of two renames.
-        if self._old.exists() and os.path.lexists(out):
-            shutil.rmtree(self._old)
-        elif self._old.exists():
-            os.rename(self._old, out)
+        self._settle()
 
     @property
     def started(self) -> bool:
@@ -136,11 +138,18 @@ class Workplace:
     def append(self, finished: Finished) -> None:
         """Note a shard that is on the disk, whole."""
         assert self._journal is not None
-        self._journal.write(canonical_json(finished.model_dump(mode="json")).encode() + b"\n")
+        line = canonical_json(finished.model_dump(mode="json")).encode() + b"\n"
+        while line:
+            line = line[self._journal.write(line) :]
         sync(self._journal)
 
+    @property
+    def published(self) -> bool:
+        """Whether the set, once begun, is OUT: one rename decides it, wherever an interrupt falls."""
+        return os.path.lexists(self.out) and not os.path.lexists(self.set)
+
     def publish(self) -> None:
-        """Make the set OUT."""
+        """Make the set OUT; where that fails, :meth:`close` puts back what was OUT before."""
         if self.out.exists():
             os.rename(self.out, self._old)
         os.rename(self.set, self.out)
@@ -150,13 +159,34 @@ class Workplace:
         """Give the folder free; remove it, unless what is finished is to be kept."""
         if self._journal is not None:
             self._journal.close()
-        if not keep:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            # First: where the old set cannot be put back, it must not go with the rest.
+            self._settle()
+            if not keep:
                 self._empty()
                 # Last: whoever finds the folder without its lock takes it for his own.
                 (self.folder / "lock").unlink()
                 self.folder.rmdir()
         os.close(self._lock)
+
+    def _refuse_others(self) -> None:
+        """Raises ConfigError where anything is not ours; it might be removed with the rest."""
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            raise ConfigError(f"{self.folder}: expected a folder of the packer; move it away or choose another --out")
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
+            others = sorted(entry.name for entry in entries if entry.name not in _NAMES or entry.is_symlink())
+            if others:
+                message = f"{self.folder}: holds {others[0]!r}, which no packer wrote; move it away"
+                raise ConfigError(f"{message} or choose another --out")
+
+    def _settle(self) -> None:
+        """Put back what was OUT when its replacement ended between two renames, or remove it when it ended behind."""
+        if self._old.exists() and os.path.lexists(self.out):
+            shutil.rmtree(self._old)
+        elif self._old.exists():
+            os.rename(self._old, self.out)
 
     def _own(self) -> int:
         path = self.folder / "lock"
@@ -182,12 +212,11 @@ class Workplace:
                 raise ConfigError(message) from None
 
     def _empty(self) -> None:
-        for name in os.listdir(self.folder):
-            path = self.folder / name
-            if path.is_dir() and not path.is_symlink():
+        for path in (self.set, self._old):
+            if path.exists():
                 shutil.rmtree(path)
-            elif name != "lock":
-                path.unlink()
+        for path in (self._journal_path, self._journal_new):
+            path.unlink(missing_ok=True)
 
     def _read(self) -> list[Finished]:
         """The lines of the journal up to the first that is damaged: the last one may have been cut short."""
@@ -210,12 +239,12 @@ class Workplace:
             return False
 
     def _write_journal(self, lines: list[Finished]) -> None:
-        temporary = self._journal_path.with_name("journal.new")
-        self._journal = temporary.open("wb")
+        # Unbuffered: a line that found no space would be tried again by close, whose error would hide the first.
+        self._journal = self._journal_new.open("wb", buffering=0)
         for line in lines:
             self.append(line)
         sync(self._journal)
-        os.replace(temporary, self._journal_path)
+        os.replace(self._journal_new, self._journal_path)
         sync_folder(self.folder)
 
 

@@ -72,8 +72,18 @@ class Reencode:
         """Members and facts (frames, fps, height, width) of the same clip, frame for frame, upright.
 
         Raises:
-            DataError: it cannot be decoded, or its frames differ in size.
+            DataError: it cannot be decoded or encoded, or its frames differ in size.
         """
+        import av
+
+        try:
+            return self._encode(data, where)
+        except (av.FFmpegError, OSError) as error:
+            # All of it is in memory: what fails is the clip.
+            reason = error.strerror or error
+            raise DataError(f"{where}: cannot be encoded anew: {reason}; change --reencode or leave it out") from None
+
+    def _encode(self, data: bytes, where: str) -> tuple[dict[str, bytes], dict[str, Any]]:
         video = PyAVVideo(data, where)
         rate = video.rate()
         frames = _scaled(video.frames(), self.short_side, self.form == "gop", where)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from vitgraft.configs.errors import DataError
+from vitgraft.configs.hashing import canonical_json
 from vitgraft.data_shards.decode import VIDEO_EXTENSIONS, probe_video
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
@@ -22,6 +23,7 @@ from vitgraft.data_shards.pack.video_lists import (
     is_video,
     read_video_list,
 )
+from vitgraft.data_shards.pack.writer import check_sample
 
 OnError = Literal["raise", "skip"]
 
@@ -42,13 +44,17 @@ class Clip:
 
     def prepare(self) -> Prepared | LeftOut:
         """The file as it is or encoded anew, and what was counted."""
-        data = read_bytes(self.path)
+        where = str(self.path)
         try:
+            data = read_bytes(self.path)
             if self.reencode is None:
-                members = {self.path.suffix.lower().removeprefix("."): data}
-                return Prepared(members, self.metadata | probe_video(data, str(self.path)))
-            members, facts = self.reencode.encode(data, str(self.path))
-            return Prepared(members, self.metadata | facts)
+                members, facts = {self.path.suffix.lower().removeprefix("."): data}, probe_video(data, where)
+            else:
+                members, facts = self.reencode.encode(data, where)
+            metadata = self.metadata | facts
+            # Here too, so that it can be left out.
+            check_sample({**members, "json": canonical_json(metadata).encode()}, where)
+            return Prepared(members, metadata)
         except DataError as error:
             if self.on_error == "raise":
                 raise
@@ -76,7 +82,7 @@ def pack_video(
         split, fold: which part of the list, for the formats that have parts.
         root: the folder where the videos are; ``None``: that of the list, or the list itself when it is a folder.
         classes: names by class id; ``None``: all that the list knows, sorted (by number when all are integers).
-        on_error: ``skip`` leaves out videos that are missing or cannot be decoded and lists them in the manifest's
+        on_error: ``skip`` leaves out videos that cannot be read, decoded or encoded and lists them in the manifest's
             ``source``.
         reencode: how clips are encoded anew; ``None``: they are packed byte for byte.
         options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.

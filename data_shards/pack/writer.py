@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from vitgraft.configs.hashing import canonical_json
 from vitgraft.data_shards.manifest import MANIFEST, Kind, Manifest, Shard, dump_manifest, make_manifest
 from vitgraft.data_shards.pack.journal import Finished, Identity, Workplace, sync, sync_folder
 from vitgraft.data_shards.pack.label_report import Say
+from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 
 Progress = Callable[[int, int], None]
 """Called as progress(samples done, samples in all)."""
@@ -36,7 +38,7 @@ class DatasetWriter:
     samples alone: no times, users or host names are stored.
 
     Args:
-        out: the folder to make.
+        out: the folder to make; of a link, the one that it points to.
         kind, classes, category_ids: as in the manifest.
         source: free description for the manifest; it may be filled until the end of the ``with`` block.
         total: items in all, for progress and for the estimate in a disk-full error.
@@ -47,7 +49,7 @@ class DatasetWriter:
 
     Raises:
         ConfigError: ``out`` holds a data set and ``overwrite`` is false, or holds files that are not ours, or another
-            process is packing it.
+            process is packing it, or ``OUT.packing`` holds files that are not ours.
         DataError: the disk is full or cannot be written; no sample was added.
     """
 
@@ -70,8 +72,8 @@ class DatasetWriter:
     ) -> None:
         if samples_per_shard < 1:
             raise ConfigError(f"samples_per_shard is {samples_per_shard}; give at least 1")
-        # realpath-free: a link named by the user stays where it is.
-        self.out = Path(os.path.abspath(out))
+        # A link stays, and the bytes go where it points: a rename would replace it, on its own disk.
+        self.out = Path(os.path.realpath(out))
         self.kind, self.classes, self.category_ids = kind, classes, category_ids
         self.source: dict[str, Any] = source if source is not None else {}
         self.total, self.overwrite, self.progress = total, overwrite, progress
@@ -103,13 +105,18 @@ class DatasetWriter:
         return self
 
     def add(self, members: dict[str, bytes], metadata: dict[str, Any]) -> None:
-        """Append one sample: ``members`` by extension (without the dot), ``metadata`` as its JSON."""
+        """Append one sample: ``members`` by extension (without the dot), ``metadata`` as its JSON.
+
+        Raises:
+            DataError: it is larger than a reader takes, or the disk is full or cannot be written.
+        """
+        key, text = f"{self.samples:09d}", canonical_json(metadata).encode()
+        check_sample({**members, "json": text}, str(metadata.get("file_name", f"{self.out}: sample {key}")))
         try:
             if self._tar is None:
                 self._open_shard()
             self._offsets.append(self._tar.tarstream.offset)
-            text = canonical_json(metadata).encode()
-            self._tar.write({"__key__": f"{self.samples:09d}", **members, "json": text})
+            self._tar.write({"__key__": key, **members, "json": text})
             self.samples += 1
             self.items_done += 1
             if len(self._offsets) >= self.samples_per_shard or self._tar.tarstream.offset >= self.shard_bytes:
@@ -129,17 +136,15 @@ class DatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._place is not None
-        finished = False
         try:
             if error is None:
                 self._finish(self._place)
-                finished = True
         except OSError as failure:
             raise self._os_error(failure) from None
         finally:
             if self._file is not None:
                 self._file.drop()
-            keep = not finished and self._identity is not None and bool(self._shards)
+            keep = not self._place.published and self._identity is not None and bool(self._shards)
             self._place.close(keep)
             if keep:
                 done = sum(shard.samples for shard in self._shards)
@@ -250,6 +255,13 @@ class DatasetWriter:
             f"{self.out}: disk full after {self.samples} samples ({written >> 20} MB); the data set needs about "
             f"{max(need >> 20, 1)} MB: free some space or choose another --out"
         )
+
+
+def check_sample(members: dict[str, bytes], where: str) -> None:
+    """Raises DataError for a sample, JSON included, that is larger in its tar than a reader takes."""
+    size = sum(BLOCKSIZE + -(-len(data) // BLOCKSIZE) * BLOCKSIZE for data in members.values())
+    if size > MAX_SAMPLE_BYTES:
+        raise DataError(f"{where}: a sample of {size} bytes, more than {MAX_SAMPLE_BYTES}; split it or leave it out")
 
 
 class _HashedFile:

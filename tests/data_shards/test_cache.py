@@ -23,6 +23,7 @@ from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards import cache as cache_module
 from vitgraft.data_shards import remote
 from vitgraft.data_shards.cache import FileCache, RemoteFile
+from vitgraft.data_shards.remote import UnreachableError
 from vitgraft.data_shards.sources import open_cache
 
 SIZE = 10_000
@@ -98,7 +99,10 @@ def test_a_file_that_is_being_read_is_never_evicted(server: HttpFolder, tmp_path
 def test_no_room_while_all_is_being_read(server: HttpFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "WAIT_SECONDS", 0.3)
     cache = FileCache(tmp_path / "cache", SIZE)
-    with cache.opened(file_of(server, 0)), pytest.raises(DataError, match=r"no room for 10000 bytes .* raise it"):
+    with (
+        cache.opened(file_of(server, 0)),
+        pytest.raises(UnreachableError, match=r"no room for 10000 bytes .* raise it"),
+    ):
         read(cache, file_of(server, 1))
     assert read(cache, file_of(server, 1))
     with pytest.raises(ConfigError, match=r"10000 bytes, but data\.cache\.max_bytes is 9999; raise it"):
@@ -223,7 +227,10 @@ def test_a_copy_that_rotted_is_found_by_its_hash(server: HttpFolder, tmp_path: P
     assert server.requests["0.tar"] == 2
 
 
-def test_a_rotted_shard_is_read_after_it_was_fetched_again(packed: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_a_rotted_shard_is_read_after_it_was_fetched_again(
+    packed: dict[str, Path], tmp_path: Path, suffix: str
+) -> None:
     from vitgraft.data_shards.manifest import read_manifest
     from vitgraft.data_shards.stream import ShardReader
 
@@ -232,10 +239,12 @@ def test_a_rotted_shard_is_read_after_it_was_fetched_again(packed: dict[str, Pat
         reader = ShardReader(server.url, read_manifest(server.url), cache)
         expected = reader.read(4)
         info = reader.manifest.shards[0]
-        with (cache.folder / f"{info.sha256}.tar").open("r+b") as stream:
-            stream.write(bytes(info.bytes))
-        assert reader.read(4) == expected
-        assert server.requests["shard-000000.tar"] == 2
+        name, size = (info.sha256, info.bytes) if suffix == "tar" else (info.index_sha256, info.index_bytes)
+        with (cache.folder / f"{name}.{suffix}").open("r+b") as stream:
+            stream.write(bytes(size))
+        # Another process, which has not read the index yet.
+        assert pickle.loads(pickle.dumps(reader)).read(4) == expected
+        assert server.requests[f"shard-000000.{suffix}"] == 2
 
 
 def test_prefetch_does_not_wait_for_who_is_fetching(server: HttpFolder, tmp_path: Path) -> None:
@@ -262,7 +271,7 @@ def test_a_full_disk_is_one_line(server: HttpFolder, tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(remote.os, "write", full)
-        with pytest.raises(DataError, match=r"cache: disk full; free some space, set data\.cache"):
+        with pytest.raises(UnreachableError, match=r"cache: disk full; free some space, set data\.cache"):
             read(cache, file_of(server, 0))
     assert list(cache.folder.glob("*.part")) == []
     assert server.requests["0.tar"] == 1
@@ -271,7 +280,7 @@ def test_a_full_disk_is_one_line(server: HttpFolder, tmp_path: Path, monkeypatch
 
 def test_a_folder_that_cannot_be_made(server: HttpFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file/cache: Not a directory; set data\.cache\.folder"):
+    with pytest.raises(UnreachableError, match=r"file/cache: Not a directory; set data\.cache\.folder"):
         read(FileCache(tmp_path / "file" / "cache", SIZE), file_of(server, 0))
 
 

@@ -255,10 +255,20 @@ def sparse(tar: tarfile.TarFile) -> None:
     tar.addfile(info, io.BytesIO(b"abcd"))
 
 
-def pax_size(tar: tarfile.TarFile) -> None:
+def pax_size(tar: tarfile.TarFile, size: int = 10 << 30) -> None:
     info = tarfile.TarInfo("2.jpg")
-    info.pax_headers = {"size": str(10 << 30)}
+    info.pax_headers = {"size": str(size)}
     tar.addfile(info)
+
+
+def negative_header(tar: tarfile.TarFile) -> None:
+    """An extended header of -1000 bytes, behind which stands more than may be read into memory."""
+    info = tarfile.TarInfo("x")
+    info.size, info.type = -1000, tarfile.XHDTYPE
+    assert tar.fileobj is not None
+    tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+    tar.offset += 512
+    add(tar, "2.jpg", bytes(64 << 20))
 
 
 def chained(tar: tarfile.TarFile) -> None:
@@ -292,6 +302,10 @@ def global_header(tar: tarfile.TarFile) -> None:
         (lambda tar: add(tar, "2.jpg", b"", tarfile.FIFOTYPE), "is a special or sparse file"),
         (lambda tar: declared(tar, 10 << 30), "declares 10737418240 bytes, .* follow"),
         (pax_size, "declares 10737418240 bytes|not a readable tar"),
+        (lambda tar: declared(tar, -5), "declares -5 bytes"),
+        (lambda tar: declared(tar, -5000), "declares -5000 bytes"),
+        (lambda tar: pax_size(tar, -5), "declares -5 bytes|not a readable tar"),
+        (negative_header, "-1000 bytes of extended header"),
         (sparse, "is a special or sparse file"),
         (lambda tar: (add(tar, "2.jpg"), add(tar, "2.jpg")), "member '2.jpg' occurs twice"),
         (lambda tar: (add(tar, "2.jpg"), add(tar, "2.JPG")), "member '2.JPG' occurs twice"),
@@ -303,7 +317,8 @@ def global_header(tar: tarfile.TarFile) -> None:
         (chained, "not a readable tar"),
     ],
     ids=[
-        "absolute", "parent", "newline", "symlink", "link", "device", "fifo", "10GB", "10GB-pax", "sparse", "twice",
+        "absolute", "parent", "newline", "symlink", "link", "device", "fifo", "10GB", "10GB-pax", "negative",
+        "far-negative", "negative-pax", "negative-header", "sparse", "twice",
         "twice-by-case", "key-twice", "no-extension", "no-key", "big-header", "global-header", "chain",
     ],
 )  # fmt: skip

@@ -142,6 +142,24 @@ def test_broken_clips_stop_or_are_listed(test_data: Path, tmp_path: Path) -> Non
         assert "corrupted.mp4" in manifest.source["skipped"][0]
 
 
+@pytest.mark.parametrize(("form", "width"), [("gop", 20000), ("frames", 70000)])
+def test_clips_that_no_encoder_takes_stop_or_are_listed(test_data: Path, tmp_path: Path, form: Any, width: int) -> None:
+    """x264 takes sides of up to 16384 pixels, JPEG of up to 65500."""
+    with av.open(str(tmp_path / "wide.mkv"), "w") as container:
+        track: Any = container.add_stream("ffv1", rate=30)
+        track.width, track.height, track.pix_fmt = width, 16, "yuv420p"
+        container.mux(track.encode(av.VideoFrame.from_ndarray(np.zeros((16, width, 3), np.uint8), "rgb24")))
+        container.mux(track.encode())
+    (tmp_path / "good.mov").symlink_to(test_data / "video_clips" / "decord" / "video_0.mov")
+    (tmp_path / "list.csv").write_text("wide.mkv,x\ngood.mov,x\n")
+    with pytest.raises(DataError, match=r"wide\.mkv: cannot be encoded anew: .*; change --reencode") as caught:
+        pack_video(tmp_path / "list.csv", tmp_path / "set", reencode=Reencode(form))
+    assert "\n" not in str(caught.value)
+    manifest = pack_video(tmp_path / "list.csv", tmp_path / "set", reencode=Reencode(form), on_error="skip")
+    assert manifest.samples == 1
+    assert "wide.mkv" in manifest.source["skipped"][0]
+
+
 def test_frames_that_are_missing_or_damaged(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (20, 10)).save(stream, "JPEG")

@@ -143,6 +143,21 @@ def test_shards_count_up_to_the_first_whose_samples_changed(texts: Path, tmp_pat
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
+def test_a_file_that_changes_behind_its_reading_is_packed_anew(texts: Path, tmp_path: Path) -> None:
+    def change(done: int, _: int) -> None:
+        if done == 2:
+            # Read, but its shard of five is not closed.
+            (texts / "01").write_bytes(b"new")
+        elif done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(texts, tmp_path / "set", progress=change)
+    pack(texts, tmp_path / "set")
+    pack(texts, tmp_path / "whole")
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", ["byte", "cut", "gone", "index", "journal"])
 def test_damaged_shards_are_never_trusted(texts: Path, tmp_path: Path, damage: str) -> None:
     broken_off(texts, tmp_path / "set")

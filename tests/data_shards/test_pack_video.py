@@ -71,6 +71,27 @@ def test_a_corrupted_video_stops_or_is_listed(test_data: Path, clips: Path) -> N
     assert report.pictures[0].is_file()
 
 
+def test_a_video_that_cannot_be_read_or_is_too_large_is_left_out(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large for the reader, that is."""
+    frames = [np.random.RandomState(i).randint(0, 255, (64, 64, 3)).astype(np.uint8) for i in range(30)]
+    (clips / "large.mp4").write_bytes(encode_clip(frames, 10))
+    gone = clips / "gone.mp4"
+    # What the small ones need, with headers and JSON.
+    limit = 3 * 512 + -(-(clips / "a.mp4").stat().st_size // 512) * 512
+    monkeypatch.setattr("vitgraft.data_shards.pack.writer.MAX_SAMPLE_BYTES", limit)
+    monkeypatch.setattr("vitgraft.data_shards.stream.MAX_SAMPLE_BYTES", limit)
+    for name, message in (("large", f"a sample of [0-9]+ bytes, more than {limit}"), ("gone", "no such file")):
+        listing = write(clips, f"a.mp4 x\n{name}.mp4 x\nb.mp4 x\n")
+        gone.touch()
+        # Told before the first is read.
+        with pytest.raises(DataError, match=rf"{name}\.mp4: {message}"):
+            pack_video(listing, clips / name, say=lambda _: gone.unlink(missing_ok=True))
+        gone.touch()
+        manifest = pack_video(listing, clips / name, on_error="skip", say=lambda _: gone.unlink(missing_ok=True))
+        assert len(raws(clips / name, manifest)) == 2
+        assert f"{name}.mp4" in manifest.source["skipped"][0]
+
+
 @pytest.mark.parametrize(
     ("text", "classes", "expected"),
     [

