@@ -62,8 +62,8 @@ class FileCache:
         """A descriptor of the whole, verified file, fetched if it is not here; not evicted inside the block.
 
         Raises:
-            DataError: the file stays wrong however often it is fetched, or the disk cannot hold it;
-                UnreachableError: it cannot be fetched.
+            DataError: the file stays wrong however often it is fetched; UnreachableError: it cannot be fetched, or the
+                cache cannot hold it.
             ConfigError: it is larger than the cache, or its URL's scheme is not supported.
         """
         try:
@@ -215,7 +215,7 @@ class FileCache:
                     os.ftruncate(descriptor, file.bytes)
                     return
             if time.monotonic() > deadline:
-                raise DataError(
+                raise UnreachableError(
                     f"{self.folder}: no room for {file.bytes} bytes within data.cache.max_bytes {self.max_bytes}: all "
                     "of it is being fetched or read; raise it"
                 )
@@ -252,13 +252,15 @@ class FileCache:
                 free += length
         return free >= size
 
-    def _os_error(self, error: OSError) -> DataError:
+    def _os_error(self, error: OSError) -> UnreachableError:
         if error.errno in _NO_SPACE:
-            return DataError(
+            return UnreachableError(
                 f"{self.folder}: disk full; free some space, set data.cache.max_bytes lower or data.cache.folder to "
                 "another disk"
             )
-        return DataError(f"{self.folder}: {error.strerror or error}; set data.cache.folder to a folder to write in")
+        return UnreachableError(
+            f"{self.folder}: {error.strerror or error}; set data.cache.folder to a folder to write in"
+        )
 
 
 def _evict(path: str) -> bool:

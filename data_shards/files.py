@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.data_shards.cache import FileCache, RemoteFile
-from vitgraft.data_shards.remote import join, shown
+from vitgraft.data_shards.remote import UnreachableError, join, shown
 
 _OPEN_FILES = 16
 
@@ -66,16 +66,28 @@ class LocalFolder:
         return str(self.folder / name)
 
     def read(self, file: FileFacts, start: int, length: int) -> bytes:
-        """See :class:`Place`."""
+        """See :class:`Place`; raises UnreachableError where the file has another size than when the set was opened."""
         descriptor = self._open.get(file.name)
         if descriptor is None:
-            descriptor = os.open(self.folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._opened(file)
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
             self._open[file.name] = descriptor
         else:
             self._open.move_to_end(file.name)
         return pread(descriptor, start, length)
+
+    def _opened(self, file: FileFacts) -> int:
+        descriptor = os.open(self.folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
+        size = os.fstat(descriptor).st_size
+        if size != file.bytes:
+            os.close(descriptor)
+            # The manifest's reader found this size, so the file was changed under this process: packed again, say.
+            raise UnreachableError(
+                f"{self.where(file.name)}: {size} bytes, expected {file.bytes}: changed since the data set was opened; "
+                "start again"
+            )
+        return descriptor
 
     def prefetch(self, file: FileFacts) -> None:
         """Nothing: it is here."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 import tarfile
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ import numpy as np
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.files import FileFacts, place_of
-from vitgraft.data_shards.manifest import Manifest, Shard
+from vitgraft.data_shards.manifest import MANIFEST, Manifest, Shard
 from vitgraft.data_shards.remote import UnreachableError
 from vitgraft.data_shards.ustar import plain_members
 
@@ -69,6 +72,7 @@ class ShardReader:
         self._index_files = place_of(folder, cache)
         self._ends: list[int] = np.cumsum(manifest.shards.samples).tolist()
         self._kept: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._checked: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -116,7 +120,8 @@ class ShardReader:
 
         Raises:
             IndexError: no such sample.
-            DataError: the shard cannot be read, is damaged, or holds what no packer of ours writes.
+            DataError: the shard is damaged, or holds what no packer of ours writes; UnreachableError: it cannot be read
+                for a reason that says nothing about the data, or is another data set's by now.
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
@@ -127,7 +132,10 @@ class ShardReader:
             raise
         except DataError:
             # A copy in the cache may have rotted since it was verified; what was fetched so is damaged at its source.
-            if not self._tars.recheck(_tar_facts(self.manifest.shards[shard])):
+            info = self.manifest.shards[shard]
+            self._kept.pop(shard, None)
+            rotted = [self._index_files.recheck(_index_facts(info)), self._tars.recheck(_tar_facts(info))]
+            if not any(rotted):
                 raise
             return self._read(sample, shard)
 
@@ -143,7 +151,7 @@ class ShardReader:
         try:
             data = self._tars.read(shard.tar, start, length)
         except OSError as error:
-            raise DataError(f"{path}:{key}: cannot be read: {error.strerror}; {_REMEDY}") from None
+            raise _unreadable(f"{path}:{key}", error) from None
         if len(data) != length:
             raise DataError(f"{path}:{key}: shard ends after {len(data)} of {length} bytes; {_REMEDY}")
         if foreign is None:
@@ -160,14 +168,16 @@ class ShardReader:
         length = 3 * info.samples + 1 if foreign else info.samples + 1
         path = self._index_files.where(info.index_name)
         try:
-            # One number more, to see whether there is more: our own indices end here.
-            data = self._index_files.read(_index_facts(info), 0, 8 * length + 8)
+            data = self._index_files.read(_index_facts(info), 0, 8 * length)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from None
-        found = len(data) // 8
-        if found < length if foreign else len(data) != 8 * length:
-            raise DataError(f"{path}: {found} offsets, expected {length}; {_REMEDY}")
-        index = array("Q", data[: 8 * length])
+            raise _unreadable(path, error) from None
+        if len(data) != 8 * length:
+            raise DataError(f"{path}: {len(data) // 8} offsets, expected {length}; {_REMEDY}")
+        # After the file is open: a set packed anew is put in this one's place as a whole.
+        self._refuse_another_set()
+        if not foreign and sha256(data).hexdigest() != info.index_sha256:
+            raise DataError(f"{path}: not the index that {MANIFEST} describes; {_REMEDY}")
+        index = array("Q", data)
         if sys.byteorder == "big":
             index.byteswap()
         first, where = self._ends[number] - info.samples, self._tars.where(info.name)
@@ -176,6 +186,21 @@ class ShardReader:
             self._kept.popitem(last=False)
         self._kept[number] = shard
         return shard
+
+    def _refuse_another_set(self) -> None:
+        """Raise if another data set lies here by now: to mix them is wrong, and no sample of this one is damaged."""
+        if isinstance(self.folder, str):
+            # What is fetched is known by its hash.
+            return
+        path = self.folder / MANIFEST
+        try:
+            facts = os.stat(path)
+            found = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+            if found != self._checked and self.manifest.fingerprint.encode() not in path.read_bytes():
+                raise UnreachableError(f"{self.folder}: packed again since it was opened; start again")
+        except OSError as error:
+            raise _unreadable(str(path), error) from None
+        self._checked = found
 
     def _metadata(self, shard: _OpenShard, local: int) -> bytes:
         """A foreign sample's metadata, from the index."""
@@ -188,7 +213,7 @@ class ShardReader:
         try:
             return self._index_files.read(shard.index_file, start, end - start)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; {_REMEDY}") from None
+            raise _unreadable(path, error) from None
 
 
 class _OpenShard(NamedTuple):
@@ -200,6 +225,13 @@ class _OpenShard(NamedTuple):
     first: int
     samples: int
     offsets: array[int]
+
+
+def _unreadable(where: str, error: OSError) -> DataError:
+    """A disk that cannot give the bytes back is damage; a missing folder, say, or too many open files is not."""
+    if error.errno == errno.EIO:
+        return DataError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}")
+    return UnreachableError(f"{where}: cannot be read: {error.strerror}; see to that, then run again")
 
 
 def _tar_facts(info: Shard) -> FileFacts:

@@ -12,6 +12,7 @@ from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import SkipConfig
 from vitgraft.data_shards.batch import Skipped
 from vitgraft.trainer import comm
+from vitgraft.trainer.monitor_files import attempts, read_rows
 
 NAME = "skipped.jsonl"
 
@@ -20,7 +21,8 @@ class SkipLog:
     """Counts skipped samples over all ranks and all attempts of a run.
 
     A row: {step, epoch, position, sample, repetition, key, reason, attempt}. Rows of steps that a later attempt made
-    again stay; its rows count. Every rank holds the same set, so all of them stop at the same step.
+    again (RUN/events.jsonl says where it resumed) stay, but do not count; its own do. Every rank holds the same set, so
+    all of them stop at the same step.
 
     Args:
         run: the run directory.
@@ -31,7 +33,12 @@ class SkipLog:
     def __init__(self, run: Path, policy: str | SkipConfig, first_step: int, attempt: int) -> None:
         self.path, self.attempt = run / NAME, attempt
         self.budget = policy.skip if isinstance(policy, SkipConfig) else 0
-        self.samples = {row["sample"] for row in read_skipped(run) if row["step"] <= first_step}
+        starts = [(start.number, start.resumed_step) for start in attempts(read_rows(run / "events.jsonl"))]
+        self.samples = {
+            row["sample"]
+            for row in read_skipped(run)
+            if row["step"] <= min([first_step, *(first for number, first in starts if number > row["attempt"])])
+        }
 
     def record(self, step: int, skipped: list[Skipped]) -> None:
         """Collective: write what all ranks skipped in a step, and stop when there is too much of it.

@@ -142,7 +142,7 @@ def test_a_set_packed_again_under_its_reader_is_not_read_as_the_old_one(
     with pytest.raises(UnreachableError, match="packed again"):
         reader.read(10)
     shutil.copy(tmp_path / "old" / "manifest.json", folder)
-    assert reader.read(10) == ShardReader(tmp_path / "old", reader.manifest).read(10)
+    assert reader.read(10).key == "000000010"
     reader.close()
     with (folder / "shard-000001.tar").open("ab") as tar:
         tar.write(b"\0")
