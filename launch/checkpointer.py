@@ -14,11 +14,16 @@ from typing import Any
 from vitgraft.configs.errors import TrainingError
 from vitgraft.launch.run_dir import RunHandle
 from vitgraft.trainer.checkpoint.handover import BUFFER_VARIABLE
+from vitgraft.trainer.checkpointer import SIGNALS
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE
 
 MAX_RESTARTS = 3
 """Successors that are started before one of them commits anything; then the run ends."""
+START_S = 120.0
+"""How long its start-up may be silent at least: a cold file system and many checkpoints take a while."""
+SLOW_WRITE_S = 60.0
+"""After how long a checkpoint that is still being written is told of; then after twice as long, and so on."""
 
 
 @dataclass
@@ -32,7 +37,12 @@ class CheckpointerKeeper:
     restarts: int = 0
     _pipe: int = -1
     _heard: float = 0.0
+    _started: bool = False
     _draining: bool = False
+    _drop_copy: bool = False
+    _step: int | None = None
+    _since: float = 0.0
+    _tell_after: float = SLOW_WRITE_S
 
     def make_buffers(self, ranks: int) -> None:
         """An empty memfd for each rank: it lives as long as any of the processes that know it."""
@@ -47,11 +57,20 @@ class CheckpointerKeeper:
         self._pipe = pipe
         self._start()
 
-    def heard(self, message: dict[str, Any]) -> None:
-        """A sign of life. Commits show that it gets on."""
-        self._heard = time.monotonic()
+    def heard(self, message: dict[str, Any]) -> str | None:
+        """A sign of life. Commits show that it gets on; returns what the user should know when it does not."""
+        if self.process is None or message["pid"] != self.process.pid:
+            return None  # a predecessor's, late
+        self._heard, self._started = time.monotonic(), True
         if message["done"] > 0:
             self.restarts = 0
+        if message["outstanding"] != self._step:
+            self._step, self._since, self._tell_after = message["outstanding"], self._heard, SLOW_WRITE_S
+        taken = self._heard - self._since
+        if self._step is None or taken < self._tell_after:
+            return None
+        self._tell_after = 2 * taken
+        return f"WARNING checkpoint of step {self._step} is being written for {taken:.0f} s; its disk may hang"
 
     def tend(self) -> bool:
         """Call a few times a second: replaces a dead or silent one. Returns whether one is alive.
@@ -62,12 +81,13 @@ class CheckpointerKeeper:
         if self.process is None:
             return False
         code = self.process.poll()
-        if code is None and time.monotonic() - self._heard <= self.silence:
+        patience = self.silence if self._started else max(self.silence, START_S)
+        if code is None and time.monotonic() - self._heard <= patience:
             return True
         if code == 0 and self._draining:
             self.process = None
             return False
-        reason = f"silent for {self.silence:g} s"
+        reason = f"silent for {patience:g} s"
         if code is not None:
             reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         self._kill()
@@ -81,11 +101,17 @@ class CheckpointerKeeper:
         self._start()
         return True
 
-    def drain(self) -> None:
-        """Ask it to finish what all ranks have handed over and to end; then :meth:`tend` until it has."""
-        self._draining = True
+    def drain(self, *, drop_copy: bool = False) -> None:
+        """Ask it to finish what all ranks have handed over and to end; then :meth:`tend` until it has.
+
+        Args:
+            drop_copy: do not wait for the copy to a store. May be asked for later, too.
+        """
+        if self._draining and (self._drop_copy or not drop_copy):
+            return
+        self._draining, self._drop_copy = True, drop_copy
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGUSR2 if drop_copy else signal.SIGUSR1)
 
     def end(self) -> None:
         """Kill it, and let the buffers go."""
@@ -101,6 +127,7 @@ class CheckpointerKeeper:
     def _start(self) -> None:
         command = [sys.executable, "-m", "vitgraft.trainer.checkpointer", "--run-dir", str(self.handle.path.resolve())]
         command += ["--attempt", str(self.handle.attempt), *(["--drain"] if self._draining else [])]
+        command += ["--drop-copy"] if self._drop_copy else []
         command += ["--buffers", *map(self._path, self.buffers)]
         environment = {
             **os.environ,
@@ -109,9 +136,8 @@ class CheckpointerKeeper:
             PIPE_VARIABLE: str(self._pipe),
             PARENT_VARIABLE: str(os.getpid()),
         }
-        self._heard = time.monotonic()
-        # It inherits SIGTERM blocked: asked to finish before it can hear, it hears later instead of dying.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self._heard, self._started = time.monotonic(), False
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             with self.log_path().open("ab") as log:
                 self.process = subprocess.Popen(

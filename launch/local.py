@@ -120,7 +120,8 @@ class Gang:
         command = [sys.executable, "-m", "vitgraft.trainer.rank", "--run-dir", str(handle.path.resolve())]
         command += ["--attempt", str(handle.attempt), "--device", placement.device]
         if handle.resume is not None:
-            command += ["--resume", str(handle.resume.path.resolve())]
+            # Not resolved: blobs lie in the run, wherever a link has put its checkpoints.
+            command += ["--resume", os.path.abspath(handle.resume.path)]
         with self.log_path(rank).open("ab") as log:
             # A session of its own: Ctrl-C on the terminal reaches the launcher alone, which stops the ranks in order.
             return subprocess.Popen(
@@ -169,20 +170,24 @@ class Gang:
                     break
             else:
                 dead = [process.returncode for process in self.ranks]
-            buffer, failure = self._drain(selector, pipe, buffer)
+            done = all(code == 0 for code in dead)
+            buffer, failure = self._drain(selector, pipe, buffer, wait_for_copy=done)
             self._read(pipe, buffer)
         self._judge(dead)
         if failure is not None:
             raise failure
 
-    def _drain(self, selector: selectors.BaseSelector, pipe: int, buffer: bytes) -> tuple[bytes, TrainingError | None]:
+    def _drain(
+        self, selector: selectors.BaseSelector, pipe: int, buffer: bytes, *, wait_for_copy: bool
+    ) -> tuple[bytes, TrainingError | None]:
         """The ranks have ended, for whatever reason: let the checkpointer finish what all of them handed over. What
-        goes wrong with that matters only when nothing else did."""
+        goes wrong with that matters only when nothing else did. The last copy to a store is waited for at the end of a
+        run, until somebody wants to stop."""
         if self.keeper is None:
             return buffer, None
-        self.keeper.drain()
         try:
             while self.keeper.tend():
+                self.keeper.drain(drop_copy=not wait_for_copy or self.stopping is not None)
                 if selector.select(timeout=0.05):
                     buffer = self._read(pipe, buffer)
         except TrainingError as error:
@@ -212,7 +217,9 @@ class Gang:
             self.handle.event(message["name"], text=message["text"])
         elif message["kind"] == "beat":
             if self.keeper is not None:
-                self.keeper.heard(message)
+                slow = self.keeper.heard(message)
+                if slow is not None:
+                    self.screen.note(slow)
         else:
             self.errors.append((message["code"], message["text"]))
 

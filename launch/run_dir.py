@@ -16,7 +16,7 @@ from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint.commit import ATTEMPT, all_step_names, owning_attempt, set_aside, sweep
 from vitgraft.trainer.checkpoint.files import replace_text
-from vitgraft.trainer.checkpoint.layout import POINTER
+from vitgraft.trainer.checkpoint.layout import POINTER, parse_step
 from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
 
 LOCK_PATIENCE_S = 20.0
@@ -54,9 +54,13 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
             the path of a checkpoint of this run.
 
     Raises:
-        ConfigError: another process owns the run, or the recipe is another one.
+        ConfigError: another process owns the run, the recipe is another one, or the folder cannot be used.
         CheckpointError: there are checkpoints, but no valid one.
     """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:  # recipes, manifests and events are UTF-8, and name it
+        raise ConfigError(f"--run-dir {os.fsencode(path)!r}: the path is not UTF-8; choose another folder") from None
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _own(path)
@@ -83,7 +87,9 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--run-dir {path}: cannot be written: {error.strerror}; make room or choose another folder")
+    return ConfigError(
+        f"--run-dir {path}: cannot be written: {error.strerror or error}; make room or choose another folder"
+    )
 
 
 def _own(path: Path) -> IO[str]:
@@ -162,13 +168,20 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
 
 
 def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: str, notes: list[str]) -> Checkpoint:
-    """Later checkpoints are moved away, not overwritten."""
+    """Later checkpoints are moved away, not overwritten; so are later results, which say nothing about the checkpoints
+    that will be written under these names."""
     later = [name for name in names if name > chosen.path.name]
+    results = [f"results/{file.name}" for file in sorted(path.glob("results/step-*.json")) if _step(file) > chosen.step]
+    if later or results:
+        folder = set_aside(path, [*(f"checkpoints/{name}" for name in later), *results], reason)
+        notes.append(f"{', '.join(later or results)} moved to {folder}")
     if later:
-        folder = set_aside(path, [f"checkpoints/{name}" for name in later], reason)
-        notes.append(f"{', '.join(later)} moved to {folder}")
         replace_text(path / "checkpoints" / POINTER, chosen.path.name + "\n")
     return chosen
+
+
+def _step(result: Path) -> int:
+    return parse_step(result.stem) or 0
 
 
 def _next_attempt(path: Path) -> int:

@@ -1,8 +1,10 @@
 """The checkpointer of one host: ``python -m vitgraft.trainer.checkpointer --run-dir RUN --attempt N --buffers PATH…``
 
-It writes and hashes what the ranks hand over, commits, applies the retention policy and copies to a store. SIGTERM: end
-when everything that all ranks have handed over is committed. It can be killed at any moment: a successor finds in the
-buffers and in ``step-N.ATTEMPT.tmp`` how far this one was. It never imports torch.
+It writes and hashes what the ranks hand over, commits, applies the retention policy and copies to a store. SIGUSR1: end
+when everything that all ranks have handed over is committed and copied; SIGUSR2: do not wait for the copy. SIGTERM and
+SIGINT are the launcher's affair: sent to every process of a job, they must not end this one under ranks that still
+save. It can be killed at any moment: a successor finds in the buffers and in ``step-N.ATTEMPT.tmp`` how far this one
+was. It never imports torch.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint import commit
 from vitgraft.trainer.checkpoint.files import remove_tree, write_hashed
 from vitgraft.trainer.checkpoint.handover import Answer, Control, HandoverBuffer
-from vitgraft.trainer.checkpoint.layout import Manifest, RankRecord
+from vitgraft.trainer.checkpoint.layout import BUFFERS, Manifest, RankRecord, shard_name
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.checkpoint.retention import retain
 from vitgraft.trainer.checkpoint.store_copy import StoreCopy
-from vitgraft.trainer.rank import die_with_parent
+from vitgraft.trainer.rank import PARENT_VARIABLE, die_with_parent
 from vitgraft.trainer.report import Reporter
 
 ROLE = "checkpointer"
@@ -37,6 +39,8 @@ BEAT_S = 1.0
 POLL_S = 0.02
 OTHER_HOSTS_S = 30.0
 """How long the last writers of other hosts are waited for when everything ends."""
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+"""What the launcher must block until this process listens: asked before that, it hears later instead of dying."""
 _log = logging.getLogger("vitgraft")
 
 
@@ -86,6 +90,8 @@ class Checkpointer:
     reporter: Reporter
     commits: int = 0
     draining: float | None = None
+    outstanding: int | None = None
+    """The step whose checkpoint is being written."""
     _pool: ThreadPoolExecutor = field(init=False)
     _copy: StoreCopy | None = field(init=False, default=None)
 
@@ -98,8 +104,8 @@ class Checkpointer:
             for checkpoint in complete_checkpoints(self.run)[-1:]:
                 self._copy.offer(checkpoint.path)
 
-    def serve(self, drain: threading.Event) -> None:
-        """Work until asked to drain, then finish."""
+    def serve(self, drain: threading.Event, drop_copy: threading.Event | None = None) -> None:
+        """Work until asked to drain, then finish; the copy to a store too, unless asked to drop it."""
         while True:
             # Asked before looking: what was handed over before the signal must be seen.
             if drain.is_set() and self.draining is None:
@@ -110,7 +116,7 @@ class Checkpointer:
         if self.commits:
             self._retain(None)
         if self._copy is not None:
-            self._copy.close()
+            self._copy.close(drop_copy)
         self._pool.shutdown()
 
     def poll(self) -> bool:
@@ -120,6 +126,7 @@ class Checkpointer:
             if lane.look():
                 assert lane.control is not None
                 waiting.setdefault(lane.control.step, []).append(lane)
+        self.outstanding = min(waiting, default=None)
         for step, lanes in sorted(waiting.items()):
             for lane in lanes:
                 if lane.written is None:
@@ -162,9 +169,11 @@ class Checkpointer:
     def _check_room(self, folder: Path, control: Control) -> None:
         """Fail before the disk is full to the last byte, which others write to as well: all shards are alike."""
         known = {"attempt": self.attempt, "step": control.step, "world": control.world}
-        missing = sum(commit.read_record(folder, rank, **known) is None for rank in range(control.world))
+        missing = [rank for rank in range(control.world) if commit.read_record(folder, rank, **known) is None]
+        # Being written by the others, or left by a predecessor and replaced: that much is taken already.
+        there = sum(_bytes(folder / name) for name in [*map(shard_name, missing), *([BUFFERS] if 0 in missing else [])])
         disk = os.statvfs(folder)
-        if disk.f_bavail * disk.f_frsize < missing * sum(part.bytes for part in control.files):
+        if disk.f_bavail * disk.f_frsize + there < len(missing) * sum(part.bytes for part in control.files):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     def _advance(self, step: int, lanes: list[Lane]) -> None:
@@ -279,33 +288,55 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, required=True, help="number of this start of the run")
     parser.add_argument("--buffers", nargs="+", required=True, help="hand-over buffers of this host's ranks")
     parser.add_argument("--drain", action="store_true", help="finish what was handed over, then end")
+    parser.add_argument("--drop-copy", action="store_true", help="do not wait for the copy to a store then")
     options = parser.parse_args(arguments)
     die_with_parent()
-    drain = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: drain.set())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked until now by the launcher
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    drain, drop_copy = threading.Event(), threading.Event()
+    _listen(drain, drop_copy)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     reporter = Reporter.from_environment()
-    reporter.beat(ROLE, 0)
     if options.drain:
         drain.set()
+    if options.drop_copy:
+        drop_copy.set()
     try:
         recipe = load_recipe(str(options.run_dir / "config.yaml"))
         lanes = [Lane(path) for path in options.buffers]
         checkpointer = Checkpointer(options.run_dir, options.attempt, recipe, lanes, reporter)
         threading.Thread(target=_beat, args=(checkpointer,), name="beat", daemon=True).start()
-        checkpointer.serve(drain)
+        checkpointer.serve(drain, drop_copy)
     except Exception:  # the launcher starts a successor; this log says why it had to
         _log.exception("checkpointer ends")
         return 1
     return 0
 
 
+def _listen(drain: threading.Event, drop_copy: threading.Event) -> None:
+    def without_copy(*_: object) -> None:
+        drop_copy.set()
+        drain.set()
+
+    signal.signal(signal.SIGUSR1, lambda *_: drain.set())
+    signal.signal(signal.SIGUSR2, without_copy)
+    if PARENT_VARIABLE in os.environ:  # by hand there is nobody else to end it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked until now by the launcher
+
+
 def _beat(checkpointer: Checkpointer) -> None:
+    """Begins when the start-up is over, for which the launcher has more patience."""
+    pause = min(BEAT_S, checkpointer.recipe.train.checkpoint.writer_silence_s / 5)
     while True:
-        checkpointer.reporter.beat(ROLE, checkpointer.commits)
-        time.sleep(BEAT_S)
+        checkpointer.reporter.beat(ROLE, checkpointer.commits, checkpointer.outstanding)
+        time.sleep(pause)
+
+
+def _bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ class Reporter:
         """One line that the user should see."""
         self._send({"kind": "note", "text": text}, fallback=text)
 
-    def beat(self, role: str, done: int) -> None:
-        """A sign of life of a role, and how much it has done since it started."""
-        self._send({"kind": "beat", "role": role, "done": done})
+    def beat(self, role: str, done: int, outstanding: int | None = None) -> None:
+        """A sign of life of a role, how much it has done since it started, and the step it is at work on."""
+        self._send({"kind": "beat", "role": role, "pid": os.getpid(), "done": done, "outstanding": outstanding})
 
     def event(self, name: str, text: str) -> None:
         """Something for RUN/events.jsonl that the user should see too."""

@@ -99,8 +99,9 @@ class CheckpointConfig(Section):
     """Keep also the best of those evaluated by this metric, e.g. ``mIoU``; needs ``data.val``."""
     copy_to: str | None = None
     """URL of a folder in any store of fsspec (s3://, gs://, file://) that gets a copy after each commit."""
-    writer_silence_s: PositiveFloat = 30.0
-    """A checkpointer that is silent for so long is killed and started again; it goes on from the memory it shares."""
+    writer_silence_s: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 30.0
+    """A checkpointer that is silent for so long is killed and started again; it goes on from the memory it shares. Its
+    start-up may take two minutes."""
 
     @field_validator("copy_to")
     @classmethod

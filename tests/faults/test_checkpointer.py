@@ -213,6 +213,53 @@ def test_a_disk_without_room_is_not_filled_first(tmp_path: Path, monkeypatch: py
     assert_valid(run, 1, 1000)
 
 
+def test_what_a_killed_writer_left_is_not_counted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replaced, so its room is there."""
+    run, recipe = make_run(tmp_path)
+    ranks, paths = make_ranks(run, 1, 1000)
+    folder = commit.temporary_folder(run, 3, 1)
+    folder.mkdir()
+    (folder / layout.shard_name(0)).write_bytes(b"x" * 3000)
+    room = sum(part.bytes for part in ranks[0].parts) - 3000
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=room, f_frsize=1))
+    ranks[0].hand_over(3)
+    poll_until_idle(checkpointer(run, recipe, paths))
+    answer = ranks[0].answer()
+    assert answer is not None
+    assert answer.error is None
+    assert_valid(run, 3, 1000)
+
+
+def test_a_beat_says_what_is_outstanding_and_comes_several_times_within_the_silence_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = make_run(tmp_path, train__checkpoint={"writer_silence_s": 2})
+    ranks, paths = make_ranks(run, 2)
+    role = checkpointer(run, recipe, paths)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        raise Killed
+
+    def beat() -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", sleep)
+            with pytest.raises(Killed):
+                role_module._beat(role)
+        assert isinstance(role.reporter, Told)
+        return role.reporter.messages[-1]["outstanding"]
+
+    assert beat() is None
+    ranks[0].hand_over(3)
+    assert role.poll()
+    assert beat() == 3
+    ranks[1].hand_over(3)
+    poll_until_idle(role)
+    assert beat() is None
+    assert pauses == [0.4] * 3
+
+
 def test_a_failure_half_answered_is_the_successors_answer_too(tmp_path: Path) -> None:
     """The checkpointer died between telling one rank and telling the other: they must hear the same."""
     run, recipe = make_run(tmp_path)
@@ -227,6 +274,34 @@ def test_a_failure_half_answered_is_the_successors_answer_too(tmp_path: Path) ->
     assert answer is not None
     assert answer.error == "the disk is on fire"
     assert not list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("step", [6, 12], ids=["same length", "other length"])
+def test_killed_between_the_two_halves_of_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Text and number of the answer do not belong together: the successor answers again."""
+    run, recipe = make_run(tmp_path)
+    ranks, paths = make_ranks(run, 1)
+    role = checkpointer(run, recipe, paths)
+    ranks[0].hand_over(3)
+    poll_until_idle(role)
+    ranks[0].hand_over(step)
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        if len(data) == 16:  # the number, which comes last
+            raise Killed
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(Killed):
+        poll_until_idle(role)
+    monkeypatch.undo()
+    assert ranks[0].answer() is None
+    poll_until_idle(checkpointer(run, recipe, paths))
+    answer = ranks[0].answer()
+    assert answer is not None
+    assert (answer.sequence, answer.step, answer.error) == (2, step, None)
+    assert_valid(run, step)
 
 
 def test_a_stale_attempt_cannot_commit(tmp_path: Path) -> None:
@@ -375,13 +450,30 @@ def test_ranks_that_die_after_the_copy_leave_a_checkpoint(large: Keeping) -> Non
     assert large.keeper.process is None
 
 
-def test_asked_to_finish_before_it_is_up_it_finishes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drop_copy", [False, True])
+def test_asked_to_finish_before_it_is_up_it_finishes(tmp_path: Path, drop_copy: bool) -> None:
     run, recipe = make_run(tmp_path)
     with Keeping(run, recipe, 2) as keeping:
         keeping.hand_over(1)
+        keeping.keeper.drain(drop_copy=drop_copy)
         keeping.drain()
         assert keeping.events() == []
         assert_valid(run, 1)
+
+
+def test_signals_to_every_process_of_a_job_leave_it_to_the_launcher(tmp_path: Path) -> None:
+    """A scheduler's SIGTERM makes the ranks save once more: it must be there for that, from its first moment on."""
+    run, recipe = make_run(tmp_path)
+    with Keeping(run, recipe, 2) as keeping:
+        first = keeping.pid()
+        for step in (1, 2):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(first, number)
+            time.sleep(0.1)
+            keeping.hand_over(step)
+            keeping.until(lambda: all(keeping.answers()))
+        assert (keeping.pid(), keeping.events()) == (first, [])
+        assert_valid(run, 2)
 
 
 def test_one_death_after_the_other_ends_the_run(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +133,23 @@ def test_replace_text_is_whole(tmp_path: Path) -> None:
     replace_text(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("looks", "code"), [(0, errno.ESTALE), (1, errno.ENOENT)])
+def test_a_checkpoint_that_goes_while_it_is_opened_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int, code: int
+) -> None:
+    """Retention renames it between two looks at one file, or its server has lost it."""
+    path, real, seen = write(tmp_path, 3), Path.stat, []
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if self.name == layout.shard_name(0):
+            seen.append(self)
+            if len(seen) > looks:
+                raise OSError(code, os.strerror(code))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with contextlib.suppress(CheckpointError):
+        open_checkpoint(path)
+    assert seen

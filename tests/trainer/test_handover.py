@@ -103,6 +103,25 @@ def test_a_stopped_holder_of_the_lock_stops_nobody_who_looks() -> None:
     os.close(descriptor)
 
 
+@pytest.mark.parametrize("step", [2, 1000], ids=["same length", "other length"])
+def test_a_rank_killed_between_text_and_number_has_handed_nothing_over(
+    monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    descriptor, path = memfd()
+    rank = HandoverBuffer.create(path, 1000, 10)
+    role = HandoverBuffer.attach(path)
+    assert role is not None
+    rank.hand_over(control(1, step=1))
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *a: real(*a) if len(a[1]) != 16 else 0)
+    rank.hand_over(control(2, step=step))
+    assert role.control(0) is None
+    monkeypatch.undo()
+    rank.hand_over(control(2, step=step))
+    assert role.control(0) == control(2, step=step)
+    os.close(descriptor)
+
+
 def test_pages_are_there_before_the_first_save() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import given
@@ -16,7 +20,7 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import validate_recipe
 from vitgraft.configs.schema.recipe import METRICS
 from vitgraft.trainer.checkpoint.read import newest_valid, open_checkpoint
-from vitgraft.trainer.checkpoint.retention import Policy, best_step, figures_of, plan, retain
+from vitgraft.trainer.checkpoint.retention import Policy, best_step, delete, figures_of, plan, retain
 from vitgraft.trainer.tasks import make_task
 
 FIGURES = {3: {"mIoU": 0.5}, 6: {"mIoU": 0.7}, 9: {"mIoU": float("nan")}, 12: {"mAcc": 1.0}}
@@ -106,6 +110,29 @@ def test_what_is_read_or_awaits_its_evaluation_stays(tmp_path: Path) -> None:
     result(run, 6, mIoU=0.6)
     assert retain(run, recipe, 7) == ["step-00000002"]
     assert remaining(run) == [6, 7]
+
+
+def test_a_lock_for_one_alone_needs_a_file_that_is_open_for_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS and SMB have it; and one checkpoint that cannot be deleted does not keep the others."""
+    run, _ = make_run(tmp_path)
+    for step in (1, 2, 3):
+        write(run, step)
+    real, damned = fcntl.flock, [-1]
+
+    def flock(stream: IO[bytes], how: int) -> None:
+        writable = fcntl.fcntl(stream, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        if (how & fcntl.LOCK_EX and not writable) or os.fstat(stream.fileno()).st_ino in damned:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert delete(run, [1]) == ["step-00000001"]
+    damned.append((run / "checkpoints" / "step-00000002" / "manifest.json").stat().st_ino)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        delete(run, [2, 3])
+    assert remaining(run) == [2]
 
 
 def test_damaged_results_are_no_figures(tmp_path: Path) -> None:

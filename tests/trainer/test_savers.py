@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -55,6 +56,22 @@ class Rank:
         _, self.path = memfd()
         self.saver = HandoverSaver(self.state, facts_of(self.run), 100, self.path)
         self.role = checkpointer(self.run, self.recipe, [self.path])
+
+
+def test_inline_a_checkpoint_that_cannot_be_deleted_is_told_of_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "no", "manifest.json")
+
+    run, recipe = make_run(tmp_path)
+    reporter = Told()
+    saver = InlineSaver(recipe, TrainerState(engine_of("plain"), None), facts_of(run), 100, reporter)
+    saver.begin(3, 12, DATA)
+    monkeypatch.setattr(savers, "retain", refuse)
+    saver.tidy()
+    (text,) = reporter.texts()
+    assert text.startswith("WARNING an old checkpoint could not be deleted: ")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "plain"])

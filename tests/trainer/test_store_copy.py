@@ -145,6 +145,48 @@ def test_a_store_that_fails_warns_and_stops_nothing(tmp_path: Path, monkeypatch:
     assert "secret" not in event["text"]
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+def test_who_is_in_a_hurry_does_not_wait_for_the_store(tmp_path: Path, delay: float) -> None:
+    """Asked at once or while it waits; the next start copies the newest."""
+    settings = {"every_steps": 1, "copy_to": "flaky://b"}
+    run, recipe = make_run(tmp_path, train__checkpoint=settings)
+    write(run, 1)
+    Flaky.gate.clear()
+    drain, drop = threading.Event(), threading.Event()
+    drain.set()
+    threading.Timer(delay, drop.set).start()
+    started = time.monotonic()
+    checkpointer(run, recipe, make_ranks(run, 1)[1]).serve(drain, drop)
+    assert delay <= time.monotonic() - started < 10
+    assert not Flaky.store
+    Flaky.gate.set()
+    checkpointer(run, recipe, make_ranks(run, 1)[1]).serve(drain)
+    assert "/b/checkpoints/step-00000001/manifest.json" in Flaky.store
+
+
+def test_whatever_goes_wrong_the_next_one_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = make_run(tmp_path)
+    real, told = open_checkpoint, []
+
+    def broken(path: Path) -> Any:
+        if path.name.endswith("1"):
+            raise PermissionError("not today")
+        return real(path)
+
+    monkeypatch.setattr(store_copy, "open_checkpoint", broken)
+    warned = threading.Event()
+    copy = StoreCopy(run, "flaky://b", lambda text: (told.append(text), warned.set())[0])
+    copy.offer(write(run, 1))
+    assert warned.wait(10)
+    copy.offer(write(run, 2))
+    copy.close()
+    assert told == [
+        "WARNING step-00000001 was not copied to flaky://b (PermissionError: not today); training goes on, and the "
+        "next checkpoint is tried again"
+    ]
+    assert "/b/checkpoints/step-00000002/manifest.json" in Flaky.store
+
+
 def test_of_several_that_wait_the_newest_wins(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     Flaky.gate.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError
@@ -189,7 +190,7 @@ def set_aside(run: Path, names: list[str], reason: str) -> Path:
     target.mkdir(parents=True)
     write_text_durably(target / "reason.txt", reason + "\n")
     for name in names:
-        os.rename(run / name, target / Path(name).name)
+        shutil.move(run / name, target / Path(name).name)  # a link may have put checkpoints on another disk
     sync_folder(target)
     sync_folder(run)
     return target

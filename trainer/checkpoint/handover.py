@@ -17,6 +17,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -64,6 +65,9 @@ class Answer(BaseModel):
     sequence: int
     step: int
     error: str | None = None
+
+
+_Record = TypeVar("_Record", Control, Answer)
 
 
 class HandoverBuffer:
@@ -129,15 +133,15 @@ class HandoverBuffer:
         self._write(_CONTROL + self._capacity, _ANSWER_BYTES, short)
 
     def control(self, after: int) -> Control | None:
-        """What was handed over after that sequence number; ``None``: nothing yet, or the other side is writing it."""
-        text = self._read(_CONTROL, after)
-        return Control.model_validate_json(text) if text else None
+        """What was handed over after that number; ``None``: nothing yet, or the other side is writing it, or was
+        killed between text and number, so that they do not belong together."""
+        return _whole(Control, *self._read(_CONTROL, after))
 
     def answered(self, after: int = 0, *, wait: bool = False) -> Answer | None:
         """What was answered after that sequence number; ``None``: nothing yet, or the other side is writing it, which
-        ``wait`` waits for."""
-        text = self._read(_CONTROL + self._capacity, after, wait=wait)
-        return Answer.model_validate_json(text) if text else None
+        ``wait`` waits for. An answer whose writer was killed between text and number is none: what it was about is
+        still outstanding."""
+        return _whole(Answer, *self._read(_CONTROL + self._capacity, after, wait=wait))
 
     def wait(self, sequence: int) -> Answer:
         """The answer to a hand-over. Waits for as long as it takes: the launcher watches the checkpointer."""
@@ -156,14 +160,21 @@ class HandoverBuffer:
             os.pwrite(self._descriptor, text, offset + _RECORD.size)
             os.pwrite(self._descriptor, _RECORD.pack(record.sequence, len(text)), offset)
 
-    def _read(self, offset: int, after: int, *, wait: bool = False) -> bytes:
+    def _read(self, offset: int, after: int, *, wait: bool = False) -> tuple[int, bytes]:
         # Whoever holds the lock may have been stopped, which must not stop this side too.
         how = fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB
         with contextlib.suppress(BlockingIOError), _locked(self._descriptor, how):
             sequence, length = _RECORD.unpack(os.pread(self._descriptor, _RECORD.size, offset))
             if sequence > after:
-                return os.pread(self._descriptor, length, offset + _RECORD.size)
-        return b""
+                return sequence, os.pread(self._descriptor, length, offset + _RECORD.size)
+        return 0, b""
+
+
+def _whole(kind: type[_Record], sequence: int, text: bytes) -> _Record | None:
+    with contextlib.suppress(ValueError):
+        record = kind.model_validate_json(text)
+        return record if record.sequence == sequence else None
+    return None
 
 
 @contextlib.contextmanager

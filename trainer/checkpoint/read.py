@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if sorted(record.path for record in manifest.files) != sorted(expected_files(manifest.world)):
         raise CheckpointError(f"{file}: does not list the files of a world of {manifest.world}")
     for record in manifest.files:
-        found = (path / record.path).stat().st_size if (path / record.path).is_file() else None
+        found = _bytes_of(path / record.path)
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{path / record.path}: {state}, the manifest says {record.bytes} bytes")
@@ -130,6 +131,15 @@ def _hash(file: Path) -> str:
         return sha256_file(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _bytes_of(file: Path) -> int | None:
+    """A file's size; ``None``: no such file, or not any more, as retention may be at work."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _size(file: Path) -> int:

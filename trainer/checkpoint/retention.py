@@ -95,7 +95,7 @@ def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list
     Those that await their evaluation stay, and those that somebody reads (:func:`delete`).
 
     Raises:
-        OSError: a checkpoint could not be deleted; half of one is never taken for a whole.
+        OSError: a checkpoint could not be deleted, the others are; half of one is never taken for a whole.
     """
     steps = [checkpoint.step for checkpoint in complete_checkpoints(run)]
     figures = figures_of(run, steps)
@@ -104,21 +104,33 @@ def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list
 
 
 def delete(run: Path, steps: Collection[int]) -> list[str]:
-    """Delete checkpoints, but none that somebody reads (it holds a shared lock on the manifest); returns the names."""
-    deleted = []
+    """Delete checkpoints, but none that somebody reads (it holds a shared lock on the manifest); returns the names.
+
+    Raises:
+        OSError: one could not be deleted; the others are.
+    """
+    deleted: list[str] = []
+    failure: OSError | None = None
     for step in sorted(steps):
         path = run / "checkpoints" / step_name(step)
         try:
-            stream = (path / MANIFEST).open("rb")
-        except FileNotFoundError:
-            continue
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            doomed = path.with_name(f"{path.name}.deleted{TEMPORARY}")
-            os.rename(path, doomed)
-        remove_tree(doomed)
-        deleted.append(path.name)
+            if _delete(path):
+                deleted.append(path.name)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
     return deleted
+
+
+def _delete(path: Path) -> bool:
+    doomed = path.with_name(f"{path.name}.deleted{TEMPORARY}")
+    try:
+        # Not to write: over NFS and SMB only a file that is open for writing can be locked for one alone.
+        with (path / MANIFEST).open("r+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(path, doomed)
+    except (FileNotFoundError, BlockingIOError):
+        return False
+    remove_tree(doomed)
+    return True

@@ -160,7 +160,10 @@ class InlineSaver:
     def tidy(self) -> None:
         """Delete what the policy does not keep."""
         if comm.rank() == 0 and self._checkpoint is not None:
-            retain(self._facts.run, self._recipe, self._checkpoint.step)
+            try:
+                retain(self._facts.run, self._recipe, self._checkpoint.step)
+            except OSError as error:
+                self._reporter.note(f"WARNING an old checkpoint could not be deleted: {error}")
 
     def _attempt_write(self, folder: Path) -> list[FileRecord] | str:
         """This rank's files, or why they could not be written: the ranks must all learn of it, not hang."""

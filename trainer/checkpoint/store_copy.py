@@ -12,6 +12,8 @@ from vitgraft.data_shards.remote import ATTEMPTS, FIRST_DELAY, LONGEST_DELAY, fi
 from vitgraft.trainer.checkpoint.layout import MANIFEST, POINTER
 from vitgraft.trainer.checkpoint.read import Checkpoint, blob_path, open_checkpoint
 
+_LOOK_S = 0.1
+
 
 class StoreCopy:
     """Copies one checkpoint after another in a thread of its own; of several that wait only the newest.
@@ -39,12 +41,18 @@ class StoreCopy:
             self._next = checkpoint
             self._changed.notify()
 
-    def close(self) -> None:
-        """Finish what was offered, however long it takes, and end."""
+    def close(self, drop: threading.Event | None = None) -> None:
+        """Finish what was offered, however long it takes, and end.
+
+        Args:
+            drop: once it is set nothing is waited for: a copy without its manifest is none, and the next start offers
+                the newest checkpoint again.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        while self._thread.is_alive() and not (drop is not None and drop.is_set()):
+            self._thread.join(_LOOK_S)
 
     def _work(self) -> None:
         while True:
@@ -60,22 +68,28 @@ class StoreCopy:
                     self._copy_with_patience(checkpoint)
             except CheckpointError:
                 continue  # gone already: a newer one is on its way
+            except Exception as error:  # the thread must live to copy the next one
+                self._failed(path, error)
 
     def _copy_with_patience(self, checkpoint: Checkpoint) -> None:
-        reason, delay = "", self._first_delay
+        failure, delay = Exception(), self._first_delay
         for attempt in range(ATTEMPTS):
             try:
                 copy_checkpoint(checkpoint, self._url)
                 return
             # Client libraries raise what they like; whatever it is, training goes on.
             except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                failure = error
             with self._changed:
                 if attempt + 1 < ATTEMPTS and self._changed.wait_for(lambda: self._next is not None, delay):
                     break
             delay = min(LONGEST_DELAY, 2 * delay)
+        self._failed(checkpoint.path, failure)
+
+    def _failed(self, path: Path, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         self._warn(
-            f"WARNING {checkpoint.path.name} was not copied to {shown(self._url)} ({reason}); training goes on, "
+            f"WARNING {path.name} was not copied to {shown(self._url)} ({reason}); training goes on, "
             "and the next checkpoint is tried again"
         )
 

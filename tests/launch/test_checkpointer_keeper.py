@@ -1,0 +1,97 @@
+"""The launcher's side of the checkpointer: its patience, what it tells, and how it asks for the end."""
+
+from __future__ import annotations
+
+import os
+import selectors
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import tiny_recipe
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.load import validate_recipe
+from vitgraft.launch import checkpointer as module
+from vitgraft.launch.checkpointer import START_S, CheckpointerKeeper
+from vitgraft.launch.local import Gang
+from vitgraft.launch.run_dir import RunHandle
+
+
+class Watched:
+    """A keeper whose clock is set by hand and whose processes do nothing."""
+
+    def __init__(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.pid = 1000.0, 0
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(DEVNULL=None, Popen=self._popen))
+        (run / "logs").mkdir()
+        lock = (run / "lock").open("w")
+        self.handle = RunHandle(run, 1, None, lock, [])
+        self.keeper = CheckpointerKeeper(self.handle, 2.0)
+        self.keeper.start(0)
+
+    def _popen(self, *_: object, **__: object) -> Any:
+        self.pid += 1
+        return SimpleNamespace(pid=self.pid, poll=lambda: None, kill=lambda: None, wait=lambda: None)
+
+    def beat(self, outstanding: int | None = None, pid: int | None = None) -> str | None:
+        return self.keeper.heard({"pid": pid or self.pid, "done": 0, "outstanding": outstanding})
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(tmp_path, monkeypatch)
+
+
+def test_the_silence_bound_begins_with_the_first_sign_of_life(watched: Watched) -> None:
+    watched.now += START_S - 1
+    assert watched.keeper.tend()
+    assert watched.pid == 1
+    watched.beat()
+    watched.now += 3
+    watched.keeper.tend()
+    assert watched.pid == 2, "silent for longer than its bound"
+    watched.beat(pid=1)  # the predecessor's, late
+    watched.now += START_S - 1
+    watched.keeper.tend()
+    assert watched.pid == 2
+    watched.now += 2
+    watched.keeper.tend()
+    assert watched.pid == 3, "a start-up is not waited for for ever"
+
+
+def test_a_write_that_hangs_is_told_of_now_and_then(watched: Watched) -> None:
+    told = []
+    for second in range(300):
+        watched.now = 1000.0 + second
+        note = watched.beat(outstanding=7 if second >= 10 else None)
+        if note is not None:
+            told.append((second, note))
+    assert [second for second, _ in told] == [70, 130, 250]
+    assert told[0][1].startswith("WARNING checkpoint of step 7 is being written for 60 s")
+    assert watched.beat(outstanding=8) is None
+
+
+@pytest.mark.parametrize(("done", "stopping", "drop"), [(True, None, False), (False, None, True), (True, 15, True)])
+def test_only_a_run_that_is_done_waits_for_the_last_copy(done: bool, stopping: int | None, drop: bool) -> None:
+    asked: list[bool] = []
+    answers = iter([True, True, False])
+    nothing: Any = None
+    keeper: Any = SimpleNamespace(
+        tend=lambda: next(answers), drain=lambda *, drop_copy: asked.append(drop_copy), end=lambda: None
+    )
+    gang = Gang(nothing, nothing, nothing, keeper)
+    gang.stopping = stopping
+    read, write = os.pipe()
+    with selectors.DefaultSelector() as selector:
+        assert gang._drain(selector, read, b"", wait_for_copy=done) == (b"", None)
+    os.close(read)
+    os.close(write)
+    assert asked == [drop, drop]
+
+
+def test_a_silence_bound_that_nobody_can_keep_is_refused() -> None:
+    with pytest.raises(ConfigError, match="writer_silence_s"):
+        validate_recipe(tiny_recipe("semantic", "t", train__checkpoint={"writer_silence_s": 1}), "test")
