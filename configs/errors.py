@@ -5,14 +5,27 @@ Exit codes are part of the command line's contract (docs/exit_codes.md).
 
 from __future__ import annotations
 
+import errno
+from typing import Literal
+
+ErrorCause = Literal["lost_peers", "non_finite", "device_memory", "host_memory", "no_space"]
+"""What a supervisor must tell apart, and an exit code does not. ``lost_peers``: another rank went first."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
 
 class VitgraftError(Exception):
-    """Base of every error that is answered with one line and a stable exit code instead of a traceback."""
+    """Base of every error that is answered with one line and a stable exit code instead of a traceback.
+
+    ``cause``: for programs, where there is one to tell. ``step``: of training, from 1 as in the metrics, at which it
+    came to light; ``None``: none, or not known.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, cause: ErrorCause | None = None, step: int | None = None) -> None:
         super().__init__(" ".join(message.split()))
+        self.cause, self.step = cause, step
 
 
 class ConfigError(VitgraftError):
@@ -49,3 +62,14 @@ class PreemptedRun(VitgraftError):
     """Stopped on SIGTERM behind a committed checkpoint: requeue me (exit 75)."""
 
     exit_code = 75
+
+
+def cause_of(error: BaseException) -> ErrorCause | None:
+    """What the system said by an error of its own: no space, no memory, nobody at the other end of a connection."""
+    if isinstance(error, MemoryError):
+        return "host_memory"
+    if isinstance(error, ConnectionError):
+        return "lost_peers"
+    if isinstance(error, OSError):
+        return "no_space" if error.errno in _NO_SPACE else "host_memory" if error.errno == errno.ENOMEM else None
+    return None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NOT_FINITE = "the loss was not finite"
+"""Why an entry was left out whose sample is sound."""
 
 
 class Entry(NamedTuple):
@@ -19,7 +23,8 @@ class Entry(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """An entry that was left out because its sample cannot be read. ``key``: the sample's; ``reason``: one line."""
+    """An entry that was left out because its sample cannot be read, or was not read (``NOT_FINITE``). ``key``: the
+    sample's; ``reason``: one line."""
 
     entry: Entry
     key: str
@@ -61,10 +66,10 @@ class Batch:
 
     def _map(self, function: Any) -> Batch:
         targets = self.targets
-        if isinstance(targets, Tensor):
-            targets = function(targets)
-        elif targets is not None:
+        if isinstance(targets, list):
             targets = [{key: function(value) for key, value in target.items()} for target in targets]
+        elif targets is not None:
+            targets = function(targets)
         return Batch(
             function(self.images),
             function(self.sizes),

@@ -11,7 +11,6 @@ only a file that nobody reads is evicted, the one that was not used for longest 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.errors import ConfigError, DataError, cause_of
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.data_shards.remote import UnreachableError, download, shown
 
@@ -33,7 +32,6 @@ WAIT_SECONDS = 600.0
 """How long to wait for room that other processes' transfers take."""
 _POLL = 0.05
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|idx)(\.part|\.bad)?")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -253,10 +251,11 @@ class FileCache:
         return free >= size
 
     def _os_error(self, error: OSError) -> UnreachableError:
-        if error.errno in _NO_SPACE:
+        if cause_of(error) == "no_space":
             return UnreachableError(
                 f"{self.folder}: disk full; free some space, set data.cache.max_bytes lower or data.cache.folder to "
-                "another disk"
+                "another disk",
+                cause="no_space",
             )
         return UnreachableError(
             f"{self.folder}: {error.strerror or error}; set data.cache.folder to a folder to write in"

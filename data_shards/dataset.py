@@ -15,7 +15,7 @@ from torch import Tensor
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.hashing import seed_of
 from vitgraft.configs.schema.data import DataConfig, SourceConfig, ViewsConfig
-from vitgraft.data_shards.batch import Batch, Entry, Skipped, Truth
+from vitgraft.data_shards.batch import NOT_FINITE, Batch, Entry, Skipped, Truth
 from vitgraft.data_shards.decode import (
     IMAGE_EXTENSIONS,
     check_annotations,
@@ -61,7 +61,8 @@ class EvalItem:
 class PackedDataset:
     """A packed data set, or a mixture of several, that makes whole batches.
 
-    ``manifest``: of the data set; of a mixture's first, with whose kind and classes all others agree.
+    ``manifest``: of the data set; of a mixture's first, with whose kind and classes all others agree. ``left_out``:
+    entries (epoch, position) that training leaves out unread; set it before the first batch is asked for.
 
     Args:
         source: the folder, a URL, ``digits:KIND/SPLIT``, or the sources of a mixture (the recipe's ``data.train``).
@@ -97,6 +98,7 @@ class PackedDataset:
                     f"{folder}: holds {manifest.kind} data, the model's head needs {kind}; change data.*.path or head"
                 )
         self.config, self.kind, self.seed, self.train, self.views = config, kind, seed, train, views
+        self.left_out: frozenset[tuple[int, int]] = frozenset()
         self.parts = [
             Part(manifest.fingerprint, manifest.shard_sizes, visits)
             for manifest, (_, visits) in zip(manifests, sources, strict=True)
@@ -122,10 +124,10 @@ class PackedDataset:
         return len(self.reader)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views
+        return self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views, self.left_out
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views = state
+        self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views, self.left_out = state
         self._open()
 
     @property
@@ -163,17 +165,20 @@ class PackedDataset:
             empty_shared((len(entries), *self._shape)) if self.shared else torch.empty((len(entries), *self._shape))
         )
         for entry, place in zip(entries, images, strict=True):
+            reason: str | None = NOT_FINITE if self._is_left_out(entry) else None
             try:
-                sample, size = self._finished(entry, made, place)
-                weights.append(1.0)
+                if reason is None:
+                    sample, size = self._finished(entry, made, place)
             except UnreachableError:
                 raise
             except DataError as error:
                 if self.config.on_error == "stop":
                     raise
-                skipped.append(Skipped(entry, self.reader.key(entry.sample), str(error)))
+                reason = str(error)
+            if reason is not None:
+                skipped.append(Skipped(entry, self.reader.key(entry.sample), reason))
                 sample, size = self._nothing(), self.transforms.canvas
-                weights.append(0.0)
+            weights.append(0.0 if reason is not None else 1.0)
             if sample.image is not place:
                 place.copy_(sample.image)
             placed.append(sample)
@@ -218,8 +223,9 @@ class PackedDataset:
 
     def _mate(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
         """The partner of an entry, by itself."""
+        partner = self._partner(entry)
         try:
-            return self._augmented(self._partner(entry), made)
+            return self._augmented(entry if self._is_left_out(partner) else partner, made)
         except UnreachableError:
             raise
         except DataError:
@@ -227,6 +233,9 @@ class PackedDataset:
                 raise
             # The partner's own entry is the one that is skipped. Mixed with itself a sample stays what it is.
             return self._augmented(entry, made)
+
+    def _is_left_out(self, entry: Entry) -> bool:
+        return (entry.epoch, entry.position) in self.left_out
 
     def _seed(self, purpose: str, entry: Entry) -> int:
         return seed_of(purpose, self.seed, entry.epoch, entry.sample, entry.repetition)

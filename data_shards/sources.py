@@ -11,7 +11,6 @@ from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.manifest import Kind, read_manifest
-from vitgraft.data_shards.pack.digits import DEFAULT_SAMPLES, VERSION, Split, pack_digits
 from vitgraft.data_shards.pack.writer import Progress
 from vitgraft.data_shards.remote import is_url
 
@@ -44,6 +43,9 @@ def ensure_digits(uri: str, progress: Progress | None = None) -> Path:
         ConfigError: unknown KIND or SPLIT (lists the valid ones), or scikit-learn is missing.
         DataError: the cache folder cannot be written.
     """
+    # Imports torch, which takes seconds; the launcher asks for sources too.
+    from vitgraft.data_shards.pack.digits import DEFAULT_SAMPLES, VERSION, Split, pack_digits
+
     kind, _, split = uri.removeprefix(SCHEME).partition("/")
     if not uri.startswith(SCHEME) or (kind, split) not in DEFAULT_SAMPLES:
         valid = ", ".join(f"{SCHEME}{k}/{s}" for k, s in DEFAULT_SAMPLES)

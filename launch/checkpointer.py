@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.errors import TrainingError
-from vitgraft.launch.run_dir import RunHandle
 from vitgraft.trainer.checkpoint.handover import BUFFER_VARIABLE
 from vitgraft.trainer.checkpointer import SIGNALS
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE
+from vitgraft.trainer.signals import DRAIN, DROP_COPY
 
 MAX_RESTARTS = 3
 """Successors that are started before one of them commits anything; then the run ends."""
@@ -28,10 +29,17 @@ SLOW_WRITE_S = 60.0
 
 @dataclass
 class CheckpointerKeeper:
-    """Keeps one checkpointer alive. ``silence``: seconds without a sign of life after which it is killed."""
+    """Keeps one checkpointer alive.
 
-    handle: RunHandle
+    ``silence``: seconds without a sign of life after which it is killed. ``lock``: open descriptor of RUN/lock, which
+    it holds too; ``None`` where the run is owned from another host. ``event``: writes to RUN/events.jsonl.
+    """
+
+    run: Path
+    attempt: int
     silence: float
+    lock: int | None
+    event: Callable[..., None]
     buffers: list[int] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
@@ -97,7 +105,7 @@ class CheckpointerKeeper:
                 f"{self.log_path()}"
             )
         self.restarts += 1
-        self.handle.event("checkpointer_restart", reason=reason, restarts=self.restarts)
+        self.event("checkpointer_restart", reason=reason, restarts=self.restarts)
         self._start()
         return True
 
@@ -111,7 +119,7 @@ class CheckpointerKeeper:
             return
         self._draining, self._drop_copy = True, drop_copy
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR2 if drop_copy else signal.SIGUSR1)
+            self.process.send_signal(DROP_COPY if drop_copy else DRAIN)
 
     def end(self) -> None:
         """Kill it, and let the buffers go."""
@@ -122,11 +130,11 @@ class CheckpointerKeeper:
 
     def log_path(self) -> Path:
         """RUN/logs/ROLE.HOST.ATTEMPT.log."""
-        return self.handle.path / "logs" / f"checkpointer.{os.uname().nodename}.{self.handle.attempt}.log"
+        return self.run / "logs" / f"checkpointer.{os.uname().nodename}.{self.attempt}.log"
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "vitgraft.trainer.checkpointer", "--run-dir", str(self.handle.path.resolve())]
-        command += ["--attempt", str(self.handle.attempt), *(["--drain"] if self._draining else [])]
+        command = [sys.executable, "-m", "vitgraft.trainer.checkpointer", "--run-dir", str(self.run.resolve())]
+        command += ["--attempt", str(self.attempt), *(["--drain"] if self._draining else [])]
         command += ["--drop-copy"] if self._drop_copy else []
         command += ["--buffers", *map(self._path, self.buffers)]
         environment = {
@@ -146,7 +154,7 @@ class CheckpointerKeeper:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=(self._pipe, self.handle.lock.fileno()),
+                    pass_fds=(self._pipe, *(() if self.lock is None else (self.lock,))),
                     start_new_session=True,
                 )
         finally:

@@ -11,6 +11,7 @@ import typer
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, VitgraftError
 from vitgraft.launch.checkpoints_cli import checkpoints
+from vitgraft.launch.launch_cli import launch
 from vitgraft.launch.shards_cli import shards
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards")
 app.add_typer(checkpoints, name="checkpoints")
+app.add_typer(launch, name="launch")
 
 Device = Literal["auto", "cpu", "cuda"]
 RunOrCheckpoint = Annotated[
@@ -42,16 +44,34 @@ def train(
     ] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Ranks on this host.")] = None,
     resume: Annotated[str, typer.Option("--resume", help="auto, never, or a checkpoint of this run.")] = "auto",
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", help="Run on these hosts, from this one: lines NAME slots=N [spare=true]."),
+    ] = None,
+    include: Annotated[str, typer.Option("--include", help="Only these of the hostfile, e.g. node-1@node-2:0,1.")] = "",
+    exclude: Annotated[str, typer.Option("--exclude", help="All of the hostfile but these.")] = "",
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="This command runs once on each of so many nodes.")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option("--node-rank", min=0, help="This node's number; 0 leads.")] = None,
+    leader: Annotated[
+        str | None, typer.Option("--leader", metavar="HOST[:PORT]", help="Where the others reach node 0.")
+    ] = None,
 ) -> None:
     """Train a recipe. The same command goes on where a stopped or killed run was."""
+    import os
+
     from vitgraft.configs.load import load_recipe
     from vitgraft.launch import training
+    from vitgraft.launch.nodes import node_place
     from vitgraft.launch.ui import Screen
 
     loaded = load_recipe(recipe, overrides)
     run = run_dir or Path("runs") / loaded.name
+    place = None if hostfile is not None and nodes is None else node_place(nodes, node_rank, leader, os.environ)
+    where = training.Where(processes, hostfile, include, exclude, place)
     with Screen() as screen:
-        training.train(loaded, run, screen, processes=processes, resume=resume)
+        training.train(loaded, run, screen, where, resume=resume)
     typer.echo(f"done: {run}")
 
 

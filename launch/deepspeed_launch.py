@@ -18,7 +18,6 @@ from pathlib import Path
 from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.hosts import Host, Slots, write_hostfile
 
-RANK_MODULE = "vitgraft.trainer.rank"
 ENV_FILE_VARIABLE = "DS_ENV_FILE"
 FORWARDED = (
     "CUDA_",
@@ -58,8 +57,8 @@ def slot_filter(slots: Slots) -> str:
     return "@".join(f"{name}:{','.join(map(str, used))}" for name, used in slots.items())
 
 
-def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, arguments: Sequence[str]) -> list[str]:
-    """DeepSpeed's runner over pdsh, starting ``python -m vitgraft.trainer.rank ARGUMENTS`` once for each slot.
+def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, module: str, arguments: Sequence[str]) -> list[str]:
+    """DeepSpeed's runner over pdsh, starting ``python -m MODULE ARGUMENTS`` once for each slot.
 
     Raises:
         ConfigError: an argument holds control characters, which no shell line can carry.
@@ -82,7 +81,7 @@ def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, arguments: Se
         "--master_port",
         str(meeting.port),
         "--module",
-        RANK_MODULE,
+        module,
         *map(_pdsh_word, arguments),
     ]
 
@@ -138,7 +137,9 @@ def runner_environment(environment: Mapping[str, str], env_file: Path, ssh_args:
     """
     kept = {name: value for name, value in environment.items() if not name.startswith(("PYTHON", "PDSH_"))}
     # Given in full, as pdsh's own arguments begin with the local user's name, which outdoes a configuration of ssh.
-    words = ["-a", "-x", "-oBatchMode=yes", *ssh_args, "%h"]
+    # And one to a host that vanishes must end some time, whoever else is left to end it.
+    alive = ["-oServerAliveInterval=10", "-oServerAliveCountMax=3"]
+    words = ["-a", "-x", "-oBatchMode=yes", *ssh_args, *alive, "%h"]
     return {
         **kept,
         ENV_FILE_VARIABLE: str(env_file),

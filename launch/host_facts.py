@@ -45,7 +45,7 @@ def main() -> None:
     probe = NetworkProbe()
     with contextlib.suppress(queue.Empty):
         while (line := questions.get(timeout=IDLE_S)) is not None:
-            print(ANSWER + json.dumps(_answer(json.loads(line), probe)), flush=True)
+            print(ANSWER + json.dumps(answer_to(json.loads(line), probe)), flush=True)
 
 
 def _read(questions: queue.Queue[str | None]) -> None:
@@ -57,7 +57,7 @@ def _read(questions: queue.Queue[str | None]) -> None:
     os._exit(1)
 
 
-def _answer(question: Answer, probe: NetworkProbe) -> Answer:
+def answer_to(question: Answer, probe: NetworkProbe) -> Answer:
     """Run what is asked for; what goes wrong is an answer too."""
     arguments = dict(question)
     handlers: dict[str, Callable[..., Answer]] = {

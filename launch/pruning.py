@@ -17,7 +17,7 @@ from vitgraft.launch.inspection import Progress, damaged, scan_run
 from vitgraft.trainer.checkpoint.layout import MANIFEST, parse_step, step_name
 from vitgraft.trainer.checkpoint.manifest import read_manifest
 from vitgraft.trainer.checkpoint.read import Checkpoint
-from vitgraft.trainer.checkpoint.retention import Policy, delete, evaluation_due, figures_of, plan
+from vitgraft.trainer.checkpoint.retention import Policy, delete, figures_of, plan, spared_for_evaluation
 
 _BLOB = re.compile(r"^[0-9a-f]{64}$")
 
@@ -53,7 +53,7 @@ def prune(run: Path, wanted: Wanted, *, dry_run: bool = False, progress: Progres
             yield f"{path.name}  left, INVALID  {problem}"
         valid = {c.step: c for path, c in found if isinstance(c, Checkpoint) and path not in problems}
         figures = figures_of(run, valid)
-        spared = {step for step in valid if step not in figures and evaluation_due(recipe, step, None)}
+        spared = spared_for_evaluation(run, recipe, valid, figures)
         doomed = plan(valid, policy, figures, spared)
         gone = {step_name(step) for step in doomed} if dry_run else set(delete(run, doomed))
         verb = "would be deleted" if dry_run else "deleted"

@@ -124,13 +124,18 @@ class Conversation:
         """Why the program is gone, in one line."""
         code = self._process.wait()
         self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
-        said = lines[-1].strip() if lines else f"ended with code {code}"
-        if code == _SSH_FAILED:
-            return f"{said}; ssh {self.host} must work without a password (launch.ssh_args, VITGRAFT_SSH_CONFIG)"
-        if code == _NOT_FOUND or "No such file" in said or "ModuleNotFoundError" in said or "No module named" in said:
-            return f"{said}; vitgraft must be installed there under the same path as here"
-        return said
+        return explain(code, self._complaints.read().decode(errors="replace"), self.host)
+
+
+def explain(code: int, complaints: str, host: str) -> str:
+    """Why a program on another host has ended, and the remedy, from its exit code and what it wrote to stderr."""
+    lines = complaints.strip().splitlines()
+    said = lines[-1].strip() if lines else f"ended with code {code}"
+    if code == _SSH_FAILED:
+        return f"{said}; ssh {host} must work without a password (launch.ssh_args, VITGRAFT_SSH_CONFIG)"
+    if code == _NOT_FOUND or "No such file" in said or "ModuleNotFoundError" in said or "No module named" in said:
+        return f"{said}; vitgraft must be installed there under the same path as here"
+    return said
 
 
 def ask_all(

@@ -41,6 +41,26 @@ class RunHandle:
         with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
+    def claim(self) -> None:
+        """Make this the attempt that owns the run: what an earlier one has left may not commit any more."""
+        self.attempt = _next_attempt(self.path)
+        replace_text(self.path / ATTEMPT, f"{self.attempt}\n")
+
+    def next_attempt(self) -> None:
+        """Begin another attempt of the same command, from the newest valid checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, but no valid one.
+            ConfigError: the folder cannot be written any more.
+        """
+        self.notes = []
+        try:
+            self.claim()  # first: from here on nobody else commits
+            sweep(self.path)
+            self.resume = _where_to_go_on(self.path, "auto", self.notes)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
     def close(self) -> None:
         """Give the run up."""
         self.lock.close()
@@ -70,15 +90,13 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
         sweep(path)
         if resume != "never":
             _check_recipe(path, recipe)
-        notes: list[str] = []
-        checkpoint = _where_to_go_on(path, resume, notes)
+        handle = RunHandle(path, 0, None, lock, [])
+        handle.resume = _where_to_go_on(path, resume, handle.notes)
         for folder in ("logs", "results", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         replace_text(path / "config.yaml", dump_recipe(recipe))
-        attempt = _next_attempt(path)
-        # From here on what an earlier attempt has left may not commit any more.
-        replace_text(path / ATTEMPT, f"{attempt}\n")
-        return RunHandle(path, attempt, checkpoint, lock, notes)
+        handle.claim()
+        return handle
     except BaseException as error:
         lock.close()
         if isinstance(error, OSError):
@@ -171,7 +189,7 @@ def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: s
     """Later checkpoints are moved away, not overwritten; so are later results, which say nothing about the checkpoints
     that will be written under these names."""
     later = [name for name in names if name > chosen.path.name]
-    results = [f"results/{file.name}" for file in sorted(path.glob("results/step-*.json")) if _step(file) > chosen.step]
+    results = [f"results/{file.name}" for file in sorted(path.glob("results/step-*.*")) if _step(file) > chosen.step]
     if later or results:
         folder = set_aside(path, [*(f"checkpoints/{name}" for name in later), *results], reason)
         notes.append(f"{', '.join(later or results)} moved to {folder}")

@@ -1,18 +1,26 @@
-"""``vitgraft train`` on one host: recipe in, run directory out."""
+"""``vitgraft train``: recipe in, run directory out."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.recipe import possible_worlds
 from vitgraft.data_shards.manifest import Manifest, read_manifest
 from vitgraft.data_shards.mixture import check_mixture
 from vitgraft.data_shards.sources import resolve_source
-from vitgraft.launch.checkpointer import CheckpointerKeeper
+from vitgraft.launch import deepspeed_launch
+from vitgraft.launch.backends import Backend, HereBackend, HostfileBackend
 from vitgraft.launch.devices import place
-from vitgraft.launch.local import Gang, free_port
-from vitgraft.launch.run_dir import open_run
+from vitgraft.launch.hosts import Host, choose_slots, read_hostfile, ssh_arguments
+from vitgraft.launch.node_backend import NodeBackend, follow
+from vitgraft.launch.nodes import NodePlace
+from vitgraft.launch.run_dir import RunHandle, open_run
+from vitgraft.launch.supervisor import Supervisor
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.commit import all_step_names
 from vitgraft.trainer.checkpoint.layout import MANIFEST
@@ -20,40 +28,88 @@ from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.deepspeed_config import render
 
 
-def train(recipe: Recipe, run: Path, screen: Screen, *, processes: int | None = None, resume: str = "auto") -> None:
+@dataclass(frozen=True)
+class Where:
+    """On which hosts a run is to be. ``processes``: ranks on this host. ``include`` and ``exclude`` choose slots of the
+    hostfile. ``place``: this node's, where one command runs on each."""
+
+    processes: int | None = None
+    hostfile: Path | None = None
+    include: str = ""
+    exclude: str = ""
+    place: NodePlace | None = None
+
+
+def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None, *, resume: str = "auto") -> None:
     """Train to the end of the recipe, or go on where the run stopped.
 
     Raises:
         VitgraftError: one line and an exit code; no process is left.
     """
-    placement = place(recipe, processes)
-    render(recipe, placement.processes)
+    where = where or Where()
+    if where.place is not None and not where.place.leads:
+        follow(where.place, run, screen)
+        return
+    open_backend = _backend(recipe, where)
     classes = check_data(recipe, screen)
     check_model(recipe, classes)
     check_copy(recipe)
     if resume == "never" or not all_step_names(run):
         check_start(recipe)
-    port = free_port(recipe.launch.port)
     handle = open_run(run, recipe, resume)
     try:
-        for note in handle.notes:
-            screen.note(note)
-        start = f"from {handle.resume.path.name}" if handle.resume is not None else "from the start"
-        screen.note(
-            f"attempt {handle.attempt} {start}: {placement.processes} ranks on {placement.device}, "
-            f"{placement.threads} threads each, in {run}"
-        )
-        facts = {"resume": handle.resume.step if handle.resume else None, "world": placement.processes}
-        handle.event("start", **facts, device=placement.device, threads=placement.threads, notes=handle.notes)
-        separate, silence = recipe.train.roles == "separate", recipe.train.checkpoint.writer_silence_s
-        try:
-            Gang(handle, placement, screen, CheckpointerKeeper(handle, silence) if separate else None).run(port)
-        except VitgraftError as error:
-            handle.event("end", code=error.exit_code, reason=str(error))
-            raise
-        handle.event("end", code=0, reason="done")
+        Supervisor(handle, recipe, open_backend(handle), screen, os.getcwd()).run()
     finally:
         handle.close()
+
+
+def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
+    """Everything about the hosts that can be wrong before a process starts.
+
+    Raises:
+        ConfigError: hosts that are not there, or worlds that cannot carry the batch.
+    """
+    if where.hostfile is not None:
+        if where.processes is not None or where.place is not None:
+            raise ConfigError("--hostfile: its slots say how many ranks run where; leave --processes and --nodes out")
+        hosts = read_hostfile(where.hostfile)
+        slots = choose_slots(hosts, where.include, where.exclude)
+        spares = {host.name: tuple(range(host.slots)) for host in hosts if host.spare and host.name not in slots}
+        names = [host.name for host in hosts]
+        chosen = [
+            Host(host.name, len((slots | spares)[host.name]), host.spare and host.name not in slots)
+            for host in hosts
+            if host.name in slots | spares
+        ]
+        if recipe.evaluator is not None and recipe.evaluator.host not in (None, *names):
+            raise ConfigError(
+                f"evaluator.host: {recipe.evaluator.host} is not in {where.hostfile}; name one of its hosts"
+            )
+        _check_world(recipe, sum(host.slots for host in chosen if not host.spare))
+        ssh_args = ssh_arguments(recipe.launch.ssh_args, os.environ)
+        deepspeed_launch.check_folder(Path.cwd())
+        return lambda handle: HostfileBackend(chosen, slots | spares, ssh_args)
+    if where.include or where.exclude:
+        raise ConfigError("--include and --exclude choose among the hosts of a --hostfile; name one")
+    if recipe.evaluator is not None and recipe.evaluator.host not in (None, os.uname().nodename):
+        raise ConfigError(f"evaluator.host: {recipe.evaluator.host}: this run is on this host alone; set it to null")
+    placement = place(recipe, where.processes)
+    if where.place is not None:
+        node = where.place
+        _check_world(recipe, node.nodes * placement.processes)
+        return lambda handle: NodeBackend(node, placement.processes, handle.path, handle.lock.fileno())
+    render(recipe, placement.processes)
+    return lambda handle: HereBackend(os.uname().nodename, placement.processes, handle.lock.fileno())
+
+
+def _check_world(recipe: Recipe, world: int) -> None:
+    worlds = possible_worlds(recipe.train.global_batch, recipe.train.accumulation)
+    if world not in worlds:
+        raise ConfigError(
+            f"a world of {world} cannot carry global_batch {recipe.train.global_batch} with accumulation "
+            f"{recipe.train.accumulation}; possible worlds: {', '.join(map(str, worlds))}"
+        )
+    render(recipe, world)
 
 
 def check_copy(recipe: Recipe) -> None:

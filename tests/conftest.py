@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Machines are shared and slow at times: how long an example takes fails nothing.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 _WITH_RANKS = {"runs", "multinode"}
 

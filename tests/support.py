@@ -56,7 +56,8 @@ def tiny_recipe(task: str, train: Path | str, val: Path | str | None = None, **s
             "checkpoint": {"every_steps": 3, "keep_last": 2},
         },
         "evaluate": {"batch": 4, "every_checkpoints": 100, "pictures": 2},
-        "launch": {"processes": 2, "device": "cpu", "threads": 1},
+        # Failures end a run at once: tests of restarts ask for them.
+        "launch": {"processes": 2, "device": "cpu", "threads": 1, "max_restarts": 0},
     }
     for key, value in settings.items():
         *parents, leaf = key.split("__")

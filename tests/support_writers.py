@@ -124,7 +124,9 @@ class Keeping:
     def __init__(self, run: Path, recipe: Recipe, world: int, numel: int = 10, silence: float = 30.0) -> None:
         self.run = run
         self.lock = (run / "lock").open("w")
-        self.keeper = CheckpointerKeeper(RunHandle(run, 1, None, self.lock, []), silence)
+        self.keeper = CheckpointerKeeper(
+            run, 1, silence, self.lock.fileno(), RunHandle(run, 1, None, self.lock, []).event
+        )
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.read_end, False)
         self.messages: list[dict[str, Any]] = []

@@ -1,10 +1,9 @@
 """The checkpointer of one host: ``python -m vitgraft.trainer.checkpointer --run-dir RUN --attempt N --buffers PATH…``
 
-It writes and hashes what the ranks hand over, commits, applies the retention policy and copies to a store. SIGUSR1: end
-when everything that all ranks have handed over is committed and copied; SIGUSR2: do not wait for the copy. SIGTERM and
-SIGINT are the launcher's affair: sent to every process of a job, they must not end this one under ranks that still
-save. It can be killed at any moment: a successor finds in the buffers and in ``step-N.ATTEMPT.tmp`` how far this one
-was. It never imports torch.
+It writes and hashes what the ranks hand over, commits, applies the retention policy and copies to a store. Asked to
+drain (:mod:`vitgraft.trainer.signals`) it ends when everything that all ranks have handed over is committed, and copied
+unless the copy is dropped. It can be killed at any moment: a successor finds in the buffers and in
+``step-N.ATTEMPT.tmp`` how far this one was. It never imports torch.
 """
 
 from __future__ import annotations
@@ -33,13 +32,14 @@ from vitgraft.trainer.checkpoint.retention import retain
 from vitgraft.trainer.checkpoint.store_copy import StoreCopy
 from vitgraft.trainer.rank import PARENT_VARIABLE, die_with_parent
 from vitgraft.trainer.report import Reporter
+from vitgraft.trainer.signals import DRAIN, DROP_COPY, OF_THE_JOB, ignore_job_signals
 
 ROLE = "checkpointer"
 BEAT_S = 1.0
 POLL_S = 0.02
 OTHER_HOSTS_S = 30.0
 """How long the last writers of other hosts are waited for when everything ends."""
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (DRAIN, DROP_COPY, *OF_THE_JOB)
 """What the launcher must block until this process listens: asked before that, it hears later instead of dying."""
 _log = logging.getLogger("vitgraft")
 
@@ -316,11 +316,10 @@ def _listen(drain: threading.Event, drop_copy: threading.Event) -> None:
         drop_copy.set()
         drain.set()
 
-    signal.signal(signal.SIGUSR1, lambda *_: drain.set())
-    signal.signal(signal.SIGUSR2, without_copy)
+    signal.signal(DRAIN, lambda *_: drain.set())
+    signal.signal(DROP_COPY, without_copy)
     if PARENT_VARIABLE in os.environ:  # by hand there is nobody else to end it
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ignore_job_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked until now by the launcher
 
 

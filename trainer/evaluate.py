@@ -222,6 +222,12 @@ def evaluate_into_run(
     return evaluation
 
 
+def headline(evaluator: Evaluator, evaluation: Evaluation) -> str:
+    """The primary figures in one line."""
+    shown = ", ".join(f"{name} {evaluation.metrics.get(name, float('nan')):.3f}" for name in evaluator.task.primary)
+    return f"step {evaluation.step}: {shown} on {evaluation.samples} samples"
+
+
 def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -> bool:
     """Whether RUN/results holds this checkpoint's evaluation under this very protocol."""
     try:

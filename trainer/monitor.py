@@ -90,6 +90,17 @@ def attempts_table(events: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw_evaluation(board: SummaryWriter, step: int, figures: dict[str, float], pictures: list[Path]) -> None:
+    """One evaluation's figures and pictures as TensorBoard shows them."""
+    from vitgraft.trainer.draw import load_picture
+
+    for name, value in figures.items():
+        board.add_scalar(f"evaluation/{name}", value, step)
+    for number, path in enumerate(pictures):
+        board.add_image(f"predictions/{number:02d}", load_picture(path), step)
+    board.flush()
+
+
 class Monitor:
     """Writes the rows and curves of one attempt; rank 0 only."""
 
@@ -116,13 +127,7 @@ class Monitor:
 
     def evaluation(self, step: int, figures: dict[str, float], pictures: list[Path]) -> None:
         """Write one evaluation's figures and pictures."""
-        from vitgraft.trainer.draw import load_picture
-
-        for name, value in figures.items():
-            self._board.add_scalar(f"evaluation/{name}", value, step)
-        for number, path in enumerate(pictures):
-            self._board.add_image(f"predictions/{number:02d}", load_picture(path), step)
-        self._board.flush()
+        draw_evaluation(self._board, step, figures, pictures)
 
     def close(self) -> None:
         """Flush and close both."""

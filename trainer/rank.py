@@ -12,13 +12,18 @@ import sys
 import threading
 from pathlib import Path
 
-from vitgraft.configs.errors import TrainingError, VitgraftError
+from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.configs.load import load_recipe
+from vitgraft.trainer.heartbeat import Heart
 from vitgraft.trainer.report import Reporter
+from vitgraft.trainer.signals import ignore_job_signals
 
 PARENT_VARIABLE = "VITGRAFT_PARENT_PID"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 _PR_SET_PDEATHSIG = 1
+_LOST_PEERS = ("Connection", "gloo", "NCCL", "server socket")
+_DEVICE_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cuda failure 2")
+_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 def die_with_parent() -> None:
@@ -27,6 +32,15 @@ def die_with_parent() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None and os.getppid() != int(parent):
         os._exit(1)  # it died before the kernel was asked
+
+
+def make_deterministic() -> None:
+    """Deterministic kernels on CUDA."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,46 +54,55 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     die_with_parent()
     stop = threading.Event()
+    # Loader processes inherit what is ignored.
+    ignore_job_signals()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     reporter = Reporter.from_environment()
     try:
-        _train(options, reporter, stop)
-    except VitgraftError as error:
-        logging.getLogger("vitgraft").exception("rank ends")
-        reporter.error(error)
-        return error.exit_code
+        _train(options, reporter, Heart(reporter), stop)
     except Exception as error:  # the last line of defence: log the traceback, tell the launcher, end
         logging.getLogger("vitgraft").exception("rank ends")
-        reporter.error(_as_known(error))
-        return _as_known(error).exit_code
+        known = as_known(error)
+        reporter.error(known)
+        return known.exit_code
     return 0
 
 
-def _as_known(error: Exception) -> VitgraftError:
+def as_known(error: Exception) -> VitgraftError:
     """Failures of the machine are the run's (exit 5); anything else is a defect of ours (exit 1)."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return TrainingError(f"out of memory: {error}; lower the batch, raise accumulation or activation_checkpointing")
+    if isinstance(error, VitgraftError):
+        return error
+    text, cause = str(error), cause_of(error)
+    # Not all of torch's failures have a type of their own.
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _DEVICE_MEMORY):
+        cause = "device_memory"
+    elif _HOST_MEMORY in text:
+        cause = "host_memory"
+    elif isinstance(error, torch.distributed.DistError) or any(word in text for word in _LOST_PEERS):
+        cause = cause or "lost_peers"
+    first = (text.splitlines() or [type(error).__name__])[0]
+    if cause in ("device_memory", "host_memory"):
+        remedy = "lower the batch, raise accumulation or activation_checkpointing"
+        return TrainingError(f"out of memory: {first}; {remedy}", cause=cause)
+    if cause == "lost_peers":
+        return TrainingError(f"lost the other ranks: {first}", cause=cause)
+    if cause == "no_space":
+        return TrainingError(f"no space left: {first}; free some and start again with the same command", cause=cause)
     if isinstance(error, OSError):
         return TrainingError(f"{type(error).__name__}: {error}")
-    lost = ("Connection", "gloo", "NCCL", "server socket")
-    if isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in lost):
-        return TrainingError(f"lost the other ranks: {str(error).splitlines()[0]}")
     return VitgraftError(f"a defect of vitgraft: {type(error).__name__}: {error}; the log has the traceback")
 
 
-def _train(options: argparse.Namespace, reporter: Reporter, stop: threading.Event) -> None:
+def _train(options: argparse.Namespace, reporter: Reporter, heart: Heart, stop: threading.Event) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     recipe = load_recipe(str(options.run_dir / "config.yaml"))
     import torch
 
     torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE, "1")))
     if recipe.train.deterministic and options.device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+        make_deterministic()
     from vitgraft.trainer.session import Assignment, open_session
     from vitgraft.trainer.train import TrainLoop
 
@@ -88,11 +111,18 @@ def _train(options: argparse.Namespace, reporter: Reporter, stop: threading.Even
         reporter.progress("start", 0, 1)
     _join(options.device)
     assignment = Assignment(options.run_dir, options.attempt, options.resume, options.device)
-    loop = TrainLoop(open_session(recipe, assignment, reporter), stop.is_set)
+    loop = TrainLoop(open_session(recipe, assignment, reporter), stop.is_set, heart)
     if first:
         reporter.progress("start", 1, 1)
-    loop.catch_up()
-    loop.run()
+    try:
+        loop.catch_up()
+        loop.run()
+    except Exception as error:
+        known = as_known(error)
+        known.step = loop.step if known.step is None else known.step
+        if known is error:
+            raise
+        raise known from error
     _leave()
 
 

@@ -38,13 +38,18 @@ class Reporter:
         """A sign of life of a role, how much it has done since it started, and the step it is at work on."""
         self._send({"kind": "beat", "role": role, "pid": os.getpid(), "done": done, "outstanding": outstanding})
 
+    def state(self, facts: dict[str, object]) -> None:
+        """A rank's sign of life (:mod:`vitgraft.trainer.heartbeat`)."""
+        self._send({"kind": "state", **facts})
+
     def event(self, name: str, text: str) -> None:
         """Something for RUN/events.jsonl that the user should see too."""
         self._send({"kind": "event", "name": name, "text": text}, fallback=text)
 
     def error(self, error: VitgraftError) -> None:
-        """Why this process ends."""
-        self._send({"kind": "error", "code": error.exit_code, "text": str(error)}, fallback=f"vitgraft: {error}")
+        """Why this process ends: exit code and line, and for programs the cause and the step, where they are known."""
+        facts = {"code": error.exit_code, "text": str(error), "cause": error.cause, "step": error.step}
+        self._send({"kind": "error", **facts}, fallback=f"vitgraft: {error}")
 
     def _send(self, message: dict[str, Any], fallback: str | None = None) -> None:
         if self._descriptor is None:

@@ -13,6 +13,7 @@ from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
 from vitgraft.configs.hashing import seed_of
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.train import AdamWConfig
+from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import TrainBatches, train_batches
 from vitgraft.data_shards.plan import data_state, micro_batches, samples_before, steps_per_epoch
@@ -28,6 +29,7 @@ from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, load_model,
 from vitgraft.trainer.checkpoint.savers import Saver, make_saver
 from vitgraft.trainer.deepspeed_config import render
 from vitgraft.trainer.init_from import start_from
+from vitgraft.trainer.non_finite import read_left_out
 from vitgraft.trainer.report import Reporter
 
 
@@ -61,6 +63,12 @@ class Session:
     def samples_at(self, step: int) -> int:
         """Samples consumed before ``step``."""
         return samples_before(step, self.dataset.epoch_size, self.recipe.train.global_batch)
+
+    def entries_of(self, step: int) -> list[Entry]:
+        """All entries of a step, over all ranks and micro-steps; ``step``: from 1, as in the metrics."""
+        start, size = self.samples_at(step - 1), self.dataset.epoch_size
+        epoch, first = divmod(start, size)
+        return self.dataset.plan(epoch).entries(first, first + self.samples_at(step) - start)
 
     def data_state(self, step: int) -> DataState:
         """The global cursor before ``step``."""
@@ -112,6 +120,9 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
     )
     if checkpoint is not None:
         _check_same_run(recipe, dataset, checkpoint)
+    if train.on_non_finite == "skip":
+        # Read once, so that all ranks leave the same out whatever their hosts see of the shared disk.
+        dataset.left_out = comm.gather(read_left_out(assignment.run) if comm.rank() == 0 else frozenset())[0]
     # The same weights on all ranks, whatever the world size.
     torch.manual_seed(seed_of("init", train.seed))
     size = (recipe.data.image_size[0], recipe.data.image_size[1])

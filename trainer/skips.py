@@ -1,4 +1,4 @@
-"""RUN/skipped.jsonl: the samples that ``data.on_error: {skip: N}`` left out, and the budget for them."""
+"""RUN/skipped.jsonl: what ``data.on_error: {skip: N}`` left out, with a budget, and ``train.on_non_finite: skip``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import SkipConfig
-from vitgraft.data_shards.batch import Skipped
+from vitgraft.data_shards.batch import NOT_FINITE, Skipped
 from vitgraft.trainer import comm
 from vitgraft.trainer.monitor_files import attempts, read_rows
 
@@ -21,8 +21,8 @@ class SkipLog:
     """Counts skipped samples over all ranks and all attempts of a run.
 
     A row: {step, epoch, position, sample, repetition, key, reason, attempt}. Rows of steps that a later attempt made
-    again (RUN/events.jsonl says where it resumed) stay, but do not count; its own do. Every rank holds the same set, so
-    all of them stop at the same step.
+    again (RUN/events.jsonl says where it resumed) stay, but do not count; its own do. Nor do entries that were left out
+    because of their loss. Every rank holds the same set, so all of them stop at the same step.
 
     Args:
         run: the run directory.
@@ -37,7 +37,8 @@ class SkipLog:
         self.samples = {
             row["sample"]
             for row in read_skipped(run)
-            if row["step"] <= min([first_step, *(first for number, first in starts if number > row["attempt"])])
+            if row["reason"] != NOT_FINITE
+            and row["step"] <= min([first_step, *(first for number, first in starts if number > row["attempt"])])
         }
 
     def record(self, step: int, skipped: list[Skipped]) -> None:
@@ -50,7 +51,8 @@ class SkipLog:
             DataError: more different samples than the budget were skipped in this run; on every rank.
         """
         everyone = [item for items in comm.gather(skipped) for item in items]
-        self.samples |= {item.entry.sample for item in everyone}
+        damaged = [item for item in everyone if item.reason != NOT_FINITE]
+        self.samples |= {item.entry.sample for item in damaged}
         if comm.rank() == 0:
             with self.path.open("a+b") as file, io.TextIOWrapper(file, encoding="utf-8") as stream:
                 if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
@@ -59,10 +61,10 @@ class SkipLog:
                 for item in sorted(everyone):
                     row = {"step": step, **item.entry._asdict(), "key": item.key, "reason": item.reason}
                     stream.write(json.dumps(row | {"attempt": self.attempt}) + "\n")
-        if len(self.samples) > self.budget:
+        if damaged and len(self.samples) > self.budget:
             raise DataError(
                 f"step {step}: {len(self.samples)} samples cannot be read, data.on_error.skip allows {self.budget}; "
-                f"the last: {max(everyone).reason}; {self.path} lists all"
+                f"the last: {max(damaged).reason}; {self.path} lists all"
             )
 
 

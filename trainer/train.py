@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +24,11 @@ from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from vitgraft.trainer.checkpoint.retention import evaluation_due, result_path
-from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already
+from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already, headline
+from vitgraft.trainer.heartbeat import Heart
 from vitgraft.trainer.mfu import Arithmetic, arithmetic_of
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
+from vitgraft.trainer.non_finite import record_non_finite
 from vitgraft.trainer.own_time import clock_for, spread
 from vitgraft.trainer.schedule import lr_factor
 from vitgraft.trainer.session import Session
@@ -82,10 +85,11 @@ class StepFacts:
 
 
 class TrainLoop:
-    """Runs a session. ``stop``: asked at every step whether this rank was told to stop."""
+    """Runs a session. ``stop``: asked at every step whether this rank was told to stop. ``heart``: is told of every
+    phase."""
 
-    def __init__(self, session: Session, stop: Callable[[], bool]) -> None:
-        self.session, self.stop = session, stop
+    def __init__(self, session: Session, stop: Callable[[], bool], heart: Heart) -> None:
+        self.session, self.stop, self._heart = session, stop, heart
         self.recipe = session.recipe
         self.run_folder = session.assignment.run
         self._evaluator: Evaluator | None = None
@@ -97,6 +101,9 @@ class TrainLoop:
         self._ledger = self._open_ledger()
         attempt = session.assignment.attempt
         self._skips = SkipLog(self.run_folder, self.recipe.data.on_error, session.first_step, attempt)
+        self._may_skip = self.recipe.data.on_error != "stop" or bool(session.dataset.left_out)
+        # At work on, from 1 as in the metrics; None: not yet.
+        self.step: int | None = None
 
     def run(self) -> None:
         """Train to the end.
@@ -110,6 +117,7 @@ class TrainLoop:
         try:
             for step in range(session.first_step, session.last_step):
                 started = time.monotonic()
+                self.step = step + 1
                 facts = self._step(step, batches)
                 self._log(step + 1, facts, time.monotonic() - started, batches)
                 self._clock.stop()
@@ -135,7 +143,7 @@ class TrainLoop:
     def catch_up(self) -> None:
         """Evaluate the checkpoint that this attempt resumes from, if a kill came between its commit and its results."""
         resume, step = self.session.assignment.resume, self.session.first_step
-        if resume is None or not evaluation_due(self.recipe, step, self.session.last_step):
+        if resume is None or not self._evaluates(step):
             return
         checkpoint = open_checkpoint(resume)
         if not comm.gather(evaluated_already(self._evaluator_of_run(), self.run_folder, checkpoint))[0]:
@@ -161,7 +169,7 @@ class TrainLoop:
                 self._micro_step(part, batch.to(session.device), facts)
             if micro + 1 == train.accumulation:
                 self._check_finite(step + 1, facts)
-                if self.recipe.data.on_error != "stop" and facts.any_skipped():
+                if self._may_skip and facts.any_skipped():
                     self._skips.record(step + 1, facts.skipped)
                 if train.zero_stage == 0:
                     # DeepSpeed measures the norm itself from ZeRO-1 on.
@@ -214,25 +222,49 @@ class TrainLoop:
         if torch.stack(facts.reduced)[:, :width].isfinite().all():
             return
         bad = [micro for micro, row in enumerate(facts.local) if not row[:width].isfinite().all()]
-        mine = [self.session.dataset.reader.key(entry.sample) for micro in bad for entry in facts.entries[micro]]
-        samples = [text for texts in comm.gather(mine) for text in texts]
+        # What was left out is empty and weighs nothing: it is another entry's doing.
+        empty = {skipped.entry for skipped in facts.skipped}
+        mine = [entry for micro in bad for entry in facts.entries[micro] if entry not in empty]
+        entries = [entry for part in comm.gather(mine) for entry in part]
         names = [name for name, value in facts.losses().items() if not math.isfinite(value)]
+        self._record_non_finite(step, names, entries)
+        key = self.session.dataset.reader.key
+        samples = ", ".join(key(entry.sample) for entry in entries[:16])
         raise TrainingError(
-            f"step {step}: loss {', '.join(names)} is not finite; samples: {', '.join(samples[:16]) or 'none alone'}; "
-            "look at these samples, lower the learning rate or set train.clip_grad"
+            f"step {step}: loss {', '.join(names)} is not finite; samples: {samples or 'none alone'}; "
+            "look at these samples, lower the learning rate or set train.clip_grad",
+            cause="non_finite",
+            step=step,
         )
+
+    def _record_non_finite(self, step: int, names: list[str], entries: list[Entry]) -> None:
+        """Collective: note the entries in RUN/non_finite.jsonl; all of the step where none stand out."""
+        if comm.rank() == 0:
+            key = self.session.dataset.reader.key
+            found = [(entry, key(entry.sample)) for entry in entries or self.session.entries_of(step)]
+            attempt = self.session.assignment.attempt
+            try:
+                record_non_finite(self.run_folder, attempt=attempt, step=step, losses=names, entries=found)
+            except OSError:  # the loss matters more than its record
+                logging.getLogger("vitgraft").exception("step %d: not recorded", step)
+        comm.barrier()  # whoever ends first has the others ended
 
     def _log(self, step: int, facts: StepFacts, seconds: float, batches: TrainBatches) -> None:
         session = self.session
         losses = facts.losses()
         if not math.isfinite(facts.grad_norm):
+            self._record_non_finite(step, ["gradient"], [])
             raise TrainingError(
-                f"step {step}: the gradient's norm is {facts.grad_norm} though the loss is finite; lower the rate"
+                f"step {step}: the gradient's norm is {facts.grad_norm} though the loss is finite; lower the rate",
+                cause="non_finite",
+                step=step,
             )
         stall, self._stall = self._stall, 0.0
         if self._monitor is None:
             return
-        loss, own = math.fsum(losses.values()), spread(facts.own_seconds())
+        by_rank = facts.own_seconds()
+        self._heart.own_seconds(by_rank)
+        loss, own = math.fsum(losses.values()), spread(by_rank)
         row = StepRow(
             step=step,
             steps=session.last_step,
@@ -259,9 +291,10 @@ class TrainLoop:
 
     def _checkpoint(self, step: int, *, wait: bool, evaluate: bool) -> None:
         session = self.session
+        self._heart.enter("save", step)
         started = time.monotonic()
         session.saver.begin(step, session.samples_at(step), session.data_state(step))
-        due = evaluate and evaluation_due(self.recipe, step, session.last_step)
+        due = evaluate and self._evaluates(step)
         # Training goes on at once, unless somebody is to read the checkpoint or rely on it now.
         checkpoint = session.saver.finish() if due or wait else None
         self._stall = time.monotonic() - started
@@ -269,8 +302,13 @@ class TrainLoop:
             self._evaluate(checkpoint)
         session.saver.tidy()
 
+    def _evaluates(self, step: int) -> bool:
+        """Whether the ranks evaluate this step's checkpoint: an evaluator of its own asks nothing of them."""
+        return self.recipe.evaluator is None and evaluation_due(self.recipe, step, self.session.last_step)
+
     def _evaluate(self, checkpoint: Checkpoint) -> None:
         session, evaluator = self.session, self._evaluator_of_run()
+        self._heart.enter("evaluate", checkpoint.step)
 
         def progress(done: int, total: int) -> None:
             if comm.rank() == 0:
@@ -282,10 +320,7 @@ class TrainLoop:
             self._monitor.evaluation(
                 checkpoint.step, evaluation.metrics, [folder / name for name in evaluation.pictures]
             )
-            shown = ", ".join(
-                f"{name} {evaluation.metrics.get(name, float('nan')):.3f}" for name in evaluator.task.primary
-            )
-            session.reporter.note(f"step {checkpoint.step}: {shown} on {evaluation.samples} samples")
+            session.reporter.note(headline(evaluator, evaluation))
 
     def _evaluator_of_run(self) -> Evaluator:
         """Made when first needed: it holds a second model."""

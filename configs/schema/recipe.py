@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema.data import DataConfig, ViewsConfig
 from vitgraft.configs.schema.model import ModelConfig, Task
-from vitgraft.configs.schema.section import NonNegative, Positive, Section
+from vitgraft.configs.schema.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from vitgraft.configs.schema.train import TrainConfig
 from vitgraft.configs.schema.transforms import check_task
 
@@ -18,6 +18,7 @@ OPERATIONAL = (
     "name",
     "launch",
     "evaluate",
+    "evaluator",
     "data.workers",
     "data.prefetch",
     "data.cache",
@@ -27,6 +28,7 @@ OPERATIONAL = (
     "train.roles",
     "train.checkpoint",
     "train.ledger",
+    "train.on_non_finite",
     "train.peak_tflops",
     "train.zero_stage",
     "train.offload_optimizer",
@@ -68,8 +70,49 @@ class EvaluateConfig(Section):
     """How many pictures of predictions each evaluation writes."""
 
 
+Backlog = Literal["all", "latest"]
+
+
+class EvaluatorConfig(Section):
+    """The evaluator: a process of its own that follows committed checkpoints. Training never waits for it."""
+
+    host: str | None = None
+    """The host that it runs on, by its name in the hostfile; ``null``: that of rank 0."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: the first of its host's GPUs that no rank uses, else the CPU. ``cuda`` where ranks use them all: the
+    last one, beside its rank."""
+    backlog: Backlog = "latest"
+    """What happens when checkpoints come faster than evaluations: ``latest`` evaluates the newest and gives up those
+    that it has overtaken; ``all`` evaluates every one, oldest first, and keeps them until then."""
+    threads: Positive | None = None
+    """Its CPU threads; ``null``: as many as a rank has."""
+
+
+class DeadlinesConfig(Section):
+    """Seconds after which a phase that has not ended is a hang; ``null``: learned from the run."""
+
+    start: PositiveFloat | None = None
+    """From a rank's start to its first step."""
+    first_step: PositiveFloat | None = None
+    step: PositiveFloat | None = None
+    save: PositiveFloat | None = None
+    evaluate: PositiveFloat | None = None
+    silence: PositiveFloat = 60.0
+    """A rank that gives no sign of life for so long stands still, whatever its phase may take."""
+
+    def by_phase(self) -> dict[Literal["start", "first_step", "step", "save", "evaluate"], float | None]:
+        """The limits of the phases."""
+        return {
+            "start": self.start,
+            "first_step": self.first_step,
+            "step": self.step,
+            "save": self.save,
+            "evaluate": self.evaluate,
+        }
+
+
 class LaunchConfig(Section):
-    """Processes and devices of a run on this host."""
+    """Processes and devices of a run, and what happens when they fail."""
 
     processes: Positive | None = None
     """Ranks; ``null``: one for each GPU, or two on a CPU."""
@@ -78,6 +121,13 @@ class LaunchConfig(Section):
     """CPU threads of each rank; ``null``: the cores divided by the ranks. Bit-exact resume needs the same number."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on which the ranks meet; 0: a free one."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Restarts without a newer checkpoint between them; then the run ends with code 6. 0: the first failure ends it."""
+    restart_delay_s: NonNegativeFloat = 5.0
+    """Pause before the second restart in a row without a newer checkpoint; it doubles with each further one."""
+    host_failures: Positive = 2
+    """After so many failures a host is left out of the next attempt."""
+    deadlines: DeadlinesConfig = DeadlinesConfig()
     ssh_args: list[str] = []
     """Arguments of every ssh to another host, e.g. ["-p", "2222"]; what has spaces belongs in a file: ["-F", FILE]."""
 
@@ -91,6 +141,8 @@ class Recipe(Section):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     launch: LaunchConfig = LaunchConfig()
+    evaluator: EvaluatorConfig | None = None
+    """``null``: the trainer's ranks evaluate together, between two steps."""
 
     @model_validator(mode="after")
     def _suits_the_task(self) -> Recipe:
@@ -107,6 +159,16 @@ class Recipe(Section):
             raise ValueError(f"train.checkpoint.keep_best: {metric!r} is no metric of {self.task}; use one of {names}")
         if metric is not None and self.data.val is None:
             raise ValueError("train.checkpoint.keep_best needs evaluations: set data.val, or keep_best to null")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluator_has_work(self) -> Recipe:
+        if self.evaluator is not None and self.train.roles == "inline":
+            raise ValueError(
+                "evaluator: train.roles inline leaves no role a process; set evaluator to null, or roles to separate"
+            )
+        if self.evaluator is not None and self.data.val is None:
+            raise ValueError("evaluator: there is nothing to evaluate on; set data.val, or evaluator to null")
         return self
 
     @model_validator(mode="after")

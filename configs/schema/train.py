@@ -150,6 +150,9 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     peak_tflops: PositiveFloat | None = None
     """Peak of one device, for the MFU curve; ``null``: that of the GPU's name, dense bfloat16, where it is known."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What happens to samples with which the loss is not finite, and again when the steps are made again. skip: where
+    they came up they keep their place in the order at weight zero, unread, with record; elsewhere they take part."""
     ledger: bool = False
     """Write RUN/ledger: step, rank and entries of every batch."""
 

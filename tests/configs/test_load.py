@@ -72,10 +72,31 @@ def test_every_packaged_recipe_is_valid_and_survives_a_round_trip() -> None:
 
 def test_operational_keys_do_not_change_the_identity_and_others_do() -> None:
     base = load_recipe("quickstart/detection").identity_hash()
-    for override in ("train.checkpoint.every_steps=7", "data.workers=0", "launch.threads=3", "train.zero_stage=0"):
+    for override in (
+        "train.checkpoint.every_steps=7",
+        "data.workers=0",
+        "launch.threads=3",
+        "train.zero_stage=0",
+        "evaluator={}",
+    ):
         assert load_recipe("quickstart/detection", [override]).identity_hash() == base
     for override in ("train.seed=1", "train.global_batch=16", "model.backbone.depth=2", "data.mean=[0.1, 0.1, 0.1]"):
         assert load_recipe("quickstart/detection", [override]).identity_hash() != base
+
+
+def test_an_evaluator_needs_a_process_and_data() -> None:
+    recipe = load_recipe("quickstart/detection", ["evaluator.backlog=all"])
+    assert recipe.evaluator is not None
+    assert (recipe.evaluator.backlog, recipe.evaluator.host, recipe.evaluator.device) == ("all", None, "auto")
+    assert load_recipe("quickstart/detection").evaluator is None
+    with pytest.raises(
+        ConfigError, match=r"evaluator: train\.roles inline .*set evaluator to null, or roles to separate"
+    ):
+        load_recipe("quickstart/detection", ["evaluator={}", "train.roles=inline"])
+    with pytest.raises(ConfigError, match=r"nothing to evaluate on; set data\.val, or evaluator to null"):
+        load_recipe("quickstart/detection", ["evaluator={}", "data.val=null"])
+    with pytest.raises(ConfigError, match=r"evaluator\.backlog"):
+        load_recipe("quickstart/detection", ["evaluator.backlog=newest"])
 
 
 def test_numbers_are_read_as_people_write_them() -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 from support_checkpoints import VALUES, write
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from vitgraft.configs.errors import VitgraftError
 from vitgraft.configs.load import find_recipe, load_recipe
 from vitgraft.launch.cli import app
+from vitgraft.launch.nodes import node_place
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +39,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                words = words[: next((at for at, word in enumerate(words) if word in (">", "|")), None)]
                 if words and Path(words[0]).name == "vitgraft":
                     yield f"{page.name}: {line.strip()}", words[1:]
 
@@ -101,3 +106,44 @@ def test_the_code_that_reads_a_checkpoint_reads_one(tmp_path: Path) -> None:
     weights = names["weights"]
     assert list(weights) == ["w"]
     assert (weights["w"] == (VALUES * 3).reshape(2, 5)).all()
+
+
+def test_the_job_files_that_are_shown_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a packaged recipe for the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    shown = [words for _, words in COMMANDS if words[:2] == ["launch", "slurm"]]
+    assert shown
+    for words in shown:
+        known = ["quickstart/detection" if word == "recipe.yaml" else word for word in words]
+        done = CliRunner().invoke(app, [*known, "--set", "train.global_batch=32"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_the_manifest_for_kubernetes_is_consistent() -> None:
+    (text,) = (block for block in blocks(ROOT / "docs" / "launch.md", "yaml") if "kind: Job" in block)
+    service, job = yaml.safe_load_all(text)
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    program, *words = container["command"]
+    parameters = parse(words)
+    assert (program, words[0]) == ("vitgraft", "train")
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == parameters["nodes"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    place = node_place(parameters["nodes"], None, parameters["leader"], {"JOB_COMPLETION_INDEX": "3"})
+    assert place is not None
+    assert (place.rank, place.port) == (3, container["ports"][0]["containerPort"])
+    assert place.host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    named = {
+        rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+    }
+    assert named == {container["name"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_scripts_that_are_shown_are_scripts() -> None:
+    for script in blocks(ROOT / "docs" / "launch.md", "sh"):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0

@@ -21,6 +21,7 @@ from vitgraft.configs.errors import CheckpointError, TrainingError
 from vitgraft.trainer import checkpointer as role_module
 from vitgraft.trainer.checkpoint import commit, layout
 from vitgraft.trainer.checkpoint.read import VectorReader, newest_valid, open_checkpoint, verify
+from vitgraft.trainer.signals import OF_THE_JOB
 
 LARGE = 24 << 20
 """Numbers of a state that takes a while to write and hash."""
@@ -467,7 +468,7 @@ def test_signals_to_every_process_of_a_job_leave_it_to_the_launcher(tmp_path: Pa
     with Keeping(run, recipe, 2) as keeping:
         first = keeping.pid()
         for step in (1, 2):
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in OF_THE_JOB:
                 os.kill(first, number)
             time.sleep(0.1)
             keeping.hand_over(step)

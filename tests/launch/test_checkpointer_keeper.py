@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import selectors
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,6 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import validate_recipe
 from vitgraft.launch import checkpointer as module
 from vitgraft.launch.checkpointer import START_S, CheckpointerKeeper
-from vitgraft.launch.local import Gang
 from vitgraft.launch.run_dir import RunHandle
 
 
@@ -29,7 +26,7 @@ class Watched:
         (run / "logs").mkdir()
         lock = (run / "lock").open("w")
         self.handle = RunHandle(run, 1, None, lock, [])
-        self.keeper = CheckpointerKeeper(self.handle, 2.0)
+        self.keeper = CheckpointerKeeper(run, 1, 2.0, lock.fileno(), self.handle.event)
         self.keeper.start(0)
 
     def _popen(self, *_: object, **__: object) -> Any:
@@ -72,24 +69,6 @@ def test_a_write_that_hangs_is_told_of_now_and_then(watched: Watched) -> None:
     assert [second for second, _ in told] == [70, 130, 250]
     assert told[0][1].startswith("WARNING checkpoint of step 7 is being written for 60 s")
     assert watched.beat(outstanding=8) is None
-
-
-@pytest.mark.parametrize(("done", "stopping", "drop"), [(True, None, False), (False, None, True), (True, 15, True)])
-def test_only_a_run_that_is_done_waits_for_the_last_copy(done: bool, stopping: int | None, drop: bool) -> None:
-    asked: list[bool] = []
-    answers = iter([True, True, False])
-    nothing: Any = None
-    keeper: Any = SimpleNamespace(
-        tend=lambda: next(answers), drain=lambda *, drop_copy: asked.append(drop_copy), end=lambda: None
-    )
-    gang = Gang(nothing, nothing, nothing, keeper)
-    gang.stopping = stopping
-    read, write = os.pipe()
-    with selectors.DefaultSelector() as selector:
-        assert gang._drain(selector, read, b"", wait_for_copy=done) == (b"", None)
-    os.close(read)
-    os.close(write)
-    assert asked == [drop, drop]
 
 
 def test_a_silence_bound_that_nobody_can_keep_is_refused() -> None:

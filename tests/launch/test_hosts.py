@@ -164,8 +164,8 @@ def test_any_argument_and_value_passes_through_the_runner(words: list[str], valu
     environment = {f"NCCL_{number}": value for number, value in enumerate(values)}
     lines = deepspeed_launch.environment_file(environment).splitlines(keepends=True)
     exports = dict(line.split("=", maxsplit=1) for line in lines)
-    command = deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("10.0.0.1", 1), words)
-    given_to_ranks = command[command.index(deepspeed_launch.RANK_MODULE) + 1 :]
+    command = deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("10.0.0.1", 1), "stand_in", words)
+    given_to_ranks = command[command.index("stand_in") + 1 :]
     assert through_runner_and_shell(exports, given_to_ranks) == [*values, *words]
 
 
@@ -177,7 +177,7 @@ def test_what_no_line_carries_is_refused() -> None:
     with pytest.raises(ConfigError, match="no name"):
         deepspeed_launch.environment_file({"NCCL-X": "a"})
     with pytest.raises(ConfigError, match="control characters"):
-        deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("a", 1), ["a\nb"])
+        deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("a", 1), "stand_in", ["a\nb"])
     for folder in ("/a b", "/a$b", "/a;b", "/a%b", ""):
         with pytest.raises(ConfigError, match="unusual characters"):
             deepspeed_launch.check_folder(folder)  # type: ignore[arg-type]
@@ -189,7 +189,9 @@ def test_the_runner_is_told_everything() -> None:
     assert deepspeed_launch.deepspeed_hostfile(slots) == "node-1 slots=2\nnode-2 slots=3\n"
     arguments = deepspeed_launch.rank_arguments(Path("/runs/a"), 3, "cuda", Path("/runs/a/checkpoints/step-00000001"))
     command = shlex.join(
-        deepspeed_launch.runner_command(Path("/runs/a/hosts"), slots, Meeting("10.0.0.1", 29500), arguments)
+        deepspeed_launch.runner_command(
+            Path("/runs/a/hosts"), slots, Meeting("10.0.0.1", 29500), "vitgraft.trainer.rank", arguments
+        )
     )
     assert "-m deepspeed.launcher.runner --hostfile /runs/a/hosts --include node-1:0,1@node-2:2" in command
     assert "--master_addr 10.0.0.1 --master_port 29500" in command
@@ -226,5 +228,7 @@ def test_what_ranks_and_runner_find_in_their_environment() -> None:
     its_own = deepspeed_launch.runner_environment(here, Path("/runs/a/env"), ["-p", "2222"])
     assert its_own["HOME"] == "/home/me"
     assert its_own["DS_ENV_FILE"] == "/runs/a/env"
-    assert (its_own["PDSH_RCMD_TYPE"], its_own["PDSH_SSH_ARGS"]) == ("ssh", "-a -x -oBatchMode=yes -p 2222 %h")
+    alive = "-oServerAliveInterval=10 -oServerAliveCountMax=3"
+    assert its_own["PDSH_RCMD_TYPE"] == "ssh"
+    assert its_own["PDSH_SSH_ARGS"] == f"-a -x -oBatchMode=yes -p 2222 {alive} %h"
     assert "PYTHONPATH" not in its_own

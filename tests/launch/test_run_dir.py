@@ -1,12 +1,10 @@
-"""The run directory at a start: what is moved aside, where it may lie, and where ranks look for a checkpoint."""
+"""The run directory at a start: what is moved aside, and where it may lie."""
 
 from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from support_checkpoints import write
 from support_writers import make_run
 
 from vitgraft.configs.errors import ConfigError
-from vitgraft.launch.local import Gang
 from vitgraft.launch.run_dir import open_run
 from vitgraft.trainer.checkpoint.commit import set_aside
 from vitgraft.trainer.checkpoint.retention import figures_of, result_path
@@ -33,26 +30,6 @@ def test_results_of_later_steps_go_with_their_checkpoints(tmp_path: Path) -> Non
     aside = {path.name for path in (run / "set-aside-1").iterdir()}
     assert aside == {"reason.txt", "step-00000006", "step-00000006.json", "step-00000009.json"}
     assert handle.notes == [f"step-00000006 moved to {run / 'set-aside-1'}"]
-
-
-def test_checkpoints_behind_a_link_are_of_the_run_that_links_to_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its frozen trunk lies in the run, not beside the link's target."""
-    run, recipe = make_run(tmp_path / "run")
-    (run / "checkpoints").rmdir()
-    (tmp_path / "large").mkdir()
-    (run / "checkpoints").symlink_to(tmp_path / "large")
-    write(run, 3)
-    commands: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: commands.append(command))
-    monkeypatch.chdir(tmp_path)
-    handle = open_run(Path("run"), recipe, "auto")
-    placement: Any = SimpleNamespace(processes=1, threads=1, device="cpu")
-    screen: Any = None
-    Gang(handle, placement, screen)._start(0, 1, 2)
-    handle.close()
-    assert commands[0][commands[0].index("--resume") + 1] == str(run / "checkpoints" / "step-00000003")
 
 
 def test_what_lies_on_another_disk_is_set_aside_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from multinode.campaign import SAMPLES
 from multinode.namespaces import Network, missing
 from support import succeed
 
@@ -34,3 +35,12 @@ def detection_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detection") / "train"
     succeed("shards", "pack", "digits", "--task", "detection", "--split", "train", "--samples", "22", "--out", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At a global batch of 6 the last batch of an epoch is short."""
+    out = tmp_path_factory.mktemp("semantic") / "train"
+    what = ("digits", "--task", "semantic", "--split", "train", "--samples", str(SAMPLES))
+    succeed("shards", "pack", *what, "--out", out)
+    return out

@@ -299,8 +299,9 @@ while :; do wait; sleep 1; done
         self._holder.wait()
         psutil.wait_procs(inside, timeout=10)
         self._holder = None
-        # The kernel takes the link away with the last process, a moment later.
-        gone = [*self.network.enter("--net"), "sh", "-c", f"! ip link show {self._port}"]
+        # The kernel takes the link away with the last process, or with the last connection that still has something to
+        # send, which takes minutes.
+        gone = [*self.network.enter("--net"), "sh", "-c", f"ip link del {self._port}; ! ip link show {self._port}"]
         wait_for(lambda: subprocess.run(gone, capture_output=True, check=False).returncode == 0, f"end of {self.name}")
 
 
@@ -372,6 +373,10 @@ class Network:
         assert self._switch is not None
         _run(*self.enter("--mount"), "mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path))
         return Path(f"/proc/{self._switch.pid}/root{path}")
+
+    def unmount_tmpfs(self, path: Path) -> None:
+        """Undo :meth:`mount_tmpfs`, whatever still uses it."""
+        _run(*self.enter("--mount"), "umount", "--lazy", str(path))
 
     def restore(self) -> None:
         """For the next test: every host up and plugged in, with nothing running."""

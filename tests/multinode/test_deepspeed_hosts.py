@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from multinode.namespaces import Network
-from support import losses, tiny_recipe, train, write_recipe
+from support import executable, losses, tiny_recipe, train, write_recipe
 
-from vitgraft.configs.load import load_recipe
 from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.hosts import choose_slots, parse_hostfile, ssh_arguments
-from vitgraft.launch.run_dir import open_run
 
 # All that a shell and pdsh give meaning to.
 AWKWARD = "a $HOME `id` \\ \"quoted\" 'single' %n %% %h; echo & (x) * ~ # !"
@@ -50,8 +47,7 @@ def test_arguments_and_environment_arrive_as_they_are(hosts: Network, launch_fol
     slots = choose_slots(parse_hostfile("host1 slots=2\nhost2 slots=4", "hostfile"), include="host1:1@host2:1,3")
     arguments = ["--run-dir", f"/tmp/{AWKWARD}", "plain", "no'space$HOME%n", ""]
     meeting = Meeting(hosts.hosts["host1"].address, 29511)
-    command = deepspeed_launch.runner_command(launch_folder / "hostfile", slots, meeting, arguments)
-    command[command.index(deepspeed_launch.RANK_MODULE)] = "stand_in"
+    command = deepspeed_launch.runner_command(launch_folder / "hostfile", slots, meeting, "stand_in", arguments)
     given = {"NCCL_SOMETHING": AWKWARD, "NCCL_OTHER": "plain", "NCCL_EMPTY": "", "GLOO_SOCKET_IFNAME": "eth0"}
     environment = deepspeed_launch.rank_environment({**given, "HOSTS_OWN": "1"}, device="cpu", threads=3)
     code, out, error = start_everywhere(hosts, ["host1", "host2"], command, environment, launch_folder)
@@ -73,7 +69,7 @@ def test_hosts_give_the_losses_of_one_host(
     hosts: Network, launch_folder: Path, detection_data: Path, count: int
 ) -> None:
     """22 samples at 6 a step: the fourth batch is short, the fifth of the next epoch."""
-    settings = {"train__steps": 5, "train__global_batch": 6, "train__roles": "inline", "train__ema": 0.9}
+    settings = {"train__steps": 5, "train__global_batch": 6, "train__ema": 0.9}
     tree = tiny_recipe("detection", detection_data, **settings)
     recipe = write_recipe(launch_folder / "recipe.yaml", tree)
     train(recipe, launch_folder / "one", "--processes", str(count))
@@ -81,22 +77,15 @@ def test_hosts_give_the_losses_of_one_host(
     names = list(hosts.hosts)[:count]
     run = launch_folder / "several"
     hostfile = launch_folder / "hostfile"
-    slots = dict.fromkeys(names, (0,))
-    hostfile.write_text(deepspeed_launch.deepspeed_hostfile(slots))
-    handle = open_run(run, load_recipe(str(recipe)), "auto")
-    try:
-        arguments = deepspeed_launch.rank_arguments(run, handle.attempt, "cpu", None)
-        meeting = Meeting(hosts.hosts[names[0]].address, 29500)
-        command = deepspeed_launch.runner_command(hostfile, slots, meeting, arguments)
-        environment = deepspeed_launch.rank_environment({"GLOO_SOCKET_IFNAME": "eth0"}, device="cpu", threads=1)
-        code, out, error = start_everywhere(hosts, names, command, environment, launch_folder)
-    finally:
-        handle.close()
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
+    environment = {**os.environ, "VITGRAFT_SSH_CONFIG": str(hosts.ssh_config), "GLOO_SOCKET_IFNAME": "eth0"}
+    command = [executable(), "train", recipe, "--run-dir", run, "--hostfile", hostfile]
+    code, out, error = hosts.hosts[names[0]].run(*command, environment=environment, cwd=launch_folder, timeout=200)
     assert code == 0, error + out
     assert len(losses(run)) == 5
     assert losses(run) == losses(launch_folder / "one")
     assert [p.name for p in (run / "checkpoints").glob("step-*")] != []
+    launcher = (run / "logs" / f"deepspeed.{names[0]}.1.log").read_text()
     for name in names:
-        assert f"{name}: " in out + error
+        assert f"{name}: " in launcher
         assert hosts.hosts[name].running(str(run)) == []
-    assert sys.executable in " ".join(command)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from vitgraft.launch.local import free_port
 
 UPERNET = {"name": "upernet", "channels": 16, "pool_scales": [1, 2], "dropout": 0.0}
 MASK_RCNN = {
@@ -81,7 +80,8 @@ MODELS: dict[str, dict[str, Any]] = {
 def run(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """What rank 0 printed for each case."""
     script = Path(__file__).parents[1] / "model_ranks.py"
-    port = str(free_port(0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
     ranks = []
     for rank in range(2):
         environment = {

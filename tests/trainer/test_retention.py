@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,16 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import validate_recipe
 from vitgraft.configs.schema.recipe import METRICS
 from vitgraft.trainer.checkpoint.read import newest_valid, open_checkpoint
-from vitgraft.trainer.checkpoint.retention import Policy, best_step, delete, figures_of, plan, retain
+from vitgraft.trainer.checkpoint.retention import (
+    Policy,
+    awaiting,
+    best_step,
+    delete,
+    figures_of,
+    given_up_path,
+    plan,
+    retain,
+)
 from vitgraft.trainer.tasks import make_task
 
 FIGURES = {3: {"mIoU": 0.5}, 6: {"mIoU": 0.7}, 9: {"mIoU": float("nan")}, 12: {"mAcc": 1.0}}
@@ -110,6 +119,45 @@ def test_what_is_read_or_awaits_its_evaluation_stays(tmp_path: Path) -> None:
     result(run, 6, mIoU=0.6)
     assert retain(run, recipe, 7) == ["step-00000002"]
     assert remaining(run) == [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("settled", "everything", "newest"),
+    [
+        ([], [3, 6, 9], [9]),
+        ([3], [6, 9], [9]),
+        ([6], [3, 9], [9]),
+        ([9], [3, 6], []),
+        ([12], [3, 6, 9], []),
+        ([3, 6, 9], [], []),
+    ],
+)
+def test_what_awaits_its_evaluation(settled: list[int], everything: list[int], newest: list[int]) -> None:
+    assert awaiting([6, 3, 9], settled, "all") == everything
+    assert awaiting([6, 3, 9], settled, "latest") == newest
+    assert awaiting([], settled, "all") == awaiting([], settled, "latest") == []
+
+
+@pytest.mark.parametrize("backlog", ["all", "latest"])
+def test_a_slow_evaluator_does_not_make_checkpoints_pile_up(tmp_path: Path, backlog: str) -> None:
+    """Unless it is to evaluate them all; and what it reads stays, and counts as evaluated when it is."""
+    settings: dict[str, Any] = {"train__checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": "mIoU"}}
+    settings |= {"evaluate__every_checkpoints": 1, "evaluator": {"backlog": backlog}}
+    run, recipe = make_run(tmp_path, val="somewhere", **settings)
+    for step in range(1, 4):
+        write(run, step)
+    with open_checkpoint(run / "checkpoints" / "step-00000003").reading():
+        for step in range(4, 9):
+            write(run, step)
+            retain(run, recipe, step)
+        assert remaining(run) == ([3, 7, 8] if backlog == "latest" else list(range(1, 9)))
+        result(run, 3, mIoU=0.5)
+    retain(run, recipe, 8)
+    assert remaining(run) == ([3, 7, 8] if backlog == "latest" else list(range(1, 9))), "the best"
+    result(run, 8, mIoU=0.6)
+    given_up_path(run, 2).write_text("it was damaged")
+    retain(run, recipe, 8)
+    assert remaining(run) == ([7, 8] if backlog == "latest" else [1, 4, 5, 6, 7, 8])
 
 
 def test_a_lock_for_one_alone_needs_a_file_that_is_open_for_writing(

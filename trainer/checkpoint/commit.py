@@ -7,12 +7,11 @@ take each step up again: :func:`commit` begins when all shards are there, :func:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from pathlib import Path
 
-from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.errors import CheckpointError, ErrorCause, cause_of
 from vitgraft.trainer.checkpoint.files import (
     remove_file,
     remove_tree,
@@ -36,6 +35,7 @@ from vitgraft.trainer.checkpoint.layout import (
 from vitgraft.trainer.checkpoint.manifest import read_manifest
 
 TEMPORARY = ".tmp"
+_NO_SPACE = "no space left on the disk of"
 ATTEMPT = "attempt"
 """RUN/attempt: the number of the attempt that owns the run. Another one may not commit."""
 
@@ -67,9 +67,14 @@ def sweep(run: Path) -> None:
 
 def why(error: BaseException, folder: Path) -> str:
     """One line on why a checkpoint was not written."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk of {folder.parent}; free some and start again with the same command"
+    if cause_of(error) == "no_space":
+        return f"{_NO_SPACE} {folder.parent}; free some and start again with the same command"
     return " ".join(str(error).split())
+
+
+def cause_in(reason: str) -> ErrorCause | None:
+    """What a line of :func:`why` says to programs: between roles only the line travels."""
+    return "no_space" if reason.startswith(_NO_SPACE) else None
 
 
 def write_record(folder: Path, record: RankRecord) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.recipe import Backlog
 from vitgraft.trainer.checkpoint.commit import TEMPORARY
 from vitgraft.trainer.checkpoint.files import remove_tree
 from vitgraft.trainer.checkpoint.layout import MANIFEST, step_name
@@ -70,6 +71,32 @@ def evaluation_due(recipe: Recipe, step: int, last_step: int | None) -> bool:
     return recipe.data.val is not None and (step == last_step or regular)
 
 
+def awaiting(due: Collection[int], settled: Collection[int], backlog: Backlog) -> list[int]:
+    """The steps that are still to be evaluated, in the order in which they will be.
+
+    Args:
+        due: steps of complete checkpoints that are to be evaluated.
+        settled: steps that were evaluated, or will not be.
+        backlog: ``latest``: the newest that is due overtakes all before it.
+    """
+    if backlog == "all":
+        return sorted(set(due) - set(settled))
+    return [step for step in set(due) - set(settled) if step == max([*due, *settled])]
+
+
+def spared_for_evaluation(run: Path, recipe: Recipe, steps: Collection[int], evaluated: Collection[int]) -> set[int]:
+    """Those of the steps whose checkpoints must stay until they are evaluated."""
+    due = [step for step in steps if evaluation_due(recipe, step, None)]
+    settled = {*evaluated, *(step for step in due if given_up_path(run, step).exists())}
+    # Without an evaluator of its own the trainer evaluates each before it goes on.
+    return set(awaiting(due, settled, "all" if recipe.evaluator is None else recipe.evaluator.backlog))
+
+
+def given_up_path(run: Path, step: int) -> Path:
+    """RUN/results/step-N.given-up: why a checkpoint that was due was not evaluated."""
+    return result_path(run, step).with_suffix(".given-up")
+
+
 def result_path(run: Path, step: int) -> Path:
     """RUN/results/step-N.json."""
     return run / "results" / f"{step_name(step)}.json"
@@ -99,7 +126,7 @@ def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list
     """
     steps = [checkpoint.step for checkpoint in complete_checkpoints(run)]
     figures = figures_of(run, steps)
-    spared = {step for step in steps if step not in figures and evaluation_due(recipe, step, None)}
+    spared = spared_for_evaluation(run, recipe, steps, figures)
     return delete(run, plan(steps, Policy.of(recipe), figures, spared | {just_committed or 0}))
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vitgraft.configs.errors import TrainingError, VitgraftError
+from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint import commit
@@ -96,7 +96,8 @@ def _agree(facts: RunFacts, step: int, data: DataState) -> None:
 
 
 def _not_written(step: int, reason: str) -> TrainingError:
-    return TrainingError(f"checkpoint of step {step} not written: {reason}; earlier checkpoints are untouched")
+    text = f"checkpoint of step {step} not written: {reason}; earlier checkpoints are untouched"
+    return TrainingError(text, cause=commit.cause_in(reason))
 
 
 def _stored_type(file: str, tensor: Tensor) -> str:
@@ -205,7 +206,8 @@ class HandoverSaver:
             self._buffer = HandoverBuffer.create(path, control, size)
         except (OSError, ValueError) as error:
             raise TrainingError(
-                f"hand-over buffer of {size / 1e9:.2f} GB: {error}; set train.roles to inline to do without it"
+                f"hand-over buffer of {size / 1e9:.2f} GB: {error}; set train.roles to inline to do without it",
+                cause=cause_of(error),
             ) from None
         self._places = self._lay_out()
         self._addresses: list[int] | None = None
@@ -336,7 +338,8 @@ def _check_memory(size: int) -> None:
         if needed > free:
             raise TrainingError(
                 f"train.roles: separate needs {needed / 1e9:.2f} GB of memory on {host} for the checkpointer's copy of "
-                f"the state, {free / 1e9:.2f} GB are available; set it to inline, or use more hosts"
+                f"the state, {free / 1e9:.2f} GB are available; set it to inline, or use more hosts",
+                cause="host_memory",
             )
 
 

@@ -1,0 +1,329 @@
+"""One attempt at a run, seen from the supervisor: orders to the agents, what they see, and the end of it."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitgraft.configs.errors import ConfigError, PreemptedRun, TrainingError
+from vitgraft.configs.schema import Recipe
+from vitgraft.launch.backends import Backend, Launcher, LaunchOrder
+from vitgraft.launch.deadlines import SLOW_STEPS, Deadlines, find_hang, find_stragglers
+from vitgraft.launch.deepspeed_launch import rank_arguments
+from vitgraft.launch.gang import EvaluatorOrder, Orders, log_name
+from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
+from vitgraft.launch.observations import Hang, HostState, Observation, RankEnd, RankState, ReportedError
+from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.run_dir import RunHandle
+from vitgraft.launch.ui import Screen
+
+GRACE_AFTER_FAILURE_S = 5.0
+"""What ranks get to end by themselves, and to say why, after the first of them failed."""
+LOOK_S = 0.5
+_NO_FAILURE = (0, PreemptedRun.exit_code)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who does what in an attempt. ``ranks``: how many on each host, in the order of their numbers. ``evaluator``: its
+    host and what it uses there."""
+
+    ranks: Mapping[str, int]
+    device: str
+    threads: int
+    evaluator: tuple[str, EvaluatorOrder] | None = None
+
+    def numbers(self) -> dict[str, list[int]]:
+        """The ranks of each host."""
+        found, first = {}, 0
+        for host, count in self.ranks.items():
+            found[host] = list(range(first, first + count))
+            first += count
+        return found
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return sum(self.ranks.values())
+
+
+@dataclass
+class Attempt:
+    """Runs an attempt.
+
+    ``links``: to all hosts of the plan. ``asked``: the signal by which the run was asked to stop. ``ask``: is
+    called when a host was asked to.
+    """
+
+    handle: RunHandle
+    recipe: Recipe
+    plan: Plan
+    links: Mapping[str, AgentLink]
+    backend: Backend
+    screen: Screen
+    deadlines: Deadlines
+    asked: Callable[[], int | None]
+    ask: Callable[[int], None]
+    errors: list[ReportedError] = field(default_factory=list)
+    ends: list[RankEnd] = field(default_factory=list)
+    hosts: dict[str, HostState] = field(default_factory=dict)
+    hang: Hang | None = None
+    failed_at: float | None = None
+    _states: dict[int, RankState] = field(default_factory=dict)
+    _nodes: dict[str, str] = field(default_factory=dict)
+    _rows: deque[list[float]] = field(default_factory=lambda: deque(maxlen=SLOW_STEPS))
+    _slow: set[int] = field(default_factory=set)
+    _launcher: Launcher | None = None
+    _begun: set[str] = field(default_factory=set)
+    _cleared: set[str] = field(default_factory=set)
+    _drained: set[str] = field(default_factory=set)
+    _looked: float = 0.0
+    _stopping: bool = False
+
+    def run(self) -> Observation:
+        """From the first order to the last process; none of the attempt lives afterwards on a host that answers.
+
+        Raises:
+            ConfigError: the port of the recipe is taken, or a host cannot carry out its orders.
+        """
+        try:
+            self._begin()
+            self._watch()
+            self._drain()
+        finally:
+            self._end()
+        return Observation(
+            errors=tuple(self.errors),
+            ends=tuple(self.ends),
+            hosts=tuple(self.hosts.values()),
+            hang=self.hang,
+            asked=self.asked(),
+        )
+
+    def log_of(self, rank: int) -> Path:
+        """The log of a rank."""
+        host = next((host for host, ranks in self.plan.numbers().items() if rank in ranks), "")
+        name = log_name(f"trainer-{max(rank, 0)}", self._nodes.get(host, host), self.handle.attempt)
+        return self.handle.path / "logs" / name
+
+    def _begin(self) -> None:
+        numbers, evaluator = self.plan.numbers(), self.plan.evaluator
+        hosts = [*numbers, *([evaluator[0]] if evaluator is not None and evaluator[0] not in numbers else [])]
+        self.hosts = {host: HostState(host) for host in hosts}
+        self._nodes = {host: str(self.links[host].facts.get("nodename", host)) for host in hosts}
+        now = time.monotonic()
+        step = self.handle.resume.step if self.handle.resume is not None else 0
+        for host, ranks in numbers.items():
+            self._states |= {rank: RankState(rank, host, "start", step, now, now) for rank in ranks}
+        first = self.links[next(iter(numbers))]
+        port = self._free_port(first)
+        if port is None:
+            return
+        meeting = self.backend.meeting(first, port)
+        environment = self.backend.environment(self.plan.device, self.plan.threads)
+        run = Path(os.path.abspath(self.handle.path))
+        # Not resolved: blobs lie in the run, wherever a link has put its checkpoints.
+        resume = None if self.handle.resume is None else Path(os.path.abspath(self.handle.resume.path))
+        separate = self.recipe.train.roles == "separate"
+        order = LaunchOrder(
+            run, self.handle.attempt, self.plan.ranks, meeting, self.backend.tickets() or "", environment
+        )
+        for host in hosts:
+            orders = Orders(
+                run=str(run),
+                attempt=self.handle.attempt,
+                world=self.plan.world,
+                ranks=numbers.get(host, []),
+                tickets=order.tickets or None,
+                arguments=rank_arguments(run, self.handle.attempt, self.plan.device, resume),
+                environment={**environment, "MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)},
+                silence=self.recipe.train.checkpoint.writer_silence_s if separate else None,
+                evaluator=evaluator[1] if evaluator is not None and evaluator[0] == host else None,
+            )
+            self.links[host].send("begin", orders=orders.model_dump())
+        if order.tickets:
+            # The agents listen before anybody calls them.
+            self._wait(lambda: self._begun >= self._live() or self.failed_at is not None)
+            if self.failed_at is None:
+                self._launcher = self.backend.launch(order)
+
+    def _free_port(self, first: AgentLink) -> int | None:
+        wanted = self.recipe.launch.port
+        try:
+            answer = first.ask("port", "port", FIRST_ANSWER_S, wanted=wanted)
+        except NoAnswer as error:
+            self._lose(first.host, str(error))
+            return None
+        if "error" in answer:
+            raise ConfigError(f"launch.port: {wanted}: {answer['error']}; choose another, or 0 for a free one")
+        return int(answer["port"])
+
+    def _live(self) -> set[str]:
+        return {host for host in self.hosts if self.links[host].lost is None}
+
+    def _watch(self) -> None:
+        """Until all ranks have ended, by themselves or by us, or are lost with their hosts."""
+        told_at: float | None = None
+        while True:
+            lost = {host for host in self.hosts if self.links[host].lost is not None}
+            ended = {end.rank for end in self.ends}
+            if all(rank in ended or state.host in lost | self._cleared for rank, state in self._states.items()):
+                return
+            self._turn()
+            now = time.monotonic()
+            if self.asked() is not None and not self._stopping:
+                self._stopping = True
+                self._tell("stop")
+            grace = 0.0 if self.hang is not None else GRACE_AFTER_FAILURE_S
+            if self.failed_at is not None and now - self.failed_at > grace and told_at is None:
+                told_at = now
+                self._tell("end_ranks")
+            if self._launcher is not None and (why := self._launcher.ended()) is not None and self.failed_at is None:
+                self._fail(ReportedError(-1, "", now, TrainingError.exit_code, why))
+
+    def _drain(self) -> None:
+        codes = {end.rank: end.code for end in self.ends}
+        done = all(codes.get(rank) == 0 for rank in self._states)
+        dropped = False
+        self._tell("drain", drop_copy=not done, evaluate=done)
+
+        def finished() -> bool:
+            nonlocal dropped
+            if done and self.asked() is not None and not dropped:
+                # The end of a run waits for the last copy and evaluation, until somebody wants to stop.
+                dropped = True
+                self._tell("drain", drop_copy=True, evaluate=False)
+            return self._drained >= self._live()
+
+        self._wait(finished)
+
+    def _end(self) -> None:
+        for host in self._live():
+            self.links[host].send("end")
+        if self._launcher is not None:
+            self._launcher.end()
+        for host in self._live():
+            try:
+                self.links[host].ask("ping", "ended", 20.0)
+            except NoAnswer as error:
+                self._lose(host, str(error))
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._turn()
+
+    def _tell(self, do: str, **facts: Any) -> None:
+        for host in self._live():
+            self.links[host].send(do, **facts)
+
+    def _turn(self) -> None:
+        """Wait for a moment, hear what came, see what is late."""
+        with selectors.DefaultSelector() as selector:
+            for host in self._live():
+                selector.register(self.links[host].wire.read, selectors.EVENT_READ)
+            selector.select(0.1)
+        for host in self._live():
+            for message in self.links[host].receive():
+                self._hear(host, message)
+            if (why := self.links[host].silent()) is not None:
+                self._lose(host, why)
+        now = time.monotonic()
+        if now - self._looked > LOOK_S and self.failed_at is None:
+            self._looked = now
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        ended = {end.rank for end in self.ends}
+        living = [state for rank, state in self._states.items() if rank not in ended]
+        self.hang = find_hang(living, self.deadlines.limits(), now, self.deadlines.silence)
+        if self.hang is not None:
+            self.failed_at = now
+        stragglers = {straggler.rank: straggler for straggler in find_stragglers(list(self._rows))}
+        for rank in stragglers.keys() - self._slow:
+            found, host = stragglers[rank], self._states[rank].host
+            text = f"rank {rank} on {host} is slow: {found.seconds:.3g} s a step, {found.ratio:.2g} times the others'"
+            self.screen.note(text)
+            self.handle.event("straggler", rank=rank, host=host, ratio=found.ratio, seconds=found.seconds, text=text)
+        for rank in self._slow - stragglers.keys():
+            self.handle.event("straggler_over", rank=rank, host=self._states[rank].host)
+        self._slow = set(stragglers)
+
+    def _lose(self, host: str, why: str) -> None:
+        now = time.monotonic()
+        self.links[host].lost = why
+        self.hosts[host] = HostState(host, now, self.hosts[host].memory_kills, self.hosts[host].run_free)
+        self.screen.note(f"{host} is lost: {why}")
+        self.handle.event("host_lost", host=host, text=why)
+        if any(state.host == host for state in self._states.values()):
+            self.failed_at = self.failed_at or now
+
+    def _fail(self, error: ReportedError) -> None:
+        self.errors.append(error)
+        if error.code not in _NO_FAILURE:
+            self.failed_at = self.failed_at or error.at
+
+    def _hear(self, host: str, message: dict[str, Any]) -> None:
+        say, now = message.get("say"), time.monotonic()
+        if say == "alive":
+            self._hear_alive(host, message, now)
+        elif say == "relay":
+            self._hear_process(host, int(message["rank"]), message["message"], now)
+        elif say == "end":
+            self.ends.append(RankEnd(message["rank"], host, now, message["code"], message["by_us"]))
+            if message["code"] not in _NO_FAILURE:
+                self.failed_at = self.failed_at or now
+        elif say == "event":
+            self.handle.event(message["name"], host=host, **message["facts"])
+        elif say == "begun":
+            self._begun.add(host)
+        elif say == "ranks_ended":
+            self._cleared.add(host)
+        elif say == "drained":
+            self._drained.add(host)
+        elif say == "asked":
+            self.ask(int(message["signal"]))
+        elif say == "refused":
+            text = f"{host} cannot carry out its orders: {message['text']}"
+            self._begun.add(host)
+            self._fail(ReportedError(-1, host, now, TrainingError.exit_code, text))
+
+    def _hear_alive(self, host: str, message: dict[str, Any], now: float) -> None:
+        before = self.hosts[host]
+        self.hosts[host] = HostState(host, before.lost_at, message["memory_kills"], message["free"])
+        for number, said in message["ranks"].items():
+            rank = int(number)
+            self._states[rank] = RankState(
+                rank, host, said["phase"], said["step"], now - said["age"], now - said["quiet"]
+            )
+            if rank == 0:
+                self._rows.extend(said.get("own", []))
+                for phase, seconds in said.get("longest", {}).items():
+                    self.deadlines.learn(phase, seconds)
+
+    def _hear_process(self, host: str, rank: int, message: dict[str, Any], now: float) -> None:
+        kind = message.get("kind")
+        if kind == "progress":
+            self.screen.progress(message["label"], message["done"], message["total"], message["facts"])
+        elif kind == "note":
+            self.screen.note(message["text"])
+        elif kind == "event":
+            self.screen.note(message["text"])
+            self.handle.event(message["name"], text=message["text"])
+        elif kind == "error":
+            known = {key: message[key] for key in ("cause", "step") if message.get(key) is not None}
+            self._fail(ReportedError(rank, host, now, message["code"], message["text"], **known))
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM and the like."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

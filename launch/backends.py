@@ -1,0 +1,201 @@
+"""How agents and ranks come to their hosts: on this one, or on those of a hostfile through DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from vitgraft.launch import deepspeed_launch
+from vitgraft.launch.deepspeed_launch import Meeting
+from vitgraft.launch.hosts import Host, Slots
+from vitgraft.launch.links import AgentLink, start_here, start_over_ssh
+
+TICKET_MODULE = "vitgraft.launch.ticket"
+FAREWELL_S = 3.0
+
+
+@dataclass(frozen=True)
+class LaunchOrder:
+    """What a launcher is to do. ``ranks``: how many on each host. ``tickets``: name of the agents' sockets."""
+
+    run: Path
+    attempt: int
+    ranks: Mapping[str, int]
+    meeting: Meeting
+    tickets: str
+    environment: Mapping[str, str]
+
+
+class Launcher(Protocol):
+    """What starts the ranks of an attempt besides the agents."""
+
+    def ended(self) -> str | None:
+        """Why it is gone; ``None``: it runs."""
+
+    def end(self) -> None:
+        """End it, and what it has started here."""
+
+
+class Backend(Protocol):
+    """One way to run on hosts. ``hosts``: those that may take part, the regular ones first used."""
+
+    hosts: Sequence[Host]
+
+    def connect(self, host: Host) -> AgentLink:
+        """Start the agent of a host, or wait for it."""
+
+    def meeting(self, first: AgentLink, port: int) -> Meeting:
+        """Where the ranks meet, on the first host."""
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """What all ranks find in their environment."""
+
+    def tickets(self) -> str | None:
+        """A name for the agents' sockets of an attempt; ``None``: agents start the ranks unasked."""
+
+    def launch(self, order: LaunchOrder) -> Launcher:
+        """Start what hands out the tickets."""
+
+    def close(self) -> None:
+        """Let everything go."""
+
+
+@dataclass
+class HereBackend:
+    """This host alone."""
+
+    name: str
+    processes: int
+    lock: int
+    hosts: Sequence[Host] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hosts = [Host(self.name, self.processes)]
+
+    def connect(self, host: Host) -> AgentLink:
+        """Start the agent."""
+        return start_here(host.name, self.lock)
+
+    def meeting(self, first: AgentLink, port: int) -> Meeting:
+        """On the loopback: a host name that does not resolve must not matter."""
+        return Meeting("127.0.0.1", port)
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """That of this process; they meet on the loopback unless the user says otherwise."""
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        variables = deepspeed_launch.rank_environment({}, device=device, threads=threads)
+        return {**variables, "GLOO_SOCKET_IFNAME": interface}
+
+    def tickets(self) -> str | None:
+        """None are needed."""
+        return None
+
+    def launch(self, order: LaunchOrder) -> Launcher:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+@dataclass
+class HostfileBackend:
+    """The hosts of a hostfile: agents over ssh, ranks through DeepSpeed's launcher over pdsh."""
+
+    hosts: Sequence[Host]
+    slots: Slots
+    """The slots that may be used, of all hosts with spares."""
+    ssh_args: Sequence[str]
+
+    def connect(self, host: Host) -> AgentLink:
+        """Start the agent over ssh."""
+        return start_over_ssh(host.name, self.ssh_args)
+
+    def meeting(self, first: AgentLink, port: int) -> Meeting:
+        """The address by which the first host was reached."""
+        return Meeting(str(first.facts["address"] or first.host), port)
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """What is forwarded from here."""
+        return deepspeed_launch.rank_environment(os.environ, device=device, threads=threads)
+
+    def tickets(self) -> str | None:
+        """A name that nobody can guess."""
+        return f"vitgraft-{secrets.token_hex(12)}"
+
+    def launch(self, order: LaunchOrder) -> Launcher:
+        """Start DeepSpeed's runner.
+
+        Raises:
+            ConfigError: a folder or variable that it cannot pass on.
+            OSError: its files cannot be written.
+        """
+        folder = order.run / "launch"
+        folder.mkdir(exist_ok=True)
+        used: Slots = {host: self.slots[host][:count] for host, count in order.ranks.items() if count}
+        hostfile, variables = folder / f"hostfile.{order.attempt}", folder / f"environment.{order.attempt}"
+        hostfile.write_text(deepspeed_launch.deepspeed_hostfile(used))
+        variables.write_text(deepspeed_launch.environment_file(order.environment))
+        command = deepspeed_launch.runner_command(
+            hostfile, used, order.meeting, TICKET_MODULE, ["--agent", order.tickets]
+        )
+        environment = deepspeed_launch.runner_environment(os.environ, variables, self.ssh_args)
+        log = order.run / "logs" / f"deepspeed.{os.uname().nodename}.{order.attempt}.log"
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        return DeepSpeedLauncher(process, log, variables)
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+@dataclass
+class DeepSpeedLauncher:
+    """DeepSpeed's runner. ``variables``: its file of them, which tells its pdsh and ssh from all other processes."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    variables: Path
+
+    def ended(self) -> str | None:
+        """Its exit code says nothing (it is 0 after failures, too)."""
+        code = self.process.poll()
+        return None if code is None else f"DeepSpeed's launcher ended with code {code}; its log: {self.log}"
+
+    def end(self) -> None:
+        """Its tickets have ended, or will with their ssh; SIGTERM to it would end all processes of that name on all
+        hosts, whoever's they are."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(FAREWELL_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        # pdsh gives each ssh a session of its own, and one to a host that is gone would wait there for long.
+        for pid in _processes_with(f"{deepspeed_launch.ENV_FILE_VARIABLE}={self.variables}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Processes of this host that have this in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        # Others' processes hide theirs, and some end meanwhile.
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.fsencode(variable) in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,179 @@
+"""From what a supervisor has observed of an attempt to the one cause of its end. Pure.
+
+The first failure is the cause; what follows from it is not: ranks that have lost the others, and those that the
+supervisor killed itself.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from vitgraft.configs.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ErrorCause,
+    InterruptedRun,
+    PreemptedRun,
+    TrainingError,
+    VitgraftError,
+)
+from vitgraft.launch.observations import Cause, HostState, Kind, Observation, RankEnd, ReportedError
+
+EXIT_CODES: dict[Kind, int] = {
+    "crash": TrainingError.exit_code,
+    "hang": TrainingError.exit_code,
+    "host_memory": TrainingError.exit_code,
+    "device_memory": TrainingError.exit_code,
+    "non_finite": TrainingError.exit_code,
+    "lost_node": TrainingError.exit_code,
+    "network": TrainingError.exit_code,
+    "full_disk": TrainingError.exit_code,
+    "bad_data": DataError.exit_code,
+    "bad_configuration": ConfigError.exit_code,
+    "bad_checkpoint": CheckpointError.exit_code,
+    "defect": VitgraftError.exit_code,
+    "preemption": PreemptedRun.exit_code,
+    "interrupt": InterruptedRun.exit_code,
+}
+
+ADVICE: dict[Kind, str] = {
+    "crash": "look at the end of the log",
+    "hang": "look at that rank's log and host: a stopped process, a stuck disk or GPU, a broken link",
+    "host_memory": "lower data.workers or train.global_batch, or give the host more memory",
+    "device_memory": "lower train.global_batch, raise train.accumulation, or set train.activation_checkpointing: full",
+    "non_finite": "look at the samples that are named, or leave them out by train.on_non_finite: skip; lower the rate",
+    "bad_data": "repair the data, or leave damaged samples out with data.on_error",
+    "lost_node": "look at the host: power, kernel log, network",
+    "network": "look at the links and ports between the hosts: vitgraft doctor",
+    "full_disk": "make room; committed checkpoints are whole",
+    "bad_configuration": "correct the recipe or the command",
+    "bad_checkpoint": "restore a valid checkpoint, or start afresh with --resume never",
+    "defect": "report it with the traceback in that rank's log",
+    "preemption": "queue the same command again",
+    "interrupt": "the same command goes on",
+}
+
+FULL_BELOW = 16 << 20
+"""A disk with fewer free bytes is full."""
+SAME_MOMENT_S = 2.0
+"""Connections break this long before the death of a host or a process is noticed."""
+_STOPS = (PreemptedRun.exit_code, InterruptedRun.exit_code)
+_BY_CAUSE: dict[ErrorCause, Kind] = {
+    "non_finite": "non_finite",
+    "device_memory": "device_memory",
+    "host_memory": "host_memory",
+    "no_space": "full_disk",
+}
+_BY_CODE: dict[int, Kind] = {
+    VitgraftError.exit_code: "defect",
+    ConfigError.exit_code: "bad_configuration",
+    DataError.exit_code: "bad_data",
+    CheckpointError.exit_code: "bad_checkpoint",
+    TrainingError.exit_code: "crash",
+    PreemptedRun.exit_code: "preemption",
+    InterruptedRun.exit_code: "interrupt",
+}
+
+
+def cause_of(seen: Observation) -> Cause | None:
+    """Why the attempt ended; ``None``: nothing went wrong."""
+    failures = sorted(_failures(seen), key=lambda found: found[0])
+    if failures:
+        return failures[0][1]
+    if seen.asked is not None:
+        kind: Kind = "interrupt" if seen.asked == signal.SIGINT else "preemption"
+        return _cause(kind, f"stopped by {_name(seen.asked)}")
+    victims = [error for error in seen.errors if _is_victim(error)]
+    if victims:
+        first = min(victims, key=lambda error: error.at)
+        text = f"{first.text}, though none of them failed by itself"
+        return _cause("network", text, first.rank, first.host, first.step)
+    return next((_cause(_BY_CODE[end.code], "a rank stopped", end.rank, end.host) for end in _stopped(seen.ends)), None)
+
+
+def _stopped(ends: Sequence[RankEnd]) -> Iterator[RankEnd]:
+    return (end for end in ends if end.code in _STOPS)
+
+
+def _failures(seen: Observation) -> Iterator[tuple[float, Cause]]:
+    """Everything that went wrong by itself, and when."""
+    hosts = {host.name: host for host in seen.hosts}
+    for host in seen.hosts:
+        if host.lost_at is not None:
+            # It was gone before its silence was noticed, and before others could complain.
+            yield host.lost_at - SAME_MOMENT_S, _cause("lost_node", f"{host.name} is gone", host=host.name)
+    spoken = set()
+    for error in seen.errors:
+        if error.code in _STOPS:
+            continue
+        spoken.add(error.rank)
+        if not _is_victim(error):
+            kind = _kind_of(error, hosts.get(error.host))
+            # What is no rank has none, and DeepSpeed's launcher no host to blame.
+            rank = error.rank if error.rank >= 0 else None
+            # Its own line ends with a remedy.
+            cause = replace(_cause(kind, error.text, rank, error.host or None, error.step), complete=rank is not None)
+            # A cache on a full disk is bad data to the command line: what a rank says of its end holds.
+            yield error.at, replace(cause, exit_code=error.code) if error.cause is not None else cause
+    for end in seen.ends:
+        if end.by_us or end.rank in spoken or end.code in (0, *_STOPS) or _asked_for(end, seen.asked):
+            continue
+        its_host = hosts.get(end.host)
+        if its_host is not None and its_host.lost_at is not None:
+            continue  # with its host
+        yield end.at - SAME_MOMENT_S * (end.code < 0), _of_end(end, its_host)
+    if seen.hang is not None:
+        hang = seen.hang
+        who = "no rank" if hang.rank is None else f"rank {hang.rank} on {hang.host} does not"
+        rest = "gets on" if hang.rank is None else "get on"
+        text = f"{who} {rest}: {hang.phase} at step {hang.step} for {hang.seconds:.0f} s, expected {hang.limit:.0f} s"
+        yield hang.at, _cause("hang", text, hang.rank, hang.host, hang.step)
+
+
+def _is_victim(error: ReportedError) -> bool:
+    return error.cause == "lost_peers"
+
+
+def _asked_for(end: RankEnd, asked: int | None) -> bool:
+    """A signal that comes before a rank can turn it into a checkpoint ends it."""
+    return asked is not None and end.code in (-signal.SIGTERM, -asked)
+
+
+def _kind_of(error: ReportedError, host: HostState | None) -> Kind:
+    if error.cause is not None and error.cause in _BY_CAUSE:
+        return _BY_CAUSE[error.cause]
+    kind = _BY_CODE.get(error.code, "crash")
+    return "full_disk" if kind == "crash" and _is_full(host) else kind
+
+
+def _of_end(end: RankEnd, host: HostState | None) -> Cause:
+    """A process that said nothing."""
+    if end.code < 0:
+        name = _name(-end.code)
+        if end.code == -signal.SIGKILL and host is not None and host.memory_kills > 0:
+            text = f"rank {end.rank} on {end.host} was killed by its kernel for want of memory"
+            return _cause("host_memory", text, end.rank, end.host)
+        if end.code == -signal.SIGBUS:
+            text = f"rank {end.rank} on {end.host} was ended by {name}: /dev/shm or the disk is full, or a file shrank"
+            return _cause("full_disk" if _is_full(host) else "crash", text, end.rank, end.host)
+        return _cause("crash", f"rank {end.rank} on {end.host} was ended by {name}", end.rank, end.host)
+    kind = "full_disk" if _is_full(host) and end.code == TrainingError.exit_code else _BY_CODE.get(end.code, "crash")
+    return _cause(kind, f"rank {end.rank} on {end.host} ended with code {end.code}", end.rank, end.host)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most of the real-time signals
+        return f"signal {number}"
+
+
+def _is_full(host: HostState | None) -> bool:
+    return host is not None and host.run_free is not None and host.run_free < FULL_BELOW
+
+
+def _cause(kind: Kind, text: str, rank: int | None = None, host: str | None = None, step: int | None = None) -> Cause:
+    return Cause(kind, EXIT_CODES[kind], text, ADVICE[kind], rank, host, step)

@@ -1,0 +1,152 @@
+"""The supervisor's connections to the agents of its hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.launch.agent import LOCK_VARIABLE
+from vitgraft.launch.remote_shell import NoAnswer, explain, ssh_command
+from vitgraft.launch.wire import Wire
+from vitgraft.trainer.rank import PARENT_VARIABLE
+
+CONNECT_S = 10.0
+FIRST_ANSWER_S = 60.0
+"""An agent starts Python from a file system that may be slow."""
+SILENT_S = 15.0
+"""A host whose agent says nothing for so long is lost; it says something every second."""
+AGENT = (sys.executable, "-P", "-m", "vitgraft.launch.agent")
+
+
+class AgentLink:
+    """One agent. ``facts``: what it said of its host. ``lost``: why it is given up, or ``None``."""
+
+    def __init__(
+        self, host: str, wire: Wire, process: subprocess.Popen[bytes] | None = None, complaints: IO[bytes] | None = None
+    ) -> None:
+        self.host, self.wire = host, wire
+        self.facts: dict[str, Any] = {}
+        self.heard = time.monotonic()
+        self.lost: str | None = None
+        self._process, self._complaints = process, complaints
+        self._kept: list[dict[str, Any]] = []
+        self._sending = threading.Lock()
+
+    def send(self, do: str, **facts: Any) -> None:
+        """Give an order. From any thread: a sign of life must not wait for what the supervisor is busy with."""
+        with self._sending:
+            if self.lost is None:
+                self.wire.send({"do": do, **facts})
+
+    def receive(self) -> list[dict[str, Any]]:
+        """What it said since the last call."""
+        messages, self._kept = [*self._kept, *self.wire.receive()], []
+        if messages:
+            self.heard = time.monotonic()
+        return messages
+
+    def ask(self, do: str, answer: str, timeout: float, **facts: Any) -> dict[str, Any]:
+        """Give an order and wait for its answer; other messages are kept.
+
+        Raises:
+            NoAnswer: none came in time, or the agent is gone.
+        """
+        self.send(do, **facts)
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.wire.read, selectors.EVENT_READ)
+            while not self.wire.closed:
+                for message in (messages := self.wire.receive()):
+                    self.heard = time.monotonic()
+                    if message.get("say") in (answer, "refused"):
+                        self._kept += [other for other in messages if other is not message]
+                        if message["say"] == "refused":
+                            raise NoAnswer(str(message["text"]))
+                        return message
+                self._kept += messages
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise NoAnswer(
+                        f"no answer within {timeout:g} s; see whether the host is up and its file system answers"
+                    )
+                selector.select(min(left, 0.5))
+        raise NoAnswer(self.ended())
+
+    def silent(self) -> str | None:
+        """Why this host counts as lost; ``None``: it does not."""
+        if self.wire.closed:
+            return self.ended()
+        quiet = time.monotonic() - self.heard
+        return f"nothing was heard of it for {quiet:.0f} s" if quiet > SILENT_S else None
+
+    def ended(self) -> str:
+        """Why the connection is gone, in one line."""
+        if self._process is None:
+            return "its connection closed"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(1.0)
+            assert self._complaints is not None
+            self._complaints.seek(0)
+            return explain(code, self._complaints.read().decode(errors="replace"), self.host)
+        return "its connection closed"
+
+    def close(self, patience: float = 0.0) -> None:
+        """Let it go; its processes end with it. A process here gets ``patience`` seconds to end by itself."""
+        with self._sending:
+            self.lost = self.lost or "let go"
+            self.wire.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+            self._process.kill()
+            self._process.wait()
+        if self._complaints is not None:
+            self._complaints.close()
+            self._complaints = None
+
+
+def start_agent(host: str, command: Sequence[str], environment: Mapping[str, str], lock: int | None) -> AgentLink:
+    """Start the program that leads to an agent: the agent itself, or ssh.
+
+    Raises:
+        ConfigError: there is no such program here.
+    """
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the link
+    try:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            pass_fds=() if lock is None else (lock,),
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        complaints.close()
+        raise ConfigError(f"{command[0]}: not installed here, and other hosts are reached by it; install it") from None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    wire = Wire(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
+    process.stdin.close()
+    process.stdout.close()
+    return AgentLink(host, wire, process, complaints)
+
+
+def start_here(host: str, lock: int) -> AgentLink:
+    """An agent on this host, which dies with this process."""
+    environment = {**os.environ, LOCK_VARIABLE: str(lock), PARENT_VARIABLE: str(os.getpid())}
+    return start_agent(host, [*AGENT, "--host", host], environment, lock)
+
+
+def start_over_ssh(host: str, ssh_args: Sequence[str]) -> AgentLink:
+    """An agent on another host."""
+    return start_agent(host, ssh_command(host, [*AGENT, "--host", host], ssh_args, CONNECT_S), os.environ, None)

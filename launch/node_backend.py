@@ -1,0 +1,232 @@
+"""One command on each node: node 0 leads and listens, the others connect to it and are agents.
+
+A secret in the run directory, which only the run's owner can read, lets both sides know each other: each answers the
+other's random challenge by its HMAC, so the secret itself is never sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.launch import deepspeed_launch
+from vitgraft.launch.agent import STOP_SIGNALS, Agent
+from vitgraft.launch.backends import Launcher, LaunchOrder
+from vitgraft.launch.deepspeed_launch import Meeting
+from vitgraft.launch.hosts import Host
+from vitgraft.launch.links import AgentLink, start_here
+from vitgraft.launch.nodes import NodePlace
+from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.ui import Screen
+from vitgraft.launch.wire import Wire
+
+SECRET = "leader.secret"
+WAIT_S = 600.0
+"""How long nodes wait for each other when a run starts: a scheduler may start them minutes apart."""
+REJOIN_S = 30.0
+"""How long a node that was lost is waited for before the run goes on without it."""
+_HANDSHAKE_S = 10.0
+_MAX_LINE = 4096
+
+
+@dataclass
+class NodeBackend:
+    """The leader's side. ``processes``: ranks of each node."""
+
+    place: NodePlace
+    processes: int
+    run: Path
+    lock: int
+    hosts: Sequence[Host] = field(init=False)
+    _listener: socket.socket = field(init=False)
+    _came: dict[str, AgentLink] = field(default_factory=dict)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _first: bool = True
+
+    def __post_init__(self) -> None:
+        self.hosts = [Host(name_of(node), self.processes) for node in range(self.place.nodes)]
+        secret = secrets.token_bytes(32)
+        _write_secret(self.run / SECRET, secret)
+        try:
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            self._listener = socket.create_server(
+                ("", self.place.port),
+                family=family,
+                backlog=self.place.nodes + 16,
+                dualstack_ipv6=family == socket.AF_INET6,
+            )
+        except OSError as error:
+            where = f"--leader {self.place.host}:{self.place.port}"
+            raise ConfigError(f"{where}: cannot listen there: {error.strerror}; choose another port") from None
+        threading.Thread(target=self._accept, args=(secret,), name="nodes", daemon=True).start()
+
+    def connect(self, host: Host) -> AgentLink:
+        """Start this node's own agent, or wait for another's."""
+        if host.name == name_of(self.place.rank):
+            return start_here(host.name, self.lock)
+        deadline = time.monotonic() + (WAIT_S if self._first else REJOIN_S)
+        with self._changed:
+            while host.name not in self._came:
+                if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
+                    raise NoAnswer("it has not connected; see whether its command runs and reaches the leader")
+            return self._came.pop(host.name)
+
+    def meeting(self, first: AgentLink, port: int) -> Meeting:
+        """The leader's address where it takes part."""
+        leads = first.host == name_of(self.place.rank)
+        return Meeting(self.place.host if leads else str(first.facts["address"]), port)
+
+    def environment(self, device: str, threads: int) -> dict[str, str]:
+        """Each node has its own."""
+        self._first = False
+        return deepspeed_launch.rank_environment({}, device=device, threads=threads)
+
+    def tickets(self) -> str | None:
+        """None are needed: whoever started this command has started it on every node."""
+        return None
+
+    def launch(self, order: LaunchOrder) -> Launcher:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            (self.run / SECRET).unlink()
+
+    def _accept(self, secret: bytes) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            # Whoever says nothing must not keep others waiting.
+            threading.Thread(target=self._welcome, args=(connection, secret), daemon=True).start()
+
+    def _welcome(self, connection: socket.socket, secret: bytes) -> None:
+        try:
+            connection.settimeout(_HANDSHAKE_S)
+            challenge = secrets.token_hex(32)
+            _send(connection, {"challenge": challenge})
+            answer = _receive(connection)
+            node = int(answer["node"])
+            known = hmac.compare_digest(str(answer["answer"]), _answer(secret, "node", challenge))
+            if not known or not 0 < node < self.place.nodes:
+                raise ValueError("a stranger")
+            _send(connection, {"answer": _answer(secret, "leader", str(answer["challenge"]))})
+        except (OSError, ValueError, KeyError, TypeError):
+            connection.close()
+            return
+        descriptor = connection.detach()
+        link = AgentLink(name_of(node), Wire(descriptor, descriptor))
+        with self._changed:
+            earlier = self._came.pop(link.host, None)
+            if earlier is not None:
+                earlier.close()
+            self._came[link.host] = link
+            self._changed.notify_all()
+
+
+def follow(place: NodePlace, run: Path, screen: Screen) -> None:
+    """What the command does on every node but the first: be an agent until the leader says how the run has ended.
+
+    Raises:
+        VitgraftError: with the run's exit code, if it is not 0; the leader says why.
+        ConfigError: the leader cannot be reached.
+    """
+    screen.note(f"node {place.rank} of {place.nodes}: connecting to the leader at {place.host}:{place.port}")
+    for number in STOP_SIGNALS:
+        signal.signal(number, _give_up)
+    descriptor = _connect(place, run)
+    agent = Agent(Wire(descriptor, descriptor), name_of(place.rank), None)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda asked, _: agent.ask_to_stop(asked))
+    screen.note("connected; the leader shows how the run is")
+    code = agent.serve()
+    if code != 0:
+        error = VitgraftError(f"node {place.rank}: the run ended with code {code}; the leader says why")
+        error.exit_code = code
+        raise error
+
+
+def _give_up(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        raise InterruptedRun("interrupted before the leader was reached")
+    raise PreemptedRun("stopped before the leader was reached; the same command goes on")
+
+
+def name_of(node: int) -> str:
+    """What a node is called in events and logs."""
+    return f"node-{node}"
+
+
+def _connect(place: NodePlace, run: Path) -> int:
+    deadline, reason = time.monotonic() + WAIT_S, "nobody listens there"
+    while True:
+        try:
+            return _introduce(place, (run / SECRET).read_bytes())
+        except FileNotFoundError:
+            reason = f"{run / SECRET} is not there; --run-dir must lie on storage that all nodes share"
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error) or type(error).__name__
+        if time.monotonic() > deadline:
+            raise TrainingError(f"--leader {place.host}:{place.port}: no leader within {WAIT_S:g} s ({reason})")
+        time.sleep(1.0)
+
+
+def _introduce(place: NodePlace, secret: bytes) -> int:
+    with socket.create_connection((place.host, place.port), timeout=_HANDSHAKE_S) as connection:
+        challenge = secrets.token_hex(32)
+        asked = str(_receive(connection)["challenge"])
+        _send(connection, {"node": place.rank, "answer": _answer(secret, "node", asked), "challenge": challenge})
+        if not hmac.compare_digest(str(_receive(connection)["answer"]), _answer(secret, "leader", challenge)):
+            raise ValueError("who listens there does not know the run's secret")
+        return connection.detach()
+
+
+def _answer(secret: bytes, side: str, challenge: str) -> str:
+    # The side is part of it, so that nobody's own answer can be played back to him.
+    return hmac.new(secret, f"{side} {challenge}".encode(), "sha256").hexdigest()
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall((json.dumps(message) + "\n").encode())
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    line = b""
+    while not line.endswith(b"\n"):
+        # One at a time: what follows the line is not ours to read.
+        block = connection.recv(1)
+        if not block or len(line) > _MAX_LINE:
+            raise ValueError("the other side does not speak our language")
+        line += block
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("the other side does not speak our language")
+    return message
+
+
+def _write_secret(path: Path, secret: bytes) -> None:
+    draft = path.with_suffix(".tmp")
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(secret)
+        stream.flush()
+        os.fsync(descriptor)
+    os.replace(draft, path)

@@ -1,0 +1,64 @@
+"""RUN/agents/HOST.json: which process is the agent of a run on a host, so that the next one can end it first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from vitgraft.trainer.checkpoint.files import replace_text
+
+PATIENCE_S = 20.0
+
+
+def end_predecessor(run: Path, host: str) -> None:
+    """Kill the agent that an earlier supervisor has left on this host for the same run, if it still lives: its ranks
+    die with it. Then this process is the run's agent here.
+
+    Raises:
+        OSError: the record cannot be written, or the other process does not die.
+    """
+    folder = run / "agents"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{host}.json"
+    me = _facts(os.getpid())
+    earlier: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads(path.read_bytes())
+    if isinstance(earlier, dict) and earlier != me and isinstance(earlier.get("pid"), int):
+        _kill(earlier)
+    replace_text(path, json.dumps(me) + "\n")
+
+
+def _kill(facts: dict[str, Any]) -> None:
+    pid = facts["pid"]
+    deadline = time.monotonic() + PATIENCE_S
+    # The number alone may be another process's by now; time of start, boot and name space make it this one's.
+    while facts == _facts(pid):
+        if time.monotonic() > deadline:
+            raise OSError(f"an earlier agent, process {pid}, does not die; see what holds it in the kernel")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _facts(pid: int) -> dict[str, Any] | None:
+    """What tells a process from every other; ``None``: there is none, or it is dead already."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (
+            {
+                "pid": pid,
+                "started": int(fields[19]),
+                "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+                "space": os.readlink(f"/proc/{pid}/ns/pid"),
+            }
+            if fields[0] not in "ZX"
+            else None
+        )
+    except OSError:
+        return None

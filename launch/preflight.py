@@ -1,0 +1,78 @@
+"""Before the ranks of several hosts start: see whether the hosts fit together. ``vitgraft doctor`` looks deeper, at the
+network too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vitgraft.configs.schema import Recipe
+from vitgraft.launch import diagnosis
+from vitgraft.launch.diagnosis import Finding
+from vitgraft.launch.links import AgentLink
+from vitgraft.launch.remote_shell import NoAnswer
+
+FACTS_S = 300.0
+"""Reading the manifests of large data sets from a busy file system takes a while."""
+
+
+def preflight(
+    links: Sequence[AgentLink], recipe: Recipe, run: Path, slots: Mapping[str, int]
+) -> tuple[dict[str, str], list[str]]:
+    """Ask all hosts at once.
+
+    Args:
+        run: the run directory as all hosts see it, with its recipe in it.
+        slots: ranks that each host is to hold.
+
+    Returns:
+        what makes hosts unfit, by host, with the remedy; and warnings.
+    """
+    data = {f"data.train.{number}.path": source.path for number, source in enumerate(recipe.data.train)}
+    if recipe.data.val is not None:
+        data["data.val.path"] = recipe.data.val.path
+    question = {"ask": "facts", "recipe": str(run / "config.yaml"), "data": data, "run": str(run)}
+
+    def ask(link: AgentLink) -> tuple[dict[str, Any], tuple[float, float]]:
+        before = time.time()
+        theirs = link.ask("answer", "answer", FACTS_S, question={"ask": "time"})["answer"]["time"]
+        half = (time.time() - before) / 2
+        answer = link.ask("answer", "answer", FACTS_S, question=question)["answer"]
+        return answer, (theirs - before - half, half)
+
+    def one(link: AgentLink) -> tuple[dict[str, Any], tuple[float, float]] | NoAnswer:
+        try:
+            return ask(link)
+        except NoAnswer as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=len(links)) as pool:
+        answers = dict(zip((link.host for link in links), pool.map(one, links), strict=True))
+    unfit = {host: str(said) for host, said in answers.items() if isinstance(said, NoAnswer)}
+    said = {host: found for host, found in answers.items() if not isinstance(found, NoAnswer)}
+    unfit |= {host: str(facts["error"]) for host, (facts, _) in said.items() if "error" in facts}
+    facts = {host: found for host, (found, _) in said.items() if host not in unfit}
+    if not facts:
+        return unfit, []
+    findings = [
+        *diagnosis.judge_clock({host: skew for host, (_, skew) in said.items()}),
+        *diagnosis.judge_versions(facts),
+        *diagnosis.judge_recipe(facts),
+        *diagnosis.judge_data(facts),
+        *diagnosis.judge_gpus(facts, slots, recipe.launch.device),
+        # How much room a run needs, its ranks know best: they refuse to start without.
+        *[_as_warning(finding) for finding in diagnosis.judge_space(facts)],
+    ]
+    for finding in findings:
+        if finding.level == "failure":
+            for host in [finding.host] if finding.host is not None else list(facts):
+                unfit.setdefault(host, f"{finding.check}: {finding.text}")
+    warnings = [f"{f.host or 'all hosts'}: {f.check}: {f.text}" for f in findings if f.level == "warning"]
+    return unfit, warnings
+
+
+def _as_warning(finding: Finding) -> Finding:
+    return Finding(finding.check, "warning", finding.host, finding.text) if finding.level == "failure" else finding

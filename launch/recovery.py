@@ -1,0 +1,188 @@
+"""What to do after an attempt has failed: start again, when, where and without what, or stop. Pure.
+
+Everything follows from the failures so far, the hosts and what the recipe allows: a supervisor that is started again
+with the same record decides the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vitgraft.configs.errors import TrainingError
+from vitgraft.launch.hosts import Host
+from vitgraft.launch.observations import Failure, Kind
+
+BUDGET_SPENT = 6
+"""Exit code when restarts bring no progress."""
+NO_RESTART: frozenset[Kind] = frozenset(
+    ("bad_configuration", "bad_data", "bad_checkpoint", "full_disk", "preemption", "interrupt")
+)
+"""Causes that a restart cannot heal, or that were asked for."""
+SAME_STEP: frozenset[Kind] = frozenset(("defect", "device_memory"))
+"""Causes that come back at the same step when they are no accident: one restart tells."""
+HOST_FAULTS: frozenset[Kind] = frozenset(("crash", "hang", "lost_node", "host_memory"))
+"""Causes that speak against the host they came from."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``max_restarts``: without a newer checkpoint between them; 0: the first failure ends the run. ``host_failures``:
+    after so many a host is left out, as long as others can go on. ``non_finite``: what happens to samples with which
+    the loss is not finite twice."""
+
+    max_restarts: int = 3
+    host_failures: int = 2
+    non_finite: Literal["stop", "skip"] = "stop"
+    first_delay_s: float = 5.0
+    longest_delay_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start again from the newest valid checkpoint, after ``delay_s``. ``ranks``: how many on each host.
+    ``skip``: samples that keep their place in the order at weight zero. ``notes``: for the events."""
+
+    delay_s: float
+    ranks: dict[str, int]
+    skip: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Give up, with an exit code and one line."""
+
+    exit_code: int
+    text: str
+
+
+def decide(
+    record: Sequence[Failure],
+    hosts: Sequence[Host],
+    answering: Collection[str],
+    worlds: Collection[int],
+    policy: Policy,
+) -> Restart | Stop:
+    """What to do after the last failure of the record.
+
+    Args:
+        record: every failure of the run, oldest first; at least one.
+        hosts: of the hostfile, in its order.
+        answering: hosts that answer and have passed their checks now.
+        worlds: world sizes that the recipe can carry.
+    """
+    last = record[-1]
+    if last.cause.kind in NO_RESTART or policy.max_restarts == 0:
+        return Stop(last.cause.exit_code, last.cause.line)
+    if last.cause.kind in SAME_STEP and _came_back(record):
+        return Stop(last.cause.exit_code, f"{last.cause.text}, again at step {last.step}; {last.cause.advice}")
+    skip, notes = _skipped(record, policy), []
+    if culprits := _culprits(record):
+        if policy.non_finite == "stop":
+            text = f"{last.cause.text}, again with the same samples: it is the data; {last.cause.advice}"
+            return Stop(last.cause.exit_code, text)
+        notes.append(f"not finite twice with the same samples, so they are left out: {', '.join(sorted(culprits))}")
+    elif non_finite_verdict(record) == "passing":
+        notes.append("the loss that was not finite did not come back with its samples: a passing fault")
+    vain = restarts_in_vain(record)
+    if vain >= policy.max_restarts:
+        return Stop(BUDGET_SPENT, f"{vain} restarts brought no newer checkpoint; the last end: {last.cause.text}")
+    out, answering = left_out(record, policy), [host.name for host in hosts if host.name in answering]
+    ranks = place(hosts, [name for name in answering if name not in out], worlds)
+    if ranks is None and out:
+        # Nobody can go on without them, the only host of a run above all: they have the rest of the budget.
+        out, ranks = set(), place(hosts, answering, worlds)
+    if ranks is None:
+        names = ", ".join(answering) or "none"
+        return Stop(TrainingError.exit_code, f"{last.cause.text}; the hosts that are left ({names}) can carry no world")
+    notes += _changes(last.hosts, ranks, out)
+    delay = 0.0 if vain == 0 else min(policy.longest_delay_s, policy.first_delay_s * 2.0 ** (vain - 1))
+    return Restart(delay, ranks, skip, tuple(notes))
+
+
+def restarts_in_vain(record: Sequence[Failure]) -> int:
+    """Restarts since the newest checkpoint was committed; the first failure follows no restart."""
+    count = 0
+    for earlier, later in zip(reversed(record[:-1]), reversed(record[1:]), strict=True):
+        if later.checkpoint > earlier.checkpoint:
+            break
+        count += 1
+    return count
+
+
+def non_finite_verdict(record: Sequence[Failure]) -> Literal["data", "passing"] | None:
+    """What the last restart says about a loss that was not finite before it: it came back with some of its samples (in
+    another world ranks have others beside them), or it did not though the run got past its step. ``None``: there was
+    none, or the replay has not got there."""
+    if len(record) < 2 or record[-2].cause.kind != "non_finite":
+        return None
+    before, last = record[-2], record[-1]
+    if last.cause.kind == "non_finite" and last.entries & before.entries and last.step == before.step:
+        return "data"
+    past = last.step is not None and before.step is not None and last.step > before.step
+    return "passing" if past or last.checkpoint > before.checkpoint else None
+
+
+def left_out(record: Sequence[Failure], policy: Policy) -> set[str]:
+    """Hosts that stay out of the next attempt: those that failed too often, for one attempt at least. One that was out
+    and comes back is out again at its next failure."""
+    failures: dict[str, int] = {}
+    out: set[str] = set()
+    for failure in record:
+        # Who was out has been out of this attempt, and may come back in the next.
+        out = set()
+        host = failure.cause.host
+        if host is None or failure.cause.kind not in HOST_FAULTS:
+            continue
+        failures[host] = failures.get(host, 0) + 1
+        if failures[host] >= policy.host_failures:
+            out = {host}
+            failures[host] = policy.host_failures - 1
+    return out
+
+
+def place(hosts: Sequence[Host], usable: Collection[str], worlds: Collection[int]) -> dict[str, int] | None:
+    """Ranks on each host for the next attempt: the largest world that the recipe can carry and the usable hosts hold,
+    no larger than the hostfile without its spares. Spares fill what others leave. ``None``: no world is possible."""
+    wanted = sum(host.slots for host in hosts if not host.spare)
+    ordered = [host for spare in (False, True) for host in hosts if host.spare == spare and host.name in usable]
+    room = min(wanted, sum(host.slots for host in ordered))
+    world = max((world for world in worlds if 0 < world <= room), default=None)
+    if world is None:
+        return None
+    ranks: dict[str, int] = {}
+    for host in ordered:
+        if world > 0:
+            ranks[host.name] = min(host.slots, world)
+            world -= ranks[host.name]
+    return ranks
+
+
+def _came_back(record: Sequence[Failure]) -> bool:
+    """Whether the same failed at the same step in the attempt before."""
+    if len(record) < 2:
+        return False
+    before, last = record[-2], record[-1]
+    return before.cause.kind == last.cause.kind and last.step is not None and before.step == last.step
+
+
+def _culprits(record: Sequence[Failure]) -> frozenset[str]:
+    """The samples with which the last loss was not finite, and the one before: none, unless it is the data."""
+    return record[-1].entries & record[-2].entries if non_finite_verdict(record) == "data" else frozenset()
+
+
+def _skipped(record: Sequence[Failure], policy: Policy) -> frozenset[str]:
+    """All samples that were found to be the data's fault so far."""
+    if policy.non_finite == "stop":
+        return frozenset()
+    return frozenset(entry for end in range(len(record)) for entry in _culprits(record[: end + 1]))
+
+
+def _changes(before: dict[str, int], now: dict[str, int], out: set[str]) -> list[str]:
+    notes = [f"{host} is left out: it failed again and again" for host in sorted(out)]
+    notes += [f"{host} takes part" for host in now if host not in before]
+    if sum(before.values()) != sum(now.values()):
+        notes.append(f"{sum(now.values())} ranks instead of {sum(before.values())}")
+    return notes

@@ -1,0 +1,109 @@
+"""One process of a role on this host: how it is started, asked, and found to have ended or fallen silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitgraft.trainer.rank import PARENT_VARIABLE
+from vitgraft.trainer.report import PIPE_VARIABLE
+
+START_S = 120.0
+"""How long its start-up may be silent at least: a cold file system takes a while."""
+
+
+@dataclass
+class RoleProcess:
+    """The process of ``vitgraft.trainer.ROLE`` that works now, or that did last.
+
+    ``lock``: open descriptor of RUN/lock, which it holds too; ``None`` where the run is owned from another host.
+    ``signals``: blocked until it listens, so that what it is asked before that is heard later instead of ending it.
+    """
+
+    role: str
+    run: Path
+    attempt: int
+    lock: int | None
+    signals: Sequence[signal.Signals]
+    _process: subprocess.Popen[bytes] | None = None
+    _pid: int = -1
+    _heard: float = 0.0
+    _beating: bool = False
+
+    def start(self, pipe: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start one in a session of its own; it reports to ``pipe``.
+
+        Raises:
+            OSError: no process or log can be made.
+        """
+        command = [sys.executable, "-m", f"vitgraft.trainer.{self.role}", "--run-dir", str(self.run.resolve())]
+        command += ["--attempt", str(self.attempt), *arguments]
+        variables = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",
+            PIPE_VARIABLE: str(pipe),
+            PARENT_VARIABLE: str(os.getpid()),
+            **environment,
+        }
+        self._heard, self._beating = time.monotonic(), False
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        try:
+            with self.log_path().open("ab") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(pipe, *(() if self.lock is None else (self.lock,))),
+                    start_new_session=True,
+                )
+                self._pid = self._process.pid
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def heard(self, pid: int) -> bool:
+        """A sign of life came; returns whether it is of this process. The last words of one that has just ended are."""
+        if pid != self._pid:
+            return False
+        self._heard, self._beating = time.monotonic(), True
+        return True
+
+    def alive(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def code(self) -> int | None:
+        """How it ended, -N for signal N; ``None``: it lives, or there is none."""
+        return None if self._process is None else self._process.poll()
+
+    def trouble(self, silence: float) -> str | None:
+        """Why it needs a successor: it has ended, or was silent for so many seconds; ``None``: it needs none."""
+        code = self.code()
+        if code is not None:
+            return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        patience = silence if self._beating else max(silence, START_S)
+        return f"silent for {patience:g} s" if time.monotonic() - self._heard > patience else None
+
+    def ask(self, number: signal.Signals) -> None:
+        """Send it a signal, if it lives."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it; its loader processes go with it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def log_path(self) -> Path:
+        """RUN/logs/ROLE.HOST.ATTEMPT.log."""
+        return self.run / "logs" / f"{self.role}.{os.uname().nodename}.{self.attempt}.log"

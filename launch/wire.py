@@ -1,0 +1,72 @@
+"""JSON objects, one on a line, between processes that must never wait for each other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+MAX_UNSENT = 16 << 20
+"""Bytes that wait for a reader; one that takes nothing for so long is as good as gone."""
+_BLOCK = 1 << 16
+
+
+class Wire:
+    """One end of a connection. ``closed``: the other end is gone, or takes nothing any more.
+
+    Args:
+        read, write: descriptors, which may be the same; they are made non-blocking.
+    """
+
+    def __init__(self, read: int, write: int) -> None:
+        self.read, self.write = read, write
+        self.closed = False
+        self._came = b""
+        self._unsent = bytearray()
+        for descriptor in {read, write}:
+            os.set_blocking(descriptor, False)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send it now, or with the next :meth:`flush` as far as the other end does not read."""
+        self._unsent += (json.dumps(message, ensure_ascii=False) + "\n").encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is still unsent, without waiting."""
+        try:
+            while self._unsent and not self.closed:
+                del self._unsent[: os.write(self.write, self._unsent[:_BLOCK])]
+        except BlockingIOError:
+            self.closed = len(self._unsent) > MAX_UNSENT
+        except OSError:
+            self.closed = True
+
+    def receive(self) -> list[dict[str, Any]]:
+        """All that came since the last call, without waiting. Lines that are no JSON objects (what a login shell
+        prints) are left out."""
+        while not self.closed:
+            try:
+                block = os.read(self.read, _BLOCK)
+            except BlockingIOError:
+                break
+            except OSError:
+                block = b""
+            self.closed = not block
+            self._came += block
+        *lines, self._came = self._came.split(b"\n")
+        messages = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    messages.append(message)
+        return messages
+
+    def close(self) -> None:
+        """Let the other end know that this one is gone."""
+        self.closed = True
+        for descriptor in {self.read, self.write}:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
