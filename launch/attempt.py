@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
@@ -121,7 +122,8 @@ class Attempt:
         now = time.monotonic()
         step = self.handle.resume.step if self.handle.resume is not None else 0
         for host, ranks in numbers.items():
-            self._states |= {rank: RankState(rank, host, "start", step, now, now) for rank in ranks}
+            # Nobody has started it yet, and what is not there cannot be silent.
+            self._states |= {rank: RankState(rank, host, "start", step, now, math.inf) for rank in ranks}
         first = self.links[next(iter(numbers))]
         port = self._free_port(first)
         if port is None:

@@ -34,7 +34,7 @@ Kind = Literal[
 @dataclass(frozen=True)
 class RankState:
     """What a rank's heartbeats say. ``step``: steps done. ``since``: when ``phase`` or ``step`` changed last.
-    ``heard``: when it gave its last sign of life."""
+    ``heard``: when it gave its last sign of life; infinite: its launcher has not started it yet."""
 
     rank: int
     host: str

@@ -135,6 +135,16 @@ def test_ranks_that_do_not_get_on_are_ended_and_the_slowest_is_blamed(tmp_path: 
     assert "end_ranks" in played.agents["a"].orders()
 
 
+def test_ranks_that_nobody_has_started_yet_are_not_silent(tmp_path: Path) -> None:
+    """DeepSpeed's launcher takes its time on a slow file system: their start has a limit of its own."""
+    played = Played(tmp_path, obedient({}))
+    played.attempt.deadlines = Deadlines({"start": 0.5}, silence=0.1)
+    cause = cause_of(played.attempt.run())
+    assert cause is not None
+    assert (cause.kind, cause.rank, cause.host) == ("hang", None, None)
+    assert "no rank gets on: start" in cause.text
+
+
 def test_a_request_to_stop_on_any_host_is_passed_to_all_once(tmp_path: Path) -> None:
     def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
         if order["do"] == "begin" and order["orders"]["ranks"] == [1]:
