@@ -18,8 +18,8 @@ demo: $(STAMP)
 
 # First what runs in one process, on all cores; then what starts ranks, which need the cores for themselves.
 test: $(STAMP)
-	$(BIN)/pytest -m "not soak and not ranks" -n logical --maxprocesses 8 --dist worksteal
-	$(BIN)/pytest -m "not soak and ranks"
+	$(BIN)/pytest -m "not soak and not ranks" -n logical --maxprocesses 8 --dist worksteal --durations 15
+	$(BIN)/pytest -m "not soak and ranks" --durations 25
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak

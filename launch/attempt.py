@@ -9,7 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,13 @@ class Attempt:
 
     def _look(self, now: float) -> None:
         ended = {end.rank for end in self.ends}
-        living = [state for rank, state in self._states.items() if rank not in ended]
+        # Of a host that is silent nobody knows whether its ranks are; it is lost before long.
+        quiet = {host: now - self.links[host].heard for host in self._live()}
+        living = [
+            replace(state, heard=state.heard + quiet.get(state.host, 0.0))
+            for rank, state in self._states.items()
+            if rank not in ended
+        ]
         self.hang = find_hang(living, self.deadlines.limits(), now, self.deadlines.silence)
         if self.hang is not None:
             self.failed_at = now

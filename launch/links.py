@@ -95,7 +95,11 @@ class AgentLink:
             code = self._process.wait(1.0)
             assert self._complaints is not None
             self._complaints.seek(0)
-            return explain(code, self._complaints.read().decode(errors="replace"), self.host)
+            said = self._complaints.read().decode(errors="replace")
+            if not self.facts:
+                return explain(code, said, self.host)
+            # It has answered before, so how to reach it is not the question.
+            return f"its agent is gone: {(said.strip().splitlines() or [f'ended with code {code}'])[-1].strip()}"
         return "its connection closed"
 
     def close(self, patience: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ class PlayedAgent:
         self.facts: dict[str, Any] = {"nodename": host, "address": "10.0.0.1", "gpus": 0, "cores": 2}
         self.lost: str | None = None
         self.gone: str | None = None
+        self.quiet = 0.0
         self.told: list[dict[str, Any]] = []
         self._said: list[dict[str, Any]] = []
         read, self._write = os.pipe()
@@ -38,6 +40,10 @@ class PlayedAgent:
 
     def close(self, patience: float = 0.0) -> None:
         self.lost = self.lost or "let go"
+
+    @property
+    def heard(self) -> float:
+        return time.monotonic() - self.quiet
 
     def silent(self) -> str | None:
         return self.gone

@@ -145,6 +145,25 @@ def test_ranks_that_nobody_has_started_yet_are_not_silent(tmp_path: Path) -> Non
     assert "no rank gets on: start" in cause.text
 
 
+def test_a_rank_of_a_silent_host_is_not_blamed_for_its_host(tmp_path: Path) -> None:
+    """The host says nothing for so long that its rank seems to stand still, but not yet for so long that it is lost."""
+    played: Played
+
+    def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
+        said = obedient({})(order)
+        if order["do"] == "begin" and order["orders"]["ranks"] == [1]:
+            played.agents["b"].quiet = 10.0
+            said += [{"say": "alive", "ranks": {"1": state}, "memory_kills": 0, "free": 1 << 40}]
+        return said
+
+    state = {"phase": "start", "step": 0, "age": 10.0, "quiet": 10.0}
+    played = Played(tmp_path, reply)
+    played.attempt.deadlines = Deadlines({"start": 0.5}, silence=5.0)
+    cause = cause_of(played.attempt.run())
+    assert cause is not None
+    assert (cause.kind, cause.rank, cause.host) == ("hang", None, None)
+
+
 def test_a_request_to_stop_on_any_host_is_passed_to_all_once(tmp_path: Path) -> None:
     def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
         if order["do"] == "begin" and order["orders"]["ranks"] == [1]:

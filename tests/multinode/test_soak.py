@@ -27,7 +27,7 @@ from support import train, write_recipe
 
 COUNT = int(os.environ.get("SOAK", "20"))
 SEED = int(os.environ.get("SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
-STEPS = 20 + 16 * COUNT
+STEPS = 60 + 20 * COUNT
 STANDS_STILL_S = 12.0
 HOSTFILE = "host1 slots=1\nhost2 slots=1\nhost3 slots=1 spare=true\n"
 CHECKPOINTER = "vitgraft.trainer.checkpointer"
@@ -160,13 +160,16 @@ def test_random_faults(hosts: Network, tmp_path: Path, data: Path) -> None:
     soak = Soak(run, draw)
     run.start()
     run.wait_attempt(1)
+    attempts = 1
     for number in range(COUNT):
         fault = draw.choice(soak.faults)
-        attempt = run.attempt()
         run.wait_step(run.done() + draw.randint(1, 6))
-        print(f"{number + 1}: attempt {attempt}, step {run.step()}: {fault.__name__}", flush=True)
+        print(f"{number + 1}: attempt {attempts}, step {run.step()}: {fault.__name__}", flush=True)
         if fault():
-            run.wait_attempt(attempt + 1)
+            attempts += 1
+            run.wait_attempt(attempts)
     assert run.finish(MANY_S + STEPS) == 0, run.said()
+    # Nothing is told of but what was done.
+    assert [event["attempt"] for event in run.events("start")] == list(range(1, attempts + 1))
     run.assert_nothing_left()
     run.audit(tmp_path / "unbroken", STEPS)
