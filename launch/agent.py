@@ -16,11 +16,12 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.errors import TrainingError
+from vitgraft.launch.free_space import FreeSpace
 from vitgraft.launch.gang import HostGang, Orders
 from vitgraft.launch.predecessor import end_predecessor
 from vitgraft.launch.wire import Wire
@@ -46,6 +47,7 @@ class Agent:
     def __init__(self, wire: Wire, host: str, lock: int | None) -> None:
         self._wire, self._host, self._lock = wire, host, lock
         self._gang: HostGang | None = None
+        self._space: FreeSpace | None = None
         self._listener: socket.socket | None = None
         self._tickets: list[Wire] = []
         self._strange: list[Wire] = []
@@ -54,6 +56,8 @@ class Agent:
         self._memory_kills = 0
         self._code: int | None = None
         self._asked = 0
+        self.left_alone = False
+        """Whether it ended because the supervisor was gone."""
         self._answers: dict[str, Callable[[dict[str, Any]], None]] = {
             "facts": self._facts,
             "port": self._port,
@@ -81,6 +85,7 @@ class Agent:
         finally:
             if self._gang is not None:
                 self._gang.end()
+            self._forget_space()
             self._close_tickets()
         return self._code
 
@@ -96,20 +101,22 @@ class Agent:
 
     def _turn(self) -> None:
         for message in self._wire.receive():
-            self._heard = time.monotonic()
             self._obey(message)
+            # Afterwards: what was said while an order took its time is still to be read.
+            self._heard = time.monotonic()
         self._wire.flush()
         now = time.monotonic()
         if self._code is None and (self._wire.closed or now - self._heard > SILENCE_S):
             why = "its connection closed" if self._wire.closed else f"nothing was heard of it for {SILENCE_S:g} s"
             print(f"vitgraft agent on {self._host}: the supervisor is gone ({why}); ending", file=sys.stderr)
-            self._code = TrainingError.exit_code
+            self._code, self.left_alone = TrainingError.exit_code, True
         if self._asked:
             self._say({"say": "asked", "signal": self._asked})
             self._asked = 0
         self._hear_tickets()
         if self._gang is not None:
-            self._gang.tend()
+            with self._told_of("the agent cannot look after its processes"):
+                self._gang.tend()
             if not self._gang.descriptors():
                 time.sleep(_TICK_S)
         if now - self._told >= ALIVE_S:
@@ -125,6 +132,15 @@ class Agent:
         except (OSError, ValueError) as error:  # ValueError: orders of another version
             self._say({"say": "refused", "text": f"{type(error).__name__}: {' '.join(str(error).split())}"})
 
+    @contextlib.contextmanager
+    def _told_of(self, what: str) -> Iterator[None]:
+        """What the machine refuses ends the attempt, not the agent: it still has to end what lives."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:  # the latter two: a ticket of another's
+            if self._gang is not None:
+                self._gang.fail(what, error)
+
     def _say(self, message: dict[str, Any]) -> None:
         self._wire.send(message)
 
@@ -133,9 +149,7 @@ class Agent:
         if self._gang is not None:
             message["ranks"] = self._gang.states()
             message["memory_kills"] = memory_kills() - self._memory_kills
-            with contextlib.suppress(OSError):
-                disk = os.statvfs(self._gang.orders.run)
-                message["free"] = disk.f_bavail * disk.f_frsize
+            message["free"] = self._space.free if self._space is not None else None
         self._say(message)
 
     def _facts(self, message: dict[str, Any]) -> None:
@@ -175,6 +189,8 @@ class Agent:
         orders = Orders.model_validate(message["orders"])
         end_predecessor(Path(orders.run), self._host)
         self._memory_kills = memory_kills()
+        self._forget_space()
+        self._space = FreeSpace(Path(orders.run), ALIVE_S)
         self._gang = HostGang(orders, self._say, self._lock)
         if orders.tickets is not None:
             # In the kernel's own name space: nothing is left behind, and each host has its own.
@@ -203,7 +219,13 @@ class Agent:
         if self._gang is not None:
             self._gang.end()
             self._gang = None
+        self._forget_space()
         self._say({"say": "ended"})
+
+    def _forget_space(self) -> None:
+        if self._space is not None:
+            self._space.close()
+            self._space = None
 
     def _leave(self, message: dict[str, Any]) -> None:
         self._code = int(message["code"])
@@ -212,7 +234,8 @@ class Agent:
         """DeepSpeed's launcher has started one for each rank: with its environment the rank is started, and lives no
         longer than its ticket."""
         if self._listener is not None:
-            with contextlib.suppress(BlockingIOError):
+            refused = self._told_of("the agent cannot hear the launcher")
+            with refused, contextlib.suppress(BlockingIOError, ConnectionError):
                 connection, _ = self._listener.accept()
                 peer = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
                 if peer[1] == os.geteuid():
@@ -221,11 +244,12 @@ class Agent:
                 else:
                     connection.close()
         for wire in list(self._strange):
-            for message in wire.receive():
+            for message in wire.receive()[:1]:
                 self._strange.remove(wire)
                 self._tickets.append(wire)
                 if self._gang is not None:
-                    self._gang.start_rank(int(message["environment"]["RANK"]), message["environment"])
+                    with self._told_of("the agent cannot start a rank"):
+                        self._gang.start_rank(int(message["environment"]["RANK"]), message["environment"])
             if wire.closed and wire in self._strange:
                 self._strange.remove(wire)
                 wire.close()
@@ -267,6 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     # What is printed by mistake must not get between the messages.
     out = os.dup(1)
     os.dup2(2, 1)
+    # What a login shell has printed may lack its newline, and would take the first message with it.
+    os.write(out, b"\n")
     lock = os.environ.get(LOCK_VARIABLE)
     agent = Agent(Wire(0, out), options.host, int(lock) if lock else None)
     for number in STOP_SIGNALS:

@@ -28,6 +28,9 @@ from vitgraft.launch.ui import Screen
 GRACE_AFTER_FAILURE_S = 5.0
 """What ranks get to end by themselves, and to say why, after the first of them failed."""
 LOOK_S = 0.5
+UNSTARTED_S = 30.0
+"""A run that is to stop waits so long for ranks that have not started."""
+LAUNCHER_GRACE_S = 2.0
 _NO_FAILURE = (0, PreemptedRun.exit_code)
 
 
@@ -86,7 +89,8 @@ class Attempt:
     _cleared: set[str] = field(default_factory=set)
     _drained: set[str] = field(default_factory=set)
     _looked: float = 0.0
-    _stopping: bool = False
+    _stopping_since: float | None = None
+    _launcher_gone: float | None = None
 
     def run(self) -> Observation:
         """From the first order to the last process; none of the attempt lives afterwards on a host that answers.
@@ -117,7 +121,7 @@ class Attempt:
     def _begin(self) -> None:
         numbers, evaluator = self.plan.numbers(), self.plan.evaluator
         hosts = [*numbers, *([evaluator[0]] if evaluator is not None and evaluator[0] not in numbers else [])]
-        self.hosts = {host: HostState(host) for host in hosts}
+        self.hosts = {host: HostState(host, ranks=tuple(numbers.get(host, ()))) for host in hosts}
         self._nodes = {host: str(self.links[host].facts.get("nodename", host)) for host in hosts}
         now = time.monotonic()
         step = self.handle.resume.step if self.handle.resume is not None else 0
@@ -180,15 +184,31 @@ class Attempt:
                 return
             self._turn()
             now = time.monotonic()
-            if self.asked() is not None and not self._stopping:
-                self._stopping = True
+            if self.asked() is not None and self._stopping_since is None:
+                self._stopping_since = now
                 self._tell("stop")
-            grace = 0.0 if self.hang is not None else GRACE_AFTER_FAILURE_S
-            if self.failed_at is not None and now - self.failed_at > grace and told_at is None:
+            if told_at is None and self._patience_over(now):
                 told_at = now
                 self._tell("end_ranks")
-            if self._launcher is not None and (why := self._launcher.ended()) is not None and self.failed_at is None:
-                self._fail(ReportedError(-1, "", now, TrainingError.exit_code, why))
+            self._see_launcher(now)
+
+    def _patience_over(self, now: float) -> bool:
+        """Whether the ranks that live are to be ended: after a failure, or when some cannot stop in order because they
+        never started."""
+        grace = 0.0 if self.hang is not None else GRACE_AFTER_FAILURE_S
+        if self.failed_at is not None and now - self.failed_at > grace:
+            return True
+        waiting = self._stopping_since is not None and now - self._stopping_since > UNSTARTED_S
+        return waiting and any(state.heard == math.inf for state in self._states.values())
+
+    def _see_launcher(self, now: float) -> None:
+        why = self._launcher.ended() if self._launcher is not None else None
+        if why is None or self.failed_at is not None:
+            return
+        self._launcher_gone = self._launcher_gone or now
+        # A signal to the whole job ends it too, perhaps before this process hears of it: the ranks stop in order then.
+        if self.asked() is None and now - self._launcher_gone > LAUNCHER_GRACE_S:
+            self._fail(ReportedError(-1, "", now, TrainingError.exit_code, why))
 
     def _drain(self) -> None:
         codes = {end.rank: end.code for end in self.ends}
@@ -266,10 +286,11 @@ class Attempt:
     def _lose(self, host: str, why: str) -> None:
         now = time.monotonic()
         self.links[host].lost = why
-        self.hosts[host] = HostState(host, now, self.hosts[host].memory_kills, self.hosts[host].run_free)
+        self.hosts[host] = replace(self.hosts[host], lost_at=now)
         self.screen.note(f"{host} is lost: {why}")
         self.handle.event("host_lost", host=host, text=why)
-        if any(state.host == host for state in self._states.values()):
+        ended = {end.rank for end in self.ends}
+        if any(state.host == host and rank not in ended for rank, state in self._states.items()):
             self.failed_at = self.failed_at or now
 
     def _fail(self, error: ReportedError) -> None:
@@ -303,8 +324,7 @@ class Attempt:
             self._fail(ReportedError(-1, host, now, TrainingError.exit_code, text))
 
     def _hear_alive(self, host: str, message: dict[str, Any], now: float) -> None:
-        before = self.hosts[host]
-        self.hosts[host] = HostState(host, before.lost_at, message["memory_kills"], message["free"])
+        self.hosts[host] = replace(self.hosts[host], memory_kills=message["memory_kills"], run_free=message["free"])
         for number, said in message["ranks"].items():
             rank = int(number)
             self._states[rank] = RankState(

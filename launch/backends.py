@@ -51,8 +51,14 @@ class Backend(Protocol):
     def connect(self, host: Host) -> AgentLink:
         """Start the agent of a host, or wait for it."""
 
+    def waiting(self) -> Sequence[AgentLink]:
+        """Agents that are there before anybody has asked for them."""
+
     def meeting(self, first: AgentLink, port: int) -> Meeting:
         """Where the ranks meet, on the first host."""
+
+    def used(self, host: str, count: int) -> Sequence[int]:
+        """The GPUs that so many ranks of a host use."""
 
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """What all ranks find in their environment."""
@@ -83,9 +89,17 @@ class HereBackend:
         """Start the agent."""
         return start_here(host.name, self.lock)
 
+    def waiting(self) -> Sequence[AgentLink]:
+        """None: every agent is started from here."""
+        return ()
+
     def meeting(self, first: AgentLink, port: int) -> Meeting:
         """On the loopback: a host name that does not resolve must not matter."""
         return Meeting("127.0.0.1", port)
+
+    def used(self, host: str, count: int) -> Sequence[int]:
+        """The first ones."""
+        return range(count)
 
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """That of this process; they meet on the loopback unless the user says otherwise."""
@@ -118,9 +132,17 @@ class HostfileBackend:
         """Start the agent over ssh."""
         return start_over_ssh(host.name, self.ssh_args)
 
+    def waiting(self) -> Sequence[AgentLink]:
+        """None: every agent is started from here."""
+        return ()
+
     def meeting(self, first: AgentLink, port: int) -> Meeting:
         """The address by which the first host was reached."""
         return Meeting(str(first.facts["address"] or first.host), port)
+
+    def used(self, host: str, count: int) -> Sequence[int]:
+        """The first of its slots."""
+        return self.slots[host][:count]
 
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """What is forwarded from here."""
@@ -139,7 +161,7 @@ class HostfileBackend:
         """
         folder = order.run / "launch"
         folder.mkdir(exist_ok=True)
-        used: Slots = {host: self.slots[host][:count] for host, count in order.ranks.items() if count}
+        used: Slots = {host: tuple(self.used(host, count)) for host, count in order.ranks.items() if count}
         hostfile, variables = folder / f"hostfile.{order.attempt}", folder / f"environment.{order.attempt}"
         hostfile.write_text(deepspeed_launch.deepspeed_hostfile(used))
         variables.write_text(deepspeed_launch.environment_file(order.environment))

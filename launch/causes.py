@@ -83,6 +83,8 @@ def cause_of(seen: Observation) -> Cause | None:
     failures = sorted(_failures(seen), key=lambda found: found[0])
     if failures:
         return failures[0][1]
+    if _done(seen):
+        return None  # also if it was asked to stop in its last step
     if seen.asked is not None:
         kind: Kind = "interrupt" if seen.asked == signal.SIGINT else "preemption"
         return _cause(kind, f"stopped by {_name(seen.asked)}")
@@ -94,6 +96,25 @@ def cause_of(seen: Observation) -> Cause | None:
     return next((_cause(_BY_CODE[end.code], "a rank stopped", end.rank, end.host) for end in _stopped(seen.ends)), None)
 
 
+def _done(seen: Observation) -> bool:
+    """Whether all ranks have ended well, as far as they are known."""
+    well = {end.rank for end in seen.ends if end.code == 0}
+    known = {rank for host in seen.hosts for rank in host.ranks or ()}
+    return bool(well) and well >= known | {end.rank for end in seen.ends}
+
+
+def _was_needed(host: HostState, ends: Sequence[RankEnd]) -> bool:
+    """Whether a lost host had a rank that still ran, or that failed as the host went."""
+    if host.ranks is None or host.lost_at is None:
+        return True
+    over = set()
+    for end in ends:
+        failed = end.code not in (0, *_STOPS) and not end.by_us
+        if end.at <= host.lost_at - SAME_MOMENT_S * failed:
+            over.add(end.rank)
+    return not over.issuperset(host.ranks)
+
+
 def _stopped(ends: Sequence[RankEnd]) -> Iterator[RankEnd]:
     return (end for end in ends if end.code in _STOPS)
 
@@ -101,8 +122,9 @@ def _stopped(ends: Sequence[RankEnd]) -> Iterator[RankEnd]:
 def _failures(seen: Observation) -> Iterator[tuple[float, Cause]]:
     """Everything that went wrong by itself, and when."""
     hosts = {host.name: host for host in seen.hosts}
+    gone = {host.name for host in seen.hosts if host.lost_at is not None and _was_needed(host, seen.ends)}
     for host in seen.hosts:
-        if host.lost_at is not None:
+        if host.name in gone and host.lost_at is not None:
             # It was gone before its silence was noticed, and before others could complain.
             yield host.lost_at - SAME_MOMENT_S, _cause("lost_node", f"{host.name} is gone", host=host.name)
     spoken = set()
@@ -121,10 +143,9 @@ def _failures(seen: Observation) -> Iterator[tuple[float, Cause]]:
     for end in seen.ends:
         if end.by_us or end.rank in spoken or end.code in (0, *_STOPS) or _asked_for(end, seen.asked):
             continue
-        its_host = hosts.get(end.host)
-        if its_host is not None and its_host.lost_at is not None:
+        if end.host in gone:
             continue  # with its host
-        yield end.at - SAME_MOMENT_S * (end.code < 0), _of_end(end, its_host)
+        yield end.at - SAME_MOMENT_S * (end.code < 0), _of_end(end, hosts.get(end.host))
     if seen.hang is not None:
         hang = seen.hang
         who = "no rank" if hang.rank is None else f"rank {hang.rank} on {hang.host} does not"

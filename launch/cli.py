@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +16,7 @@ from vitgraft.configs.errors import ConfigError, InterruptedRun, VitgraftError
 from vitgraft.launch.checkpoints_cli import checkpoints
 from vitgraft.launch.launch_cli import launch
 from vitgraft.launch.shards_cli import shards
+from vitgraft.launch.stderr import forgiving_stderr
 
 app = typer.Typer(
     name="vitgraft",
@@ -59,8 +63,6 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe. The same command goes on where a stopped or killed run was."""
-    import os
-
     from vitgraft.configs.load import load_recipe
     from vitgraft.launch import training
     from vitgraft.launch.nodes import node_place
@@ -72,7 +74,8 @@ def train(
     where = training.Where(processes, hostfile, include, exclude, place)
     with Screen() as screen:
         training.train(loaded, run, screen, where, resume=resume)
-    typer.echo(f"done: {run}")
+    with contextlib.suppress(OSError):  # it is done, whether or not anybody can be told
+        typer.echo(f"done: {run}")
 
 
 @app.command(epilog="Example: vitgraft status runs/first --watch")
@@ -199,6 +202,8 @@ def demo(
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
+    # No run ends, and no exit code changes, because what it says is not read or the disk of its log is full.
+    sys.stderr = forgiving_stderr()
     try:
         code = app(standalone_mode=False)
     except VitgraftError as error:
@@ -207,11 +212,32 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("vitgraft: interrupted", file=sys.stderr)
         code = InterruptedRun.exit_code
-    except BrokenPipeError:
-        code = 0  # the reader of our output, e.g. head, has seen enough
+    except SystemExit as left:
+        # What typer makes of a broken pipe, whichever pipe it is.
+        broken = left.__context__
+        code = _broken_pipe(broken) if isinstance(broken, BrokenPipeError) else left.code
+    except BrokenPipeError as error:
+        code = _broken_pipe(error)
     except Exception as error:
         code = _usage_error(error)
+    _let_go_of_stdout()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _broken_pipe(error: BrokenPipeError) -> int:
+    """The reader of our output, e.g. head, has seen enough; training, whose output nobody waits for, has not."""
+    poll = select.poll()
+    poll.register(1)
+    unread = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    return 0 if unread and sys.argv[1:2] != ["train"] else _usage_error(error)
+
+
+def _let_go_of_stdout() -> None:
+    """What cannot be written any more would change the exit code once more, when Python flushes at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _usage_error(error: Exception) -> int:

@@ -72,6 +72,10 @@ class Deadlines:
         durations.append(seconds)
         del durations[:-WINDOW]
 
+    def forget(self) -> None:
+        """What was learned holds no longer: the world is another one, and a rank's share of each batch with it."""
+        self._durations.clear()
+
     def limits(self) -> dict[Phase, float]:
         """How long each phase may take now."""
         return {phase: deadline(phase, self._durations.get(phase, ()), self.fixed.get(phase)) for phase in UNLEARNED_S}

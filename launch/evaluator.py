@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,24 @@ MAX_DEATHS = 3
 """Over the same step: the successor leaves that out. While it drains, over any step: what is due stays undone."""
 
 
-def evaluator_device(wanted: str, gpus: int, ranks: int) -> str:
+def evaluator_device(wanted: str, gpus: int, used: Collection[int]) -> str:
     """Where the evaluator of a host computes: ``cpu`` or ``cuda:N``.
 
     Args:
         wanted: the recipe's ``evaluator.device``. ``auto``: the first GPU that no rank uses, else the CPU; ``cuda``:
             where there is no such GPU, the last one, beside its rank.
         gpus: of the host.
-        ranks: of the host that use a GPU, the first ones.
+        used: those that ranks use.
 
     Raises:
         ConfigError: ``cuda`` on a host without a GPU.
     """
     if wanted == "cuda" and gpus == 0:
         raise ConfigError("evaluator.device: cuda, but no GPU is visible on its host; use auto or cpu")
-    if wanted == "cpu" or (wanted == "auto" and gpus <= ranks):
+    free = next((gpu for gpu in range(gpus) if gpu not in used), None)
+    if wanted == "cpu" or (wanted == "auto" and free is None):
         return "cpu"
-    return f"cuda:{min(ranks, gpus - 1)}"
+    return f"cuda:{gpus - 1 if free is None else free}"
 
 
 @dataclass

@@ -15,12 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from vitgraft.configs.errors import TrainingError
+from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.evaluator import EvaluatorKeeper
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE
+from vitgraft.trainer.signals import OF_THE_JOB
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -80,6 +81,7 @@ class HostGang:
     _roles: Wire | None = None
     _roles_pipe: int = -1
     _draining: bool = False
+    _failed: bool = False
 
     def start(self) -> None:
         """Start the roles, and the ranks too where no launcher does.
@@ -103,7 +105,12 @@ class HostGang:
                 self.start_rank(rank, {"LOCAL_RANK": str(local)})
 
     def start_rank(self, rank: int, environment: Mapping[str, str]) -> None:
-        """Start one rank; ``environment`` is what differs from that of the host's others."""
+        """Start one rank; ``environment`` is what differs from that of the host's others.
+
+        Raises:
+            OSError: no process or log can be made.
+            ValueError: it is no rank of this host.
+        """
         if self.killed:
             return  # its launcher is late
         orders, local = self.orders, self.orders.ranks.index(rank)
@@ -120,26 +127,33 @@ class HostGang:
             PARENT_VARIABLE: str(os.getpid()),
             **(self._keeper.environment(local) if self._keeper is not None else {}),
         }
-        with its, self._log(f"trainer-{rank}").open("ab") as log:
-            # A session of its own: Ctrl-C on the terminal reaches the supervisor alone, which stops the ranks in order.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vitgraft.trainer.rank", *orders.arguments],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(its.fileno(), *(() if self.lock is None else (self.lock,))),
-                start_new_session=True,
-            )
-        wire = Wire(descriptor := ours.detach(), descriptor)
-        self.ranks[rank] = RankProcess(process, wire, time.monotonic(), {"phase": "start", "step": 0, "age": 0.0})
+        with ours, its, self._log(f"trainer-{rank}").open("ab") as log:
+            # Blocked until the rank hears them: what it is asked before that must neither be lost nor end it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_JOB)
+            try:
+                # A session of its own: Ctrl-C on the terminal reaches the supervisor alone, which stops the ranks in
+                # order.
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "vitgraft.trainer.rank", *orders.arguments],
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(its.fileno(), *(() if self.lock is None else (self.lock,))),
+                    start_new_session=True,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            descriptor = ours.detach()
+        state: dict[str, Any] = {"phase": "start", "step": 0, "age": 0.0}
+        self.ranks[rank] = RankProcess(process, Wire(descriptor, descriptor), time.monotonic(), state)
         if self.stopping:
             process.send_signal(signal.SIGTERM)
 
     def descriptors(self) -> list[int]:
         """What to wait for."""
-        assert self._roles is not None
-        return [self._roles.read, *(rank.wire.read for rank in self.ranks.values() if not rank.wire.closed)]
+        roles = [self._roles.read] if self._roles is not None else []
+        return [*roles, *(rank.wire.read for rank in self.ranks.values() if not rank.wire.closed)]
 
     def tend(self) -> None:
         """Call a few times a second: hears ranks and roles, notices ends, replaces dead roles."""
@@ -154,15 +168,25 @@ class HostGang:
         self._hear_roles()
         try:
             checkpointer = self._keeper is not None and self._keeper.tend()
-        except TrainingError as error:
-            self._keeper = None
-            self.say({"say": "relay", "rank": -1, "message": _error(error)})
-            checkpointer = False
+        except (OSError, TrainingError) as error:
+            assert self._keeper is not None
+            self._keeper.end()
+            self._keeper, checkpointer = None, False
+            self.fail("the checkpointer cannot be started again", error)
         evaluator = self._evaluator is not None and self._evaluator.tend()
         if self._draining and not checkpointer and not evaluator:
             self._hear_roles()
             self._draining = False
             self.say({"say": "drained"})
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Tell the supervisor, which ends the attempt, of the first thing that goes wrong; what follows is no news."""
+        if self._failed:
+            return
+        self._failed = True
+        if not isinstance(error, VitgraftError):
+            error = TrainingError(f"{os.uname().nodename}: {what}: {error}", cause=cause_of(error))
+        self.say({"say": "relay", "rank": -1, "message": _error(error)})
 
     def stop(self) -> None:
         """Ask the ranks to stop behind a checkpoint."""
@@ -231,8 +255,7 @@ class HostGang:
         rank.state |= {"longest": longest | new, "own": [*earlier.get("own", []), *message["own"]]}
 
     def _hear_roles(self) -> None:
-        assert self._roles is not None
-        for message in self._roles.receive():
+        for message in self._roles.receive() if self._roles is not None else ():
             if message.get("kind") != "beat":
                 self.say({"say": "relay", "rank": -1, "message": message})
             elif message["role"] == "checkpointer" and self._keeper is not None:
@@ -254,5 +277,6 @@ def log_name(role: str, host: str, attempt: int) -> str:
     return f"{role}.{host}.{attempt}.log"
 
 
-def _error(error: TrainingError) -> dict[str, Any]:
-    return {"kind": "error", "code": error.exit_code, "text": str(error)}
+def _error(error: VitgraftError) -> dict[str, Any]:
+    facts = {"code": error.exit_code, "text": str(error), "cause": error.cause, "step": error.step}
+    return {"kind": "error", **facts}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ FIRST_ANSWER_S = 60.0
 """An agent starts Python from a file system that may be slow."""
 SILENT_S = 15.0
 """A host whose agent says nothing for so long is lost; it says something every second."""
+DEAF = ("sh", "-c", 'trap "" TERM INT USR1 HUP; exec "$@"', "sh")
+"""Starts a program that ignores what a scheduler sends to every process of a job. It keeps what it finds ignored."""
 AGENT = (sys.executable, "-P", "-m", "vitgraft.launch.agent")
 
 
@@ -89,11 +92,10 @@ class AgentLink:
 
     def ended(self) -> str:
         """Why the connection is gone, in one line."""
-        if self._process is None:
+        if self._process is None or self._complaints is None:
             return "its connection closed"
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(1.0)
-            assert self._complaints is not None
             self._complaints.seek(0)
             said = self._complaints.read().decode(errors="replace")
             if not self.facts:
@@ -118,25 +120,17 @@ class AgentLink:
 
 
 def start_agent(host: str, command: Sequence[str], environment: Mapping[str, str], lock: int | None) -> AgentLink:
-    """Start the program that leads to an agent: the agent itself, or ssh.
-
-    Raises:
-        ConfigError: there is no such program here.
-    """
+    """Start the program that leads to an agent: the agent itself, or ssh."""
     complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the link
-    try:
-        process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            pass_fds=() if lock is None else (lock,),
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        complaints.close()
-        raise ConfigError(f"{command[0]}: not installed here, and other hosts are reached by it; install it") from None
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=complaints,
+        pass_fds=() if lock is None else (lock,),
+        start_new_session=True,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     wire = Wire(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
@@ -152,5 +146,14 @@ def start_here(host: str, lock: int) -> AgentLink:
 
 
 def start_over_ssh(host: str, ssh_args: Sequence[str]) -> AgentLink:
-    """An agent on another host."""
-    return start_agent(host, ssh_command(host, [*AGENT, "--host", host], ssh_args, CONNECT_S), os.environ, None)
+    """An agent on another host.
+
+    Raises:
+        ConfigError: there is no ssh here.
+    """
+    if shutil.which("ssh") is None:
+        raise ConfigError("ssh: not installed here, and other hosts are reached by it; install it")
+    # A connection that the user's ControlMaster shares would end for all its runs at once.
+    alone = [*ssh_args, "-oControlPath=none"]
+    command = ssh_command(host, [*AGENT, "--host", host], alone, CONNECT_S)
+    return start_agent(host, [*DEAF, *command], os.environ, None)

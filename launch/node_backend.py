@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, VitgraftError
 from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.agent import STOP_SIGNALS, Agent
 from vitgraft.launch.backends import Launcher, LaunchOrder
@@ -32,6 +32,7 @@ from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.ui import Screen
 from vitgraft.launch.wire import Wire
+from vitgraft.trainer.monitor_files import attempts, read_rows
 
 SECRET = "leader.secret"
 WAIT_S = 600.0
@@ -55,6 +56,7 @@ class NodeBackend:
     _came: dict[str, AgentLink] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _first: bool = True
+    _closed: bool = False
 
     def __post_init__(self) -> None:
         self.hosts = [Host(name_of(node), self.processes) for node in range(self.place.nodes)]
@@ -84,10 +86,19 @@ class NodeBackend:
                     raise NoAnswer("it has not connected; see whether its command runs and reaches the leader")
             return self._came.pop(host.name)
 
+    def waiting(self) -> Sequence[AgentLink]:
+        """Nodes that have connected, perhaps again, before they are wanted."""
+        with self._changed:
+            return list(self._came.values())
+
     def meeting(self, first: AgentLink, port: int) -> Meeting:
         """The leader's address where it takes part."""
         leads = first.host == name_of(self.place.rank)
         return Meeting(self.place.host if leads else str(first.facts["address"]), port)
+
+    def used(self, host: str, count: int) -> Sequence[int]:
+        """The first ones."""
+        return range(count)
 
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """Each node has its own."""
@@ -104,6 +115,10 @@ class NodeBackend:
 
     def close(self) -> None:
         """Listen no more."""
+        self._closed = True
+        # Closing alone would not wake the thread that waits there.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with contextlib.suppress(OSError):
             (self.run / SECRET).unlink()
@@ -113,7 +128,10 @@ class NodeBackend:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return
+                if self._closed:
+                    return
+                time.sleep(1.0)  # e.g. too many open files for the moment
+                continue
             # Whoever says nothing must not keep others waiting.
             threading.Thread(target=self._welcome, args=(connection, secret), daemon=True).start()
 
@@ -146,21 +164,33 @@ def follow(place: NodePlace, run: Path, screen: Screen) -> None:
 
     Raises:
         VitgraftError: with the run's exit code, if it is not 0; the leader says why.
-        ConfigError: the leader cannot be reached.
+        PreemptedRun: there is no leader; the same command may find one later.
     """
     screen.note(f"node {place.rank} of {place.nodes}: connecting to the leader at {place.host}:{place.port}")
     for number in STOP_SIGNALS:
         signal.signal(number, _give_up)
-    descriptor = _connect(place, run)
-    agent = Agent(Wire(descriptor, descriptor), name_of(place.rank), None)
+    before = False
+    while (descriptor := _connect(place, run, before)) is not None:
+        agent = Agent(Wire(descriptor, descriptor), name_of(place.rank), None)
+        _pass_on(agent)
+        screen.note("connected; the leader shows how the run is")
+        code = agent.serve()
+        if not agent.left_alone:
+            if code != 0:
+                error = VitgraftError(f"node {place.rank}: the run ended with code {code}; the leader says why")
+                error.exit_code = code
+                raise error
+            return
+        # It may be started again, or have given this node up for the moment.
+        before = True
+        for number in STOP_SIGNALS:
+            signal.signal(number, _give_up)
+        screen.note("the leader is gone; waiting for it")
+
+
+def _pass_on(agent: Agent) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda asked, _: agent.ask_to_stop(asked))
-    screen.note("connected; the leader shows how the run is")
-    code = agent.serve()
-    if code != 0:
-        error = VitgraftError(f"node {place.rank}: the run ended with code {code}; the leader says why")
-        error.exit_code = code
-        raise error
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:
@@ -174,7 +204,8 @@ def name_of(node: int) -> str:
     return f"node-{node}"
 
 
-def _connect(place: NodePlace, run: Path) -> int:
+def _connect(place: NodePlace, run: Path, again: bool) -> int | None:
+    """A descriptor of the connection; ``None``: the run was finished without this node."""
     deadline, reason = time.monotonic() + WAIT_S, "nobody listens there"
     while True:
         try:
@@ -183,8 +214,12 @@ def _connect(place: NodePlace, run: Path) -> int:
             reason = f"{run / SECRET} is not there; --run-dir must lie on storage that all nodes share"
         except (OSError, ValueError, KeyError) as error:
             reason = str(error) or type(error).__name__
+        last = attempts(read_rows(run / "events.jsonl"))[-1:]
+        if again and last and last[0].code == 0:
+            return None
         if time.monotonic() > deadline:
-            raise TrainingError(f"--leader {place.host}:{place.port}: no leader within {WAIT_S:g} s ({reason})")
+            where = f"--leader {place.host}:{place.port}"
+            raise PreemptedRun(f"{where}: no leader within {WAIT_S:g} s ({reason}); start it, and this again")
         time.sleep(1.0)
 
 

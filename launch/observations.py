@@ -73,12 +73,14 @@ class RankEnd:
 @dataclass(frozen=True)
 class HostState:
     """``lost_at``: when its agent fell silent; ``None``: it answers. ``memory_kills``: processes that its kernel has
-    killed for want of memory during the attempt. ``run_free``: bytes free where it writes the run."""
+    killed for want of memory during the attempt. ``run_free``: bytes free where it writes the run. ``ranks``: that it
+    has; ``None``: not known, some of them run."""
 
     name: str
     lost_at: float | None = None
     memory_kills: int = 0
     run_free: int | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vitgraft.configs.errors import CheckpointError, ConfigError
+from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, cause_of
 from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint.commit import ATTEMPT, all_step_names, owning_attempt, set_aside, sweep
@@ -20,6 +21,7 @@ from vitgraft.trainer.checkpoint.layout import POINTER, parse_step
 from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
 
 LOCK_PATIENCE_S = 20.0
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _OF_THE_OLD_START = ("metrics.jsonl", "results", "ledger", "tensorboard")
 
 
@@ -43,7 +45,7 @@ class RunHandle:
 
     def claim(self) -> None:
         """Make this the attempt that owns the run: what an earlier one has left may not commit any more."""
-        self.attempt = _next_attempt(self.path)
+        self.attempt = max(self.attempt + 1, _next_attempt(self.path))
         replace_text(self.path / ATTEMPT, f"{self.attempt}\n")
 
     def next_attempt(self) -> None:
@@ -51,14 +53,26 @@ class RunHandle:
 
         Raises:
             CheckpointError: there are checkpoints, but no valid one.
-            ConfigError: the folder cannot be written any more.
+            ConfigError: another supervisor has taken the run, or the folder cannot be written any more.
+            TrainingError: the disk is full.
         """
         self.notes = []
         try:
+            owner = owning_attempt(self.path)
+            if owner not in (None, self.attempt):  # locks do not reach across hosts everywhere
+                raise ConfigError(
+                    f"{self.path}: another supervisor owns the run now (attempt {owner}; this one's was "
+                    f"{self.attempt}); leave the run to it, and start the command on one host only"
+                )
             self.claim()  # first: from here on nobody else commits
             sweep(self.path)
             self.resume = _where_to_go_on(self.path, "auto", self.notes)
         except OSError as error:
+            if cause_of(error) == "no_space":
+                raise TrainingError(
+                    f"{self.path}: no room for another attempt: {error.strerror}; make room and start the same command",
+                    cause="no_space",
+                ) from None
             raise _unwritable(self.path, error) from None
 
     def close(self) -> None:
@@ -125,6 +139,15 @@ def _own(path: Path) -> IO[str]:
                 lock.close()
                 raise ConfigError(f"{path}: owned by a running attempt ({owner}); wait for it or end it") from None
             time.sleep(0.1)
+        except OSError as error:
+            lock.close()
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise ConfigError(
+                f"--run-dir {path}: its file system has no locks ({error.strerror}), which keep two commands off one "
+                "run; mount it with them (Lustre: flock; NFS: without nolock, its lock service running), or choose "
+                "another folder"
+            ) from None
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
     lock.flush()

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import FrameType
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.configs.errors import cause_of as cause_of_error
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.recipe import possible_worlds
 from vitgraft.launch import recovery
 from vitgraft.launch.attempt import Attempt, Plan, signal_name
-from vitgraft.launch.backends import Backend
+from vitgraft.launch.backends import Backend, HereBackend
 from vitgraft.launch.causes import cause_of
 from vitgraft.launch.deadlines import Deadlines
 from vitgraft.launch.evaluator import evaluator_device
@@ -35,7 +36,7 @@ from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.monitor_files import read_rows
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PING_S = 2.0
 LAST_ROWS_BYTES = 1 << 16
 
@@ -52,7 +53,9 @@ class Supervisor:
     links: dict[str, AgentLink] = field(default_factory=dict)
     record: list[Failure] = field(default_factory=list)
     _asked: int | None = None
+    _training: bool = False
     _over: bool = False
+    _made: list[AgentLink] = field(default_factory=list)
     _deadlines: Deadlines = field(init=False)
     _policy: Policy = field(init=False)
 
@@ -82,11 +85,16 @@ class Supervisor:
             except VitgraftError as error:
                 code = error.exit_code
                 raise
+            except OSError as error:  # storage that fails under the supervisor is the run's failure
+                failure = TrainingError(f"{type(error).__name__}: {error}; mend it", cause=cause_of_error(error))
+                code = failure.exit_code
+                self.handle.event("end", code=code, reason=str(failure))
+                raise failure from error
             finally:
                 self._over = True
-                for link in self.links.values():
+                for link in self._made:
                     link.send("leave", code=code)
-                for link in self.links.values():
+                for link in self._made:
                     link.close(patience=2.0)
                 self.backend.close()
 
@@ -98,13 +106,15 @@ class Supervisor:
     def _ping(self) -> None:
         """Let the agents hear that somebody is there, also while this process hashes a checkpoint."""
         while not self._over:
-            for link in list(self.links.values()):
+            for link in [*self._made, *self.backend.waiting()]:
                 link.send("ping")
             time.sleep(PING_S)
 
     def _attempt(self, ranks: dict[str, int]) -> Cause | None:
         """One attempt; why it ended before its time, or ``None``."""
         handle, plan = self.handle, self._plan(ranks)
+        if self.record and sum(self.record[-1].hosts.values()) != plan.world:
+            self._deadlines.forget()
         for note in handle.notes:
             self.screen.note(note)
         start = f"from {handle.resume.path.name}" if handle.resume is not None else "from the start"
@@ -126,11 +136,14 @@ class Supervisor:
             lambda: self._asked,
             self._ask_to_stop,
         )
+        self._training = True
         try:
             seen = attempt.run()
         except VitgraftError as error:
             handle.event("end", code=error.exit_code, reason=str(error))
             raise
+        finally:
+            self._training = False
         cause = cause_of(seen)
         if cause is None:
             handle.event("end", code=0, reason="done")
@@ -229,14 +242,15 @@ class Supervisor:
         if not hosts:
             return {}
 
-        old = [self.links.pop(host.name) for host in hosts if host.name in self.links]
-        for link in old:
+        for link in [self.links.pop(host.name) for host in hosts if host.name in self.links]:
             link.close()
+        self._made = [link for link in self._made if link.lost is None]
         failures, links = {}, []
         for host in hosts:
             # By this thread, which lives on: the kernel ends a process on this host with the thread that started it.
             try:
                 links.append(self.backend.connect(host))
+                self._made.append(links[-1])
             except NoAnswer as error:
                 failures[host.name] = str(error)
 
@@ -261,7 +275,7 @@ class Supervisor:
     def _leave_out_unfit(self) -> dict[str, str]:
         """See whether the hosts that answer fit together; those that do not are let go. Returns why."""
         answering = [self.links[host.name] for host in self.backend.hosts if not self._is_lost(host.name)]
-        if len(self.backend.hosts) < 2 or not answering:
+        if isinstance(self.backend, HereBackend) or not answering:
             return {}
         slots = {host.name: host.slots for host in self.backend.hosts}
         run = Path(os.path.abspath(self.handle.path))
@@ -275,10 +289,16 @@ class Supervisor:
     def _plan(self, ranks: dict[str, int]) -> Plan:
         launch = self.recipe.launch
         used = {host: self.links[host].facts for host, count in ranks.items() if count}
-        poor = [host for host, count in ranks.items() if used[host]["gpus"] < count]
-        if launch.device == "cuda" and poor:
+        slots = {host: self.backend.used(host, ranks[host]) for host in used}
+        poor = [host for host, facts in used.items() if facts["gpus"] <= max(slots[host])]
+        # Where only some have what they need, the run would be far slower than anybody wants: no host's trouble, and
+        # no mistake in a hostfile, turns all to the CPU.
+        some = launch.device == "auto" and any(facts["gpus"] for facts in used.values())
+        if poor and (launch.device == "cuda" or some):
+            host = poor[0]
             raise ConfigError(
-                f"launch.device: cuda, but {poor[0]} has {used[poor[0]]['gpus']} GPUs for {ranks[poor[0]]} ranks"
+                f"launch.device: {launch.device}, but {host} has {used[host]['gpus']} GPUs for {ranks[host]} ranks "
+                f"(slots {','.join(map(str, slots[host]))}); correct its slots, or launch.device: cpu"
             )
         device = "cpu" if launch.device == "cpu" or poor else "cuda"
         if self.recipe.train.precision == "bf16_params" and device == "cpu":
@@ -297,21 +317,31 @@ class Supervisor:
             self.screen.note(f"WARNING {host} does not answer; nothing is evaluated until it does")
             return None
         facts = self.links[host].facts
-        chosen = evaluator_device(wanted.device, facts["gpus"], ranks.get(host, 0) if device == "cuda" else 0)
+        chosen = evaluator_device(
+            wanted.device, facts["gpus"], self.backend.used(host, ranks.get(host, 0)) if device == "cuda" else ()
+        )
         threads = wanted.threads or max(1, facts["cores"] // max(1, ranks.get(host, 0) + 1))
         return host, EvaluatorOrder(device=chosen, threads=threads)
 
     def _pause(self, seconds: float) -> None:
-        """Back off."""
+        """Back off; somebody on another node may want to stop meanwhile."""
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
+        while True:
+            for link in self.links.values():
+                for message in link.receive() if link.lost is None else ():
+                    if message.get("say") == "asked":
+                        self._ask_to_stop(int(message["signal"]))
             if self._asked is not None:
                 raise _stopped(self._asked, behind=False)
+            if (left := until - time.monotonic()) <= 0:
+                return
             time.sleep(min(1.0, left))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        old = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # nohup has had the end of the terminal ignored.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        old = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:
@@ -322,6 +352,9 @@ class Supervisor:
         if self._asked is not None and number == signal.SIGINT:
             raise InterruptedRun("interrupted; the same command goes on from the last committed checkpoint")
         self._ask_to_stop(number)
+        if not self._training and not self._over:
+            # No rank is there that could save: whatever is waited for, e.g. other nodes, is not needed any more.
+            raise _stopped(number, behind=False)
 
     def _ask_to_stop(self, number: int) -> None:
         if self._asked is None:

@@ -17,7 +17,7 @@ from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.backends import Backend, HereBackend, HostfileBackend
 from vitgraft.launch.devices import place
 from vitgraft.launch.hosts import Host, choose_slots, read_hostfile, ssh_arguments
-from vitgraft.launch.node_backend import NodeBackend, follow
+from vitgraft.launch.node_backend import NodeBackend, follow, name_of
 from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.run_dir import RunHandle, open_run
 from vitgraft.launch.supervisor import Supervisor
@@ -74,16 +74,22 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
             raise ConfigError("--hostfile: its slots say how many ranks run where; leave --processes and --nodes out")
         hosts = read_hostfile(where.hostfile)
         slots = choose_slots(hosts, where.include, where.exclude)
-        spares = {host.name: tuple(range(host.slots)) for host in hosts if host.spare and host.name not in slots}
-        names = [host.name for host in hosts]
+        unwanted = [] if not where.exclude else [part.partition(":")[0] for part in where.exclude.split("@")]
+        spares = {
+            host.name: tuple(range(host.slots))
+            for host in hosts
+            if host.spare and host.name not in slots and host.name not in unwanted
+        }
         chosen = [
             Host(host.name, len((slots | spares)[host.name]), host.spare and host.name not in slots)
             for host in hosts
             if host.name in slots | spares
         ]
+        names = [host.name for host in chosen]
         if recipe.evaluator is not None and recipe.evaluator.host not in (None, *names):
             raise ConfigError(
-                f"evaluator.host: {recipe.evaluator.host} is not in {where.hostfile}; name one of its hosts"
+                f"evaluator.host: {recipe.evaluator.host} is not among the hosts of {where.hostfile} that are used "
+                f"({', '.join(names)}); name one of them"
             )
         _check_world(recipe, sum(host.slots for host in chosen if not host.spare))
         ssh_args = ssh_arguments(recipe.launch.ssh_args, os.environ)
@@ -91,15 +97,20 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
         return lambda handle: HostfileBackend(chosen, slots | spares, ssh_args)
     if where.include or where.exclude:
         raise ConfigError("--include and --exclude choose among the hosts of a --hostfile; name one")
-    if recipe.evaluator is not None and recipe.evaluator.host not in (None, os.uname().nodename):
-        raise ConfigError(f"evaluator.host: {recipe.evaluator.host}: this run is on this host alone; set it to null")
+    here = os.uname().nodename
+    names = [here] if where.place is None else [name_of(node) for node in range(where.place.nodes)]
+    if recipe.evaluator is not None and recipe.evaluator.host not in (None, *names):
+        raise ConfigError(
+            f"evaluator.host: {recipe.evaluator.host} is not among the hosts of this run ({', '.join(names)}); "
+            "name one of them, or null"
+        )
     placement = place(recipe, where.processes)
     if where.place is not None:
         node = where.place
         _check_world(recipe, node.nodes * placement.processes)
         return lambda handle: NodeBackend(node, placement.processes, handle.path, handle.lock.fileno())
     render(recipe, placement.processes)
-    return lambda handle: HereBackend(os.uname().nodename, placement.processes, handle.lock.fileno())
+    return lambda handle: HereBackend(here, placement.processes, handle.lock.fileno())
 
 
 def _check_world(recipe: Recipe, world: int) -> None:

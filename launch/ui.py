@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -19,15 +18,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vitgraft.launch.stderr import forgiving_stderr
+
 PLAIN_INTERVAL_S = 10.0
 
 
 class Screen:
-    """Shows labelled progress and notes on stderr; use as a context manager."""
+    """Shows labelled progress and notes on stderr; use as a context manager. Where stderr has no reader or no room any
+    more they are lost: nothing ends for want of somebody to tell."""
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._stream = forgiving_stderr()
+        self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_plain: dict[str, float] = {}
@@ -77,7 +80,7 @@ class Screen:
         if done < total and now - self._last_plain.get(label, -PLAIN_INTERVAL_S) < PLAIN_INTERVAL_S:
             return
         self._last_plain[label] = now
-        print(f"{label} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{label} {done}/{total}  {text}".rstrip(), file=self._stream, flush=True)
 
 
 def _short(value: Any) -> str:

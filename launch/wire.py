@@ -14,7 +14,9 @@ _BLOCK = 1 << 16
 
 
 class Wire:
-    """One end of a connection. ``closed``: the other end is gone, or takes nothing any more.
+    """One end of a connection. ``closed``: nothing more can come, or the other end takes nothing though it lives.
+
+    A write that fails closes nothing: what the other end has said before it went is still to be read.
 
     Args:
         read, write: descriptors, which may be the same; they are made non-blocking.
@@ -23,6 +25,7 @@ class Wire:
     def __init__(self, read: int, write: int) -> None:
         self.read, self.write = read, write
         self.closed = False
+        self._mute = self._released = False
         self._came = b""
         self._unsent = bytearray()
         for descriptor in {read, write}:
@@ -30,18 +33,21 @@ class Wire:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send it now, or with the next :meth:`flush` as far as the other end does not read."""
+        if self._mute:
+            return
         self._unsent += (json.dumps(message, ensure_ascii=False) + "\n").encode()
         self.flush()
 
     def flush(self) -> None:
         """Send what is still unsent, without waiting."""
         try:
-            while self._unsent and not self.closed:
+            while self._unsent and not self._mute and not self.closed:
                 del self._unsent[: os.write(self.write, self._unsent[:_BLOCK])]
         except BlockingIOError:
             self.closed = len(self._unsent) > MAX_UNSENT
         except OSError:
-            self.closed = True
+            self._mute = True
+            self._unsent.clear()
 
     def receive(self) -> list[dict[str, Any]]:
         """All that came since the last call, without waiting. Lines that are no JSON objects (what a login shell
@@ -65,8 +71,11 @@ class Wire:
         return messages
 
     def close(self) -> None:
-        """Let the other end know that this one is gone."""
-        self.closed = True
+        """Let the other end know that this one is gone. Again: nothing, as the numbers may be others' by then."""
+        self.closed = self._mute = True
+        if self._released:
+            return
+        self._released = True
         for descriptor in {self.read, self.write}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)

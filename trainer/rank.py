@@ -16,7 +16,7 @@ from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.configs.load import load_recipe
 from vitgraft.trainer.heartbeat import Heart
 from vitgraft.trainer.report import Reporter
-from vitgraft.trainer.signals import ignore_job_signals
+from vitgraft.trainer.signals import OF_THE_JOB, ignore_job_signals
 
 PARENT_VARIABLE = "VITGRAFT_PARENT_PID"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
@@ -32,6 +32,17 @@ def die_with_parent() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None and os.getppid() != int(parent):
         os._exit(1)  # it died before the kernel was asked
+
+
+def hear_stops() -> threading.Event:
+    """Set when the launcher asks this rank to stop, also if it has asked already: signals are blocked in a rank that it
+    starts until they are heard here."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    # Loader processes inherit what is ignored, and what is blocked: they are started later.
+    ignore_job_signals(but=(signal.SIGTERM,))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_JOB)
+    return stop
 
 
 def make_deterministic() -> None:
@@ -53,10 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=None, help="accepted from DeepSpeed's launcher")
     options = parser.parse_args(arguments)
     die_with_parent()
-    stop = threading.Event()
-    # Loader processes inherit what is ignored.
-    ignore_job_signals()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop = hear_stops()
     reporter = Reporter.from_environment()
     try:
         _train(options, reporter, Heart(reporter), stop)

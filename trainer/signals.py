@@ -8,6 +8,7 @@ real-time signals, which nobody sends by habit.
 from __future__ import annotations
 
 import signal
+from collections.abc import Collection
 
 DRAIN = signal.SIGRTMIN
 """Finish what is outstanding, then end."""
@@ -16,7 +17,11 @@ DROP_COPY = signal.SIGRTMIN + 1
 OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def ignore_job_signals() -> None:
-    """Leave them to the launcher."""
+def ignore_job_signals(but: Collection[signal.Signals] = ()) -> None:
+    """Leave them to the launcher, and heed those in ``but``, which have handlers of their own.
+
+    Those are left as they are: to ignore a signal even for a moment is to lose one that is pending.
+    """
     for number in OF_THE_JOB:
-        signal.signal(number, signal.SIG_IGN)
+        if number not in but:
+            signal.signal(number, signal.SIG_IGN)

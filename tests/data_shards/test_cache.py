@@ -124,13 +124,17 @@ for row in rows:
         data = os.pread(descriptor, int(size) + 1, 0)
     import hashlib
     assert hashlib.sha256(data).hexdigest() == digest
-    held = 0
-    for entry in os.scandir(folder):
-        try:
-            held += entry.stat().st_size
-        except FileNotFoundError:
-            pass
-    print(held, flush=True)
+    import fcntl
+    held = {}
+    # While nobody makes room, or the listing would mix before and after; a file renamed meanwhile is listed twice.
+    with open(folder + "/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for entry in os.scandir(folder):
+            try:
+                held[entry.inode()] = entry.stat().st_size
+            except FileNotFoundError:
+                pass
+    print(sum(held.values()), flush=True)
 """
 
 

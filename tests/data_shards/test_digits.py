@@ -181,8 +181,8 @@ from vitgraft.data_shards import sources
 from vitgraft.data_shards.pack import digits
 digits.DEFAULT_SAMPLES["video", "val"] = 20
 packed = []
-original = sources.pack_digits
-sources.pack_digits = lambda *args, **options: (packed.append(1), original(*args, **options))
+original = digits.pack_digits
+digits.pack_digits = lambda *args, **options: (packed.append(1), original(*args, **options))
 print(sources.resolve_source("digits:video/val"), len(packed))
 """
 

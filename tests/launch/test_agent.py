@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from vitgraft.configs.errors import ConfigError
 from vitgraft.launch import agent as module
 from vitgraft.launch.agent import Agent
-from vitgraft.launch.links import AgentLink, start_here
+from vitgraft.launch.gang import HostGang, Orders
+from vitgraft.launch.links import AGENT, AgentLink, start_agent, start_here, start_over_ssh
 from vitgraft.launch.predecessor import end_predecessor
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.wire import Wire
@@ -112,6 +119,183 @@ def test_a_supervisor_that_says_nothing_is_gone(monkeypatch: pytest.MonkeyPatch)
     assert 0.5 <= time.monotonic() - begun < 5
     for descriptor in (*to_agent, *from_agent):
         os.close(descriptor)
+
+
+def test_a_supervisor_whose_order_takes_long_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said meanwhile is not read yet."""
+    monkeypatch.setattr(module, "SILENCE_S", 0.5)
+    to_agent, from_agent = os.pipe(), os.pipe()
+    agent = Agent(Wire(to_agent[0], from_agent[1]), "here", None)
+    agent._answers["facts"] = lambda _: time.sleep(0.8)
+    os.write(to_agent[1], b'{"do": "facts"}\n')
+    later = threading.Timer(1.0, os.write, (to_agent[1], b'{"do": "leave", "code": 7}\n'))
+    later.start()
+    assert agent.serve() == 7
+    later.join()
+    for descriptor in (*to_agent, *from_agent):
+        os.close(descriptor)
+
+
+def test_what_a_login_shell_prints_takes_no_message_with_it() -> None:
+    greeting = ["sh", "-c", 'printf "Welcome to node-1"; exec "$@"', "sh"]
+    link = start_agent("here", [*greeting, *AGENT, "--host", "here"], os.environ, None)
+    assert link.ask("facts", "facts", 20, folder="/")["cores"] >= 1
+    link.close(patience=5)
+
+
+def test_a_file_system_that_hangs_silences_nobody(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_agent, from_agent = os.pipe(), os.pipe()
+    agent, hangs, over = Agent(Wire(to_agent[0], from_agent[1]), "here", None), threading.Event(), threading.Event()
+
+    def look(_: Path) -> Any:
+        if hangs.is_set():
+            over.wait(20)
+        hangs.set()
+        return SimpleNamespace(f_bavail=3, f_frsize=4096)
+
+    monkeypatch.setattr(os, "statvfs", look)
+    monkeypatch.setattr(module, "ALIVE_S", 0.01)
+    agent._begin({"orders": orders(run)})
+    hangs.wait(5)
+    time.sleep(0.1)
+    begun = time.monotonic()
+    agent._say_alive()
+    assert time.monotonic() - begun < 5
+    over.set()
+    agent._end({})
+    supervisor = Wire(from_agent[0], to_agent[1])
+    assert [said["free"] for said in supervisor.receive() if said["say"] == "alive"] == [3 * 4096]
+    agent._wire.close()
+    supervisor.close()
+
+
+# Stands for a rank that is slow to start; whether it was asked to stop is its exit code.
+SLOW_RANK = """#!{python}
+import sys, time
+time.sleep(0.5)
+from vitgraft.trainer.rank import hear_stops
+sys.exit(75 if hear_stops().wait(1) else 3)
+"""
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_a_stop_before_a_rank_listens_is_not_lost(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any, before: bool
+) -> None:
+    """Whether its agent ignores such signals, as over ssh, or hands them on, as with one command per node."""
+    (tmp_path / "rank").write_text(SLOW_RANK.format(python=sys.executable))
+    (tmp_path / "rank").chmod(0o755)
+    monkeypatch.setattr("vitgraft.launch.gang.sys", SimpleNamespace(executable=str(tmp_path / "rank")))
+    gang = HostGang(Orders.model_validate(orders(run, ranks=[0])), lambda _: None, None)
+    old = signal.signal(signal.SIGTERM, handler)
+    try:
+        gang.stopping = before
+        gang.start()
+        gang.ranks[0].process.send_signal(signal.SIGUSR1)  # of the scheduler
+        if not before:
+            gang.stop()
+        assert gang.ranks[0].process.wait(20) == 75
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        gang.end()
+
+
+def test_a_checkpointer_that_cannot_be_started_again_is_told_of_once(run: Path) -> None:
+    said: list[dict[str, Any]] = []
+    gang = HostGang(Orders.model_validate(orders(run)), said.append, None)
+    gang.start()
+
+    def tend() -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ended: list[bool] = []
+    gang._keeper = SimpleNamespace(tend=tend, end=lambda: ended.append(True))  # type: ignore[assignment]
+    gang.tend()
+    gang.fail("what follows", OSError("is no news"))
+    gang.drain(drop_copy=True, evaluate=False)
+    gang.tend()
+    gang.end()
+    assert [message["say"] for message in said] == ["relay", "drained"]
+    error = said[0]["message"]
+    assert (error["kind"], error["code"], error["cause"], error["step"]) == ("error", 5, "no_space", None)
+    assert error["text"].endswith("the checkpointer cannot be started again: [Errno 28] No space left on device")
+    assert ended
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", "No such file or directory"), ("7", "7 is not in list")])
+def test_a_rank_that_cannot_be_started_does_not_end_the_agent(run: Path, rank: str, says: str) -> None:
+    link, name = started(run), f"vitgraft-test-{os.getpid()}-{rank}"
+    link.ask("begin", "begun", 30, orders=orders(run, ranks=[0], tickets=name))
+    (run / "logs").rmdir()
+    with socket.socket(socket.AF_UNIX) as ticket:
+        ticket.connect(f"\0{name}")
+        ticket.sendall(json.dumps({"environment": {"RANK": rank, "LOCAL_RANK": "0"}}).encode() + b"\n")
+        told = link.ask("ping", "relay", 20)
+    assert told["message"]["code"] == 5
+    assert "the agent cannot start a rank: " in told["message"]["text"]
+    assert says in told["message"]["text"]
+    assert link.ask("facts", "facts", 20, folder="/")["say"] == "facts"
+    link.close()
+
+
+# A program in the place of ssh, which tells what it ignores and what it was given.
+PLAYED_SSH = """#!{python}
+import json, signal, sys
+ignored = [number.name for number in signal.Signals if signal.getsignal(number) == signal.SIG_IGN]
+print(json.dumps({{"ignored": ignored, "arguments": sys.argv[1:]}}), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_ssh_of_an_agent_is_its_own_and_ignores_what_is_sent_to_a_whole_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text(PLAYED_SSH.format(python=sys.executable))
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    link = start_over_ssh("node-1", ["-oControlPath=/mine"])
+    deadline, told = time.monotonic() + 20, []
+    while not told and time.monotonic() < deadline:
+        told = link.receive()
+        time.sleep(0.05)
+    link.close(patience=5)
+    assert {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} <= set(told[0]["ignored"])
+    paths = [word for word in told[0]["arguments"] if word.startswith("-oControlPath")]
+    assert paths == ["-oControlPath=/mine", "-oControlPath=none"], "the first one wins"
+
+
+def test_without_ssh_no_other_host_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="ssh: not installed here"):
+        start_over_ssh("node-1", [])
+
+
+def test_a_connection_is_closed_once() -> None:
+    """The numbers of its descriptors are others' by the second time."""
+    link = start_agent("here", [sys.executable, "-c", ""], os.environ, None)
+    link.close(patience=10)
+    others = os.pipe()
+    assert set(others) & {link.wire.read, link.wire.write}
+    link.close()
+    assert link.silent() == "its connection closed"
+    for descriptor in others:
+        os.close(descriptor)
+
+
+def test_last_words_are_read_after_a_write_has_failed() -> None:
+    to_us, from_us = os.pipe(), os.pipe()
+    wire = Wire(to_us[0], from_us[1])
+    os.write(to_us[1], b'{"do": "leave"}\n')
+    os.close(from_us[0])
+    wire.send({"say": "alive"})
+    assert not wire.closed
+    assert wire.receive() == [{"do": "leave"}]
+    os.close(to_us[1])
+    assert wire.receive() == []
+    assert wire.closed
+    wire.close()
 
 
 def test_half_lines_and_noise_are_no_messages() -> None:

@@ -119,6 +119,25 @@ def test_a_host_that_falls_silent_is_lost_and_given_no_more_orders(tmp_path: Pat
     assert "end" in played.agents["a"].orders()
 
 
+def test_a_host_whose_ranks_are_done_is_not_missed(tmp_path: Path) -> None:
+    played: Played
+
+    def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
+        if order["do"] == "drain":
+            played.agents["b"].gone = "its connection closed"
+            return []
+        return obedient({0: 0, 1: 0})(order)
+
+    played = Played(tmp_path, obedient({0: 0, 1: 0}), reply)
+    seen = played.attempt.run()
+    assert cause_of(seen) is None
+    assert [(state.name, state.ranks, state.lost_at is None) for state in seen.hosts] == [
+        ("a", (0,), True),
+        ("b", (1,), False),
+    ]
+    assert played.attempt.failed_at is None
+
+
 def test_ranks_that_do_not_get_on_are_ended_and_the_slowest_is_blamed(tmp_path: Path) -> None:
     def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
         said = obedient({})(order)

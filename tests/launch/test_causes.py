@@ -196,6 +196,57 @@ SITUATIONS: dict[str, tuple[Observation, Kind | None, int | None, str | None]] =
     ),
     "interrupted": (Observation(ends=(end(0, 1, 75),), asked=INT), "interrupt", None, None),
     "a rank was asked directly": (Observation(ends=(end(0, 1, 75), end(1, 1, 75))), "preemption", 0, "a"),
+    "asked in the last step": (
+        Observation(
+            ends=(end(0, 1, 0), end(1, 1, 0)),
+            hosts=hosts(a=HostState("a", ranks=(0,)), b=HostState("b", ranks=(1,))),
+            asked=signal.SIGTERM,
+        ),
+        None,
+        None,
+        None,
+    ),
+    "asked when one of two has ended": (
+        Observation(
+            ends=(end(0, 1, 0),),
+            hosts=hosts(a=HostState("a", ranks=(0,)), b=HostState("b", ranks=(1,))),
+            asked=signal.SIGTERM,
+        ),
+        "preemption",
+        None,
+        None,
+    ),
+    "asked before any rank was there": (Observation(hosts=hosts(), asked=INT), "interrupt", None, None),
+    "a host of the evaluator alone is gone": (
+        Observation(victims(0, at=40), (end(0, 40, 5),), hosts(b=HostState("b", lost_at=30, ranks=()))),
+        "network",
+        0,
+        "a",
+    ),
+    "a host is gone when all is done": (
+        Observation(ends=(end(0, 30, 0), end(1, 30, 0)), hosts=hosts(b=HostState("b", lost_at=50, ranks=(1,)))),
+        None,
+        None,
+        None,
+    ),
+    "a host is gone long after its rank failed": (
+        Observation(ends=(end(1, 30, KILL),), hosts=hosts(b=HostState("b", lost_at=50, ranks=(1,)))),
+        "crash",
+        1,
+        "b",
+    ),
+    "a host is gone and one of its ranks was ended before": (
+        Observation(ends=(end(1, 30, KILL, True),), hosts=hosts(b=HostState("b", lost_at=50, ranks=(1, 3)))),
+        "lost_node",
+        None,
+        "b",
+    ),
+    "a rank fails as its host goes": (
+        Observation(victims(0), (end(1, 10, KILL),), hosts(b=HostState("b", lost_at=11, ranks=(1,)))),
+        "lost_node",
+        None,
+        "b",
+    ),
     "it fails while it stops": (
         Observation(
             (error(0, 4, 5, "no space left", "no_space"),), (end(0, 4, 5), end(1, 5, 75)), asked=signal.SIGTERM

@@ -17,6 +17,7 @@ from vitgraft.launch.deadlines import (
     SLOW_STEPS,
     STOPPED_S,
     UNLEARNED_S,
+    Deadlines,
     deadline,
     find_hang,
     find_stragglers,
@@ -57,6 +58,15 @@ def test_little_experience_gives_long_limits(phase: Phase, durations: list[float
 @given(phases, st.lists(st.floats(20, 1e3), min_size=ENOUGH, max_size=50), st.floats(1, 10))
 def test_a_slower_run_gets_longer_limits(phase: Phase, durations: list[float], factor: float) -> None:
     assert deadline(phase, [factor * value for value in durations]) * ROUNDING >= deadline(phase, durations)
+
+
+def test_what_another_world_has_taught_is_forgotten() -> None:
+    deadlines = Deadlines({"save": 7.0})
+    for _ in range(ENOUGH):
+        deadlines.learn("step", 20.0)
+    assert deadlines.limits()["step"] == 100.0
+    deadlines.forget()
+    assert deadlines.limits() == {**UNLEARNED_S, "save": 7.0}
 
 
 def ranks_of(*facts: tuple[Phase, int, float, float]) -> list[RankState]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,21 +183,24 @@ def test_what_cannot_be_started_is_no_error_of_the_run(watched: Watched) -> None
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "ranks", "device"),
+    ("wanted", "gpus", "used", "device"),
     [
-        ("auto", 0, 0, "cpu"),
-        ("auto", 8, 8, "cpu"),
-        ("auto", 8, 7, "cuda:7"),
-        ("auto", 2, 0, "cuda:0"),
-        ("cpu", 8, 2, "cpu"),
-        ("cuda", 8, 2, "cuda:2"),
-        ("cuda", 8, 8, "cuda:7"),
+        ("auto", 0, (), "cpu"),
+        ("auto", 8, range(8), "cpu"),
+        ("auto", 8, range(7), "cuda:7"),
+        ("auto", 2, (), "cuda:0"),
+        # --include host:2,3 and host:0,3
+        ("auto", 4, (2, 3), "cuda:0"),
+        ("auto", 4, (0, 3), "cuda:1"),
+        ("cpu", 8, range(2), "cpu"),
+        ("cuda", 8, range(2), "cuda:2"),
+        ("cuda", 8, range(8), "cuda:7"),
     ],
 )
-def test_the_device(wanted: str, gpus: int, ranks: int, device: str) -> None:
-    assert evaluator_device(wanted, gpus, ranks) == device
+def test_the_device(wanted: str, gpus: int, used: Collection[int], device: str) -> None:
+    assert evaluator_device(wanted, gpus, used) == device
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluator\.device: cuda, but no GPU .* use auto or cpu"):
-        evaluator_device("cuda", 0, 0)
+        evaluator_device("cuda", 0, ())

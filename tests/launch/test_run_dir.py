@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from support_checkpoints import write
 from support_writers import make_run
 
-from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.errors import ConfigError, TrainingError
 from vitgraft.launch.run_dir import open_run
 from vitgraft.trainer.checkpoint.commit import set_aside
 from vitgraft.trainer.checkpoint.retention import figures_of, result_path
@@ -54,3 +55,60 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"--run-dir b'.*run-\\xff': the path is not UTF-8"):
         open_run(path, recipe, "auto")
     assert not path.exists()
+
+
+def test_a_run_that_another_supervisor_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    """Where locks do not reach across hosts, two commands may both go on with a run."""
+    run, recipe = make_run(tmp_path)
+    handle = open_run(run, recipe, "auto")
+    handle.next_attempt()
+    assert handle.attempt == 2
+    (run / "attempt").write_text("7\n")
+    with pytest.raises(ConfigError, match=r"another supervisor owns the run now \(attempt 7; this one's was 2\)"):
+        handle.next_attempt()
+    assert (run / "attempt").read_text() == "7\n"
+    (run / "attempt").unlink()
+    handle.next_attempt()
+    assert (run / "attempt").read_text() == "3\n"
+    handle.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "text"),
+    [
+        (errno.ENOSPC, TrainingError, "no room for another attempt: No space left on device; make room"),
+        (errno.EDQUOT, TrainingError, "no room for another attempt: Disk quota exceeded; make room"),
+        (errno.EROFS, ConfigError, "cannot be written: Read-only file system"),
+    ],
+)
+def test_a_full_disk_between_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[ConfigError], text: str
+) -> None:
+    run, recipe = make_run(tmp_path)
+    handle = open_run(run, recipe, "auto")
+
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("vitgraft.launch.run_dir.replace_text", full)
+    with pytest.raises(error, match=text) as caught:
+        handle.next_attempt()
+    assert caught.value.cause == ("no_space" if error is TrainingError else None)
+    handle.close()
+    # At the start it is a matter of where to run.
+    with pytest.raises(ConfigError, match=os.strerror(number)):
+        open_run(run, recipe, "auto")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run, recipe = make_run(tmp_path)
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match=rf"no locks \({os.strerror(number)}\).*Lustre: flock; NFS.*another folder"):
+        open_run(run, recipe, "auto")

@@ -116,9 +116,44 @@ def test_a_run_that_ended(run: Path, code: int, state: str) -> None:
     status = read_status(run, NOW)
     assert (status.state, status.exit_code, status.reason, status.eta_s) == (state, code, "step 7: not finite", None)
     # A process that made several runs one after another lives on when this one has ended.
+    with owned(run), (run / "events.jsonl").open("a") as stream:
+        os.utime(run / "lock", (NOW - 600, NOW - 600))
+        if state == "failed":
+            stream.write(json.dumps({"time": NOW - 9, "event": "give_up", "attempt": 1, "code": code}) + "\n")
+            stream.flush()
+        assert (read_status(run, NOW).state, read_status(run, NOW).exit_code) == (state, code)
+
+
+def event(name: str) -> dict[str, Any]:
+    return {"time": NOW - 9, "event": name, "attempt": 1}
+
+
+@pytest.mark.parametrize(
+    ("after", "held", "elsewhere", "left"),
+    [
+        # It connects again or examines hosts; it pauses; it has given up or was asked to stop meanwhile.
+        ([], "running", "failed", "failed"),
+        (["host_back", "host_unfit"], "running", "failed", "failed"),
+        (["host_back", "restart"], "running", "running", "failed"),
+        (["give_up"], "failed", "failed", "failed"),
+        (["restart", "stop_asked"], "failed", "failed", "failed"),
+    ],
+)
+def test_between_two_attempts(run: Path, after: list[str], held: str, elsewhere: str, left: str) -> None:
+    # What came before the end says nothing about it.
+    rows = [start(1, NOW - 600), event("stop_asked"), end(1, NOW - 10, 5), *map(event, after)]
+    write_rows(run / "events.jsonl", rows)
+    assert read_status(run, NOW).state == left
     with owned(run):
         os.utime(run / "lock", (NOW - 600, NOW - 600))
-        assert read_status(run, NOW).state == state
+        status = read_status(run, NOW)
+        assert (status.state, status.exit_code) == (held, 5 if held == "failed" else None)
+        assert status.reason == ("why" if held == "failed" else "starting again")
+    (run / "lock").write_text("pid 1 on some-other-host\n")
+    os.utime(run / "lock", (NOW - 600, NOW - 600))
+    status = read_status(run, NOW)
+    assert status.state == elsewhere
+    assert ("starting again, as far as" in (status.reason or "")) == (elsewhere == "running")
 
 
 def test_a_run_is_running_while_its_owner_has_the_lock_open(run: Path) -> None:

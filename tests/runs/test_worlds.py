@@ -57,7 +57,14 @@ def staged(
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("detection", 0), ("detection", 1), ("detection", 3), ("clipped", 0), ("clipped", 3)]
+    ("name", "stage"),
+    [
+        ("detection", 0),
+        pytest.param("detection", 1, marks=pytest.mark.soak),
+        ("detection", 3),
+        pytest.param("clipped", 0, marks=pytest.mark.soak),
+        ("clipped", 3),
+    ],
 )
 def test_zero_stages_give_the_same_losses(
     staged: dict[str, tuple[Path, dict[int, dict[str, Any]]]], tmp_path: Path, name: str, stage: int
@@ -85,7 +92,9 @@ ADAMW = {"name": "adamw", "lr": 1e-3, "eps": 1e-4, "weight_decay": 0.05}
 SGD = {"name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(ADAMW, id="adamw"), pytest.param(SGD, id="sgd", marks=pytest.mark.soak)]
+)
 def test_a_run_goes_on_at_other_worlds_stages_and_places(
     semantic_data: Path, tmp_path: Path, optimizer: dict[str, Any]
 ) -> None:

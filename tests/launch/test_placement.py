@@ -1,0 +1,127 @@
+"""Which device and which GPUs an attempt uses, and what is refused about hosts and slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_agents import PlayedAgent, obedient
+from support_writers import make_run
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.launch import supervisor as module
+from vitgraft.launch.backends import HereBackend, HostfileBackend
+from vitgraft.launch.hosts import Host, Slots
+from vitgraft.launch.node_backend import NodeBackend
+from vitgraft.launch.nodes import NodePlace
+from vitgraft.launch.observations import Cause, Failure
+from vitgraft.launch.run_dir import open_run
+from vitgraft.launch.supervisor import Supervisor
+from vitgraft.launch.training import Where, _backend
+from vitgraft.launch.ui import Screen
+
+
+class ByHostfile(HostfileBackend):
+    """Hosts that are played."""
+
+    agents: dict[str, Any]
+
+    def connect(self, host: Host) -> Any:
+        return self.agents[host.name]
+
+    def tickets(self) -> None:
+        return None
+
+
+def supervisor(folder: Path, slots: Slots, gpus: dict[str, int], **settings: Any) -> Supervisor:
+    """Of these hosts, which answer."""
+    run, recipe = make_run(folder / "run", **{"launch__device": "auto", **settings})
+    backend = ByHostfile([Host(name, len(numbers)) for name, numbers in slots.items()], slots, [])
+    backend.agents = {name: PlayedAgent(name, obedient({0: 0, 1: 0})) for name in slots}
+    for name, count in gpus.items():
+        backend.agents[name].facts["gpus"] = count
+    made = Supervisor(open_run(run, recipe, "auto"), recipe, backend, Screen(), str(folder))
+    made.links.update(backend.agents)
+    return made
+
+
+def ranks(slots: Slots) -> dict[str, int]:
+    return {host: len(numbers) for host, numbers in slots.items()}
+
+
+@pytest.mark.parametrize(
+    ("slots", "gpus", "device", "expected"),
+    [
+        ({"a": (0, 1), "b": (0, 1)}, {"a": 0, "b": 0}, "auto", "cpu"),
+        ({"a": (0, 1), "b": (0, 1)}, {"a": 2, "b": 4}, "auto", "cuda"),
+        ({"a": (2, 3)}, {"a": 4}, "auto", "cuda"),
+        ({"a": tuple(range(8))}, {"a": 4}, "cpu", "cpu"),
+        ({"a": tuple(range(8))}, {"a": 4}, "auto", r"a has 4 GPUs for 8 ranks \(slots 0,1,.*correct its slots, or"),
+        ({"a": (6, 7)}, {"a": 4}, "auto", r"a has 4 GPUs for 2 ranks \(slots 6,7\); correct"),
+        # Else the host whose driver failed would turn all to the CPU.
+        ({"a": (0,), "b": (0,)}, {"a": 1, "b": 0}, "auto", "launch.device: auto, but b has 0 GPUs for 1 ranks"),
+        ({"a": (0,)}, {"a": 0}, "cuda", "launch.device: cuda, but a has 0 GPUs for 1 ranks"),
+    ],
+)
+def test_the_device_of_a_run(tmp_path: Path, slots: Slots, gpus: dict[str, int], device: str, expected: str) -> None:
+    made = supervisor(tmp_path, slots, gpus, launch__device=device)
+    if expected in ("cpu", "cuda"):
+        assert made._plan(ranks(slots)).device == expected
+        return
+    with pytest.raises(ConfigError, match=expected):
+        made._plan(ranks(slots))
+
+
+def test_the_evaluator_takes_a_gpu_that_no_rank_uses(tmp_path: Path) -> None:
+    slots = {"a": (0, 1, 2, 3), "b": (2, 3)}
+    settings = {"val": "nowhere", "evaluator__host": "b"}
+    plan = supervisor(tmp_path, slots, {"a": 4, "b": 4}, **settings)._plan(ranks(slots))
+    assert plan.evaluator is not None
+    assert (plan.device, plan.evaluator[0], plan.evaluator[1].device) == ("cuda", "b", "cuda:0")
+
+
+def test_the_gpus_of_ranks(tmp_path: Path) -> None:
+    assert list(HostfileBackend([], {"a": (1, 3, 5)}, []).used("a", 2)) == [1, 3]
+    assert list(HereBackend("a", 3, 0).used("a", 3)) == [0, 1, 2]
+    nodes = NodeBackend(NodePlace(2, 0, "127.0.0.1", 0), 2, tmp_path, 0)
+    assert list(nodes.used("node-1", 2)) == [0, 1]
+    nodes.close()
+
+
+def test_limits_of_another_world_are_forgotten(tmp_path: Path) -> None:
+    slots = {"a": (0, 1)}
+    made = supervisor(tmp_path, slots, {"a": 0})
+    for before, left in ({"a": 1, "b": 1}, 100.0), ({"a": 2, "b": 2}, 1800.0):
+        made._deadlines.forget()
+        for _ in range(8):
+            made._deadlines.learn("step", 20.0)
+        made.record.append(Failure(Cause("crash", 5, "it died", "mend it"), 0, hosts=before))
+        assert made._attempt(ranks(slots)) is None
+        assert made._deadlines.limits()["step"] == left
+
+
+def test_the_only_host_of_a_hostfile_is_examined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def preflight(links: list[Any], *_: object) -> tuple[dict[str, str], list[str]]:
+        asked.append([link.host for link in links])
+        return {"a": "versions: another torch"}, []
+
+    monkeypatch.setattr(module, "preflight", preflight)
+    made = supervisor(tmp_path, {"a": (0, 1)}, {"a": 0})
+    made.links.clear()
+    with pytest.raises(ConfigError, match="a: versions: another torch"):
+        made._first_ranks()
+    assert asked == [["a"]]
+
+
+@pytest.mark.parametrize(("include", "exclude"), [("a", ""), ("", "b")])
+def test_an_evaluator_on_a_host_that_is_left_out_is_refused(tmp_path: Path, include: str, exclude: str) -> None:
+    _, recipe = make_run(tmp_path / "run", val="nowhere", evaluator__host="b")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=2\nb slots=2\n")
+    assert recipe.evaluator is not None
+    with pytest.raises(ConfigError, match=r"evaluator\.host: b is not among the hosts of .* that are used \(a\)"):
+        _backend(recipe, Where(hostfile=hostfile, include=include, exclude=exclude))
+    _backend(recipe, Where(hostfile=hostfile))

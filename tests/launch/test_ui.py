@@ -1,0 +1,128 @@
+"""What is shown may be lost, when nobody reads it or the disk is full; neither a run nor an exit code is."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHOWING = """
+import time
+from vitgraft.launch.ui import Screen, PLAIN_INTERVAL_S
+
+with Screen() as screen:
+    for done in range(3):
+        screen.note("a note " + "x" * 100000)
+        screen.progress("train", done, 3)
+        screen.progress("train", 3, 3)
+        time.sleep(0.05)
+open("done", "w").close()
+"""
+COMMAND = """
+import sys
+from vitgraft.configs.errors import DataError
+from vitgraft.launch import cli, status, training
+
+def fail(*_, **__):
+    {body}
+
+training.train = status.read_status = fail
+sys.argv = ["vitgraft", *sys.argv[1:]]
+cli.main()
+"""
+TRAIN = ("train", "quickstart/detection", "--run-dir", "none")
+STATUS = ("status", "none", "--json")
+
+
+def unread() -> int:
+    """A pipe whose reader is gone."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def python(code: str, *arguments: str, cwd: Path, out: int, err: int) -> int:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, stdout=out, stderr=err, timeout=60, check=False
+    ).returncode
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full disk", "terminal", "closed"])
+def test_a_screen_outlives_who_looks_at_it(tmp_path: Path, kind: str) -> None:
+    if kind == "pipe":
+        err = unread()
+    elif kind == "terminal":
+        leader, err = pty.openpty()
+        os.close(leader)
+    else:
+        err = os.open("/dev/full", os.O_WRONLY)
+    code = SHOWING if kind != "closed" else "import sys; sys.stderr = None\n" + SHOWING
+    out = os.open(os.devnull, os.O_WRONLY)
+    try:
+        python(code, cwd=tmp_path, out=out, err=err)
+    finally:
+        os.close(err)
+        os.close(out)
+    assert (tmp_path / "done").exists()
+
+
+def test_bars_that_a_reader_leaves_behind(tmp_path: Path) -> None:
+    """Bars are drawn by a thread, too."""
+    code = "import os; os.environ['FORCE_COLOR'] = '1'\n" + SHOWING
+    err = unread()
+    assert python(code, cwd=tmp_path, out=subprocess.DEVNULL, err=err) == 0
+    os.close(err)
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("where", ["unread", "full"])
+@pytest.mark.parametrize(
+    ("body", "arguments", "code"),
+    [
+        ("raise DataError('no')", TRAIN, 3),
+        ("raise KeyboardInterrupt", TRAIN, 130),
+        ("raise RuntimeError('a defect')", TRAIN, 1),
+        ("sys.stderr.write('said'); sys.stderr.flush()", TRAIN, 0),
+        ("raise AssertionError", ("train", "--no-such-option"), 2),
+    ],
+)
+def test_an_exit_code_reaches_the_caller_when_the_words_do_not(
+    tmp_path: Path, where: str, body: str, arguments: tuple[str, ...], code: int
+) -> None:
+    """Neither stdout nor stderr can be written."""
+    lost = unread() if where == "unread" else os.open("/dev/full", os.O_WRONLY)
+    try:
+        assert python(COMMAND.format(body=body), *arguments, cwd=tmp_path, out=lost, err=lost) == code
+    finally:
+        os.close(lost)
+
+
+BROKEN = "raise BrokenPipeError(32, 'Broken pipe')"
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments", "reader", "code"),
+    [
+        ("import typer; typer.echo('x')", STATUS, False, 0),
+        (BROKEN, STATUS, False, 0),
+        # Another pipe: stdout has its reader.
+        (BROKEN, STATUS, True, 1),
+        ("raise BrokenPipeError", STATUS, True, 1),
+        (BROKEN, TRAIN, False, 1),
+        ("raise BrokenPipeError", TRAIN, False, 1),
+    ],
+)
+def test_a_broken_pipe_is_well_only_when_it_is_the_output(
+    tmp_path: Path, body: str, arguments: tuple[str, ...], reader: bool, code: int
+) -> None:
+    read, write = os.pipe()
+    if not reader:
+        os.close(read)
+    with (tmp_path / "said").open("wb") as said:
+        assert python(COMMAND.format(body=body), *arguments, cwd=tmp_path, out=write, err=said.fileno()) == code
+    os.close(write)
+    assert ("a defect of vitgraft" in (tmp_path / "said").read_text()) == (code == 1)
