@@ -157,6 +157,21 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+def pids(run: Path, module: str) -> list[int]:
+    """Live processes of a role of this run, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if f"vitgraft.trainer.{module}\0" in line and str(run) in line and state != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
 def processes_naming(text: str | Path) -> list[str]:
     """Command lines of live processes that mention ``text``: strays, when there should be none."""
     found = []

@@ -127,7 +127,11 @@ def kill_in_run(plan: Path, run: str) -> None:
             os.kill(_ranks_beside()[-1], signal.SIGKILL)
             return
         if victim == "all":
-            os.kill(os.getppid(), signal.SIGKILL)  # the kernel ends the ranks with their launcher
+            agent = os.getppid()
+            supervisor = int(Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1])
+            # The kernel ends the agent with its supervisor, and the ranks with their agent.
+            os.kill(supervisor, signal.SIGKILL)
+            os.kill(agent, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     _count(mmap.mmap(-1, _SLOT * _SLOTS), run, int(at), send, 0.0)

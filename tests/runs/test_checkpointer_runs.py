@@ -11,22 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import audited_entries, losses, processes_naming, rows, start, succeed, train, wait_until
-
-
-def pids(run: Path, module: str) -> list[int]:
-    """Live processes of a role of this run, oldest first."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes().decode(errors="replace")
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except OSError:
-                continue
-            if f"vitgraft.trainer.{module}\0" in line and str(run) in line and state != "Z":
-                found.append(int(entry.name))
-    return sorted(found)
+from support import audited_entries, losses, pids, processes_naming, rows, start, succeed, train, wait_until
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
