@@ -64,7 +64,8 @@ def test_arguments_and_environment_arrive_as_they_are(hosts: Network, launch_fol
         assert "$(id)" not in rank["environment"]["PYTHONPATH"]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+# Two hosts train, and are compared with one, in test_faults.py too.
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_hosts_give_the_losses_of_one_host(
     hosts: Network, launch_folder: Path, detection_data: Path, count: int
 ) -> None:

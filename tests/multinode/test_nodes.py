@@ -23,6 +23,7 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.soak
 def test_nodes_that_come_and_go(hosts: Network, tmp_path: Path, data: Path, unbroken: Path) -> None:
     recipe, run = write_recipe(tmp_path / "recipe.yaml", recipe_of(data, train__steps=24)), tmp_path / "run"
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}

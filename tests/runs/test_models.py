@@ -165,10 +165,6 @@ def check_large(results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_vit_large_with_vit_adapter(tmp_path: Path) -> None:
-    check_large(run(large_cases((2, 3)), tmp_path))
-
-
 @pytest.mark.soak
 def test_vit_large_in_every_combination(tmp_path: Path) -> None:
     check_large(run(large_cases((2, 3)) + large_cases((3, 2)), tmp_path))
