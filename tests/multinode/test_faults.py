@@ -87,6 +87,7 @@ def test_a_rank_the_job_and_the_launcher_end(hosts: Network, tmp_path: Path, dat
     assert [event["code"] for event in run.events("end")] == [5, 75, 5, 0]
 
 
+@pytest.mark.soak
 def test_hosts_that_are_not_there_die_and_come_back(hosts: Network, tmp_path: Path, data: Path, unbroken: Path) -> None:
     """The second never comes up, so the spare takes part. The spare dies, and the second, which has come up
     meanwhile, takes its place back. The second loses its power, and the spare takes over once more."""

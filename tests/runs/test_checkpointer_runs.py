@@ -52,6 +52,7 @@ def test_a_stopped_and_a_killed_checkpointer_change_no_loss(
     assert " valid" in succeed("checkpoints", "verify", store / "checkpoints" / "step-00000020").stdout
 
 
+@pytest.mark.soak
 def test_a_rank_killed_after_the_copy_leaves_a_committed_checkpoint(
     detection_recipe: Path, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def few_images(annotations: Path, out: Path, count: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_handful_of_coco_photographs_is_learnt(test_data: Path, tmp_path: Path) -> None:
     """Box and mask AP50 on the images trained on pass 0.5: boxes, masks, classes and their geometry are all right."""
     source = test_data / "coco_tiny"
