@@ -112,6 +112,7 @@ def run(cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_every_trunk_and_graft_under_zero(tmp_path: Path) -> None:
     """ZeRO-3 with recomputation, everything partitioned, against ZeRO-2 without; two steps of two image sizes."""
     cases = []

@@ -59,10 +59,10 @@ def staged(
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("detection", 0),
+        pytest.param("detection", 0, marks=pytest.mark.soak),
         pytest.param("detection", 1, marks=pytest.mark.soak),
         ("detection", 3),
-        pytest.param("clipped", 0, marks=pytest.mark.soak),
+        ("clipped", 0),
         ("clipped", 3),
     ],
 )
