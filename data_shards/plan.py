@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.hashing import seed_of
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import check_world
 from vitgraft.data_shards.batch import Entry
 
 SHARDS_PER_BLOCK = 16
@@ -237,12 +237,7 @@ def micro_batches(
     Raises:
         ConfigError: the world cannot carry the global batch; lists the worlds that can.
     """
-    worlds = possible_worlds(global_batch, accumulation)
-    if world not in worlds:
-        raise ConfigError(
-            f"world size {world} cannot carry global_batch {global_batch} with accumulation {accumulation}; "
-            f"possible worlds: {', '.join(map(str, worlds))}"
-        )
+    check_world(global_batch, accumulation, world)
     if epoch_size < 1:
         raise ConfigError("the data set is empty; pack at least one sample")
 

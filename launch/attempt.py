@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import selectors
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,10 +18,11 @@ from vitgraft.configs.schema import Recipe
 from vitgraft.launch.backends import Backend, Launcher, LaunchOrder
 from vitgraft.launch.deadlines import SLOW_STEPS, Deadlines, find_hang, find_stragglers
 from vitgraft.launch.deepspeed_launch import rank_arguments
-from vitgraft.launch.gang import EvaluatorOrder, Orders, log_name
+from vitgraft.launch.gang import EvaluatorOrder, Orders
 from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
 from vitgraft.launch.observations import Hang, HostState, Observation, RankEnd, RankState, ReportedError
 from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.role_process import log_path
 from vitgraft.launch.run_dir import RunHandle
 from vitgraft.launch.ui import Screen
 
@@ -115,8 +116,7 @@ class Attempt:
     def log_of(self, rank: int) -> Path:
         """The log of a rank."""
         host = next((host for host, ranks in self.plan.numbers().items() if rank in ranks), "")
-        name = log_name(f"trainer-{max(rank, 0)}", self._nodes.get(host, host), self.handle.attempt)
-        return self.handle.path / "logs" / name
+        return log_path(self.handle.path, f"trainer-{max(rank, 0)}", self.handle.attempt, self._nodes.get(host, host))
 
     def _begin(self) -> None:
         numbers, evaluator = self.plan.numbers(), self.plan.evaluator
@@ -138,27 +138,28 @@ class Attempt:
         # Not resolved: blobs lie in the run, wherever a link has put its checkpoints.
         resume = None if self.handle.resume is None else Path(os.path.abspath(self.handle.resume.path))
         separate = self.recipe.train.roles == "separate"
-        order = LaunchOrder(
-            run, self.handle.attempt, self.plan.ranks, meeting, self.backend.tickets() or "", environment
-        )
+        launch = self.backend.launcher()
+        tickets = None if launch is None else f"vitgraft-{secrets.token_hex(12)}"  # a name that nobody can guess
         for host in hosts:
             orders = Orders(
                 run=str(run),
                 attempt=self.handle.attempt,
                 world=self.plan.world,
                 ranks=numbers.get(host, []),
-                tickets=order.tickets or None,
+                tickets=tickets,
                 arguments=rank_arguments(run, self.handle.attempt, self.plan.device, resume),
                 environment={**environment, "MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)},
                 silence=self.recipe.train.checkpoint.writer_silence_s if separate else None,
                 evaluator=evaluator[1] if evaluator is not None and evaluator[0] == host else None,
             )
             self.links[host].send("begin", orders=orders.model_dump())
-        if order.tickets:
+        if launch is not None and tickets is not None:
             # The agents listen before anybody calls them.
             self._wait(lambda: self._begun >= self._live() or self.failed_at is not None)
             if self.failed_at is None:
-                self._launcher = self.backend.launch(order)
+                self._launcher = launch(
+                    LaunchOrder(run, self.handle.attempt, self.plan.ranks, meeting, tickets, environment)
+                )
 
     def _free_port(self, first: AgentLink) -> int | None:
         wanted = self.recipe.launch.port
@@ -176,7 +177,7 @@ class Attempt:
 
     def _watch(self) -> None:
         """Until all ranks have ended, by themselves or by us, or are lost with their hosts."""
-        told_at: float | None = None
+        told = False
         while True:
             lost = {host for host in self.hosts if self.links[host].lost is not None}
             ended = {end.rank for end in self.ends}
@@ -187,8 +188,8 @@ class Attempt:
             if self.asked() is not None and self._stopping_since is None:
                 self._stopping_since = now
                 self._tell("stop")
-            if told_at is None and self._patience_over(now):
-                told_at = now
+            if not told and self._patience_over(now):
+                told = True
                 self._tell("end_ranks")
             self._see_launcher(now)
 
@@ -347,11 +348,3 @@ class Attempt:
         elif kind == "error":
             known = {key: message[key] for key in ("cause", "step") if message.get(key) is not None}
             self._fail(ReportedError(rank, host, now, message["code"], message["text"], **known))
-
-
-def signal_name(number: int) -> str:
-    """SIGTERM and the like."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

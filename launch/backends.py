@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.hosts import Host, Slots
 from vitgraft.launch.links import AgentLink, start_here, start_over_ssh
+from vitgraft.launch.role_process import log_path
 
 TICKET_MODULE = "vitgraft.launch.ticket"
 FAREWELL_S = 3.0
@@ -44,12 +44,14 @@ class Launcher(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run on hosts. ``hosts``: those that may take part, the regular ones first used."""
+    """One way to run on hosts. ``hosts``: those that may take part, the regular ones first used. ``alone``: there is
+    none but the supervisor's own, and nothing to compare before ranks start."""
 
     hosts: Sequence[Host]
+    alone: bool
 
-    def connect(self, host: Host) -> AgentLink:
-        """Start the agent of a host, or wait for it."""
+    def connect(self, host: Host, *, again: bool) -> AgentLink:
+        """Start the agent of a host, or wait for it. ``again``: the run has started before."""
 
     def waiting(self) -> Sequence[AgentLink]:
         """Agents that are there before anybody has asked for them."""
@@ -63,11 +65,8 @@ class Backend(Protocol):
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """What all ranks find in their environment."""
 
-    def tickets(self) -> str | None:
-        """A name for the agents' sockets of an attempt; ``None``: agents start the ranks unasked."""
-
-    def launch(self, order: LaunchOrder) -> Launcher:
-        """Start what hands out the tickets."""
+    def launcher(self) -> Callable[[LaunchOrder], Launcher] | None:
+        """Starts what hands out the tickets; ``None``: there are none, and agents start the ranks unasked."""
 
     def close(self) -> None:
         """Let everything go."""
@@ -81,11 +80,12 @@ class HereBackend:
     processes: int
     lock: int
     hosts: Sequence[Host] = field(init=False)
+    alone: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self.hosts = [Host(self.name, self.processes)]
 
-    def connect(self, host: Host) -> AgentLink:
+    def connect(self, host: Host, *, again: bool) -> AgentLink:
         """Start the agent."""
         return start_here(host.name, self.lock)
 
@@ -107,13 +107,8 @@ class HereBackend:
         variables = deepspeed_launch.rank_environment({}, device=device, threads=threads)
         return {**variables, "GLOO_SOCKET_IFNAME": interface}
 
-    def tickets(self) -> str | None:
-        """None are needed."""
-        return None
-
-    def launch(self, order: LaunchOrder) -> Launcher:
-        """Never asked for."""
-        raise NotImplementedError
+    def launcher(self) -> None:
+        """None is needed."""
 
     def close(self) -> None:
         """Nothing to let go."""
@@ -127,8 +122,9 @@ class HostfileBackend:
     slots: Slots
     """The slots that may be used, of all hosts with spares."""
     ssh_args: Sequence[str]
+    alone: bool = field(init=False, default=False)
 
-    def connect(self, host: Host) -> AgentLink:
+    def connect(self, host: Host, *, again: bool) -> AgentLink:
         """Start the agent over ssh."""
         return start_over_ssh(host.name, self.ssh_args)
 
@@ -148,9 +144,9 @@ class HostfileBackend:
         """What is forwarded from here."""
         return deepspeed_launch.rank_environment(os.environ, device=device, threads=threads)
 
-    def tickets(self) -> str | None:
-        """A name that nobody can guess."""
-        return f"vitgraft-{secrets.token_hex(12)}"
+    def launcher(self) -> Callable[[LaunchOrder], Launcher]:
+        """DeepSpeed's runner."""
+        return self.launch
 
     def launch(self, order: LaunchOrder) -> Launcher:
         """Start DeepSpeed's runner.
@@ -169,7 +165,7 @@ class HostfileBackend:
             hostfile, used, order.meeting, TICKET_MODULE, ["--agent", order.tickets]
         )
         environment = deepspeed_launch.runner_environment(os.environ, variables, self.ssh_args)
-        log = order.run / "logs" / f"deepspeed.{os.uname().nodename}.{order.attempt}.log"
+        log = log_path(order.run, "deepspeed", order.attempt)
         with log.open("ab") as stream:
             process = subprocess.Popen(
                 command,

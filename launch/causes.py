@@ -21,6 +21,7 @@ from vitgraft.configs.errors import (
     VitgraftError,
 )
 from vitgraft.launch.observations import Cause, HostState, Kind, Observation, RankEnd, ReportedError
+from vitgraft.trainer.signals import signal_name
 
 EXIT_CODES: dict[Kind, int] = {
     "crash": TrainingError.exit_code,
@@ -87,7 +88,7 @@ def cause_of(seen: Observation) -> Cause | None:
         return None  # also if it was asked to stop in its last step
     if seen.asked is not None:
         kind: Kind = "interrupt" if seen.asked == signal.SIGINT else "preemption"
-        return _cause(kind, f"stopped by {_name(seen.asked)}")
+        return _cause(kind, f"stopped by {signal_name(seen.asked)}")
     victims = [error for error in seen.errors if _is_victim(error)]
     if victims:
         first = min(victims, key=lambda error: error.at)
@@ -173,7 +174,7 @@ def _kind_of(error: ReportedError, host: HostState | None) -> Kind:
 def _of_end(end: RankEnd, host: HostState | None) -> Cause:
     """A process that said nothing."""
     if end.code < 0:
-        name = _name(-end.code)
+        name = signal_name(-end.code)
         if end.code == -signal.SIGKILL and host is not None and host.memory_kills > 0:
             text = f"rank {end.rank} on {end.host} was killed by its kernel for want of memory"
             return _cause("host_memory", text, end.rank, end.host)
@@ -183,13 +184,6 @@ def _of_end(end: RankEnd, host: HostState | None) -> Cause:
         return _cause("crash", f"rank {end.rank} on {end.host} was ended by {name}", end.rank, end.host)
     kind = "full_disk" if _is_full(host) and end.code == TrainingError.exit_code else _BY_CODE.get(end.code, "crash")
     return _cause(kind, f"rank {end.rank} on {end.host} ended with code {end.code}", end.rank, end.host)
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most of the real-time signals
-        return f"signal {number}"
 
 
 def _is_full(host: HostState | None) -> bool:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.errors import TrainingError
+from vitgraft.launch.role_process import RoleProcess
 from vitgraft.trainer.checkpoint.handover import BUFFER_VARIABLE
-from vitgraft.trainer.checkpointer import SIGNALS
-from vitgraft.trainer.rank import PARENT_VARIABLE
-from vitgraft.trainer.report import PIPE_VARIABLE
+from vitgraft.trainer.checkpointer import ROLE, SIGNALS
 from vitgraft.trainer.signals import DRAIN, DROP_COPY
 
 MAX_RESTARTS = 3
 """Successors that are started before one of them commits anything; then the run ends."""
-START_S = 120.0
-"""How long its start-up may be silent at least: a cold file system and many checkpoints take a while."""
 SLOW_WRITE_S = 60.0
 """After how long a checkpoint that is still being written is told of; then after twice as long, and so on."""
 
@@ -41,16 +35,23 @@ class CheckpointerKeeper:
     lock: int | None
     event: Callable[..., None]
     buffers: list[int] = field(default_factory=list)
-    process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
+    _role: RoleProcess = field(init=False)
     _pipe: int = -1
-    _heard: float = 0.0
-    _started: bool = False
     _draining: bool = False
+    _ended: bool = True
     _drop_copy: bool = False
     _step: int | None = None
     _since: float = 0.0
     _tell_after: float = SLOW_WRITE_S
+
+    def __post_init__(self) -> None:
+        self._role = RoleProcess(ROLE, self.run, self.attempt, self.lock, SIGNALS)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the one that works; ``None``: there is none."""
+        return self._role.pid
 
     def make_buffers(self, ranks: int) -> None:
         """An empty memfd for each rank: it lives as long as any of the processes that know it."""
@@ -62,19 +63,19 @@ class CheckpointerKeeper:
 
     def start(self, pipe: int) -> None:
         """Start it; it reports to ``pipe``, which must stay open for its successors."""
-        self._pipe = pipe
+        self._pipe, self._ended = pipe, False
         self._start()
 
     def heard(self, message: dict[str, Any]) -> str | None:
         """A sign of life. Commits show that it gets on; returns what the user should know when it does not."""
-        if self.process is None or message["pid"] != self.process.pid:
+        if not self._role.heard(message["pid"]):
             return None  # a predecessor's, late
-        self._heard, self._started = time.monotonic(), True
+        now = time.monotonic()
         if message["done"] > 0:
             self.restarts = 0
         if message["outstanding"] != self._step:
-            self._step, self._since, self._tell_after = message["outstanding"], self._heard, SLOW_WRITE_S
-        taken = self._heard - self._since
+            self._step, self._since, self._tell_after = message["outstanding"], now, SLOW_WRITE_S
+        taken = now - self._since
         if self._step is None or taken < self._tell_after:
             return None
         self._tell_after = 2 * taken
@@ -86,19 +87,16 @@ class CheckpointerKeeper:
         Raises:
             TrainingError: one after the other died without committing anything.
         """
-        if self.process is None:
+        if self._ended:
             return False
-        code = self.process.poll()
-        patience = self.silence if self._started else max(self.silence, START_S)
-        if code is None and time.monotonic() - self._heard <= patience:
+        reason = self._role.trouble(self.silence)
+        if reason is None:
             return True
-        if code == 0 and self._draining:
-            self.process = None
+        finished = self._draining and self._role.code() == 0
+        self._role.kill()
+        if finished:
+            self._ended = True
             return False
-        reason = f"silent for {patience:g} s"
-        if code is not None:
-            reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        self._kill()
         if self.restarts == MAX_RESTARTS:
             raise TrainingError(
                 f"the checkpointer was {reason}, after {self.restarts} restarts without a commit; its log: "
@@ -118,53 +116,23 @@ class CheckpointerKeeper:
         if self._draining and (self._drop_copy or not drop_copy):
             return
         self._draining, self._drop_copy = True, drop_copy
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(DROP_COPY if drop_copy else DRAIN)
+        self._role.ask(DROP_COPY if drop_copy else DRAIN)
 
     def end(self) -> None:
         """Kill it, and let the buffers go."""
-        self._kill()
+        self._role.kill()
+        self._ended = True
         for descriptor in self.buffers:
             os.close(descriptor)
         self.buffers = []
 
     def log_path(self) -> Path:
         """RUN/logs/ROLE.HOST.ATTEMPT.log."""
-        return self.run / "logs" / f"checkpointer.{os.uname().nodename}.{self.attempt}.log"
+        return self._role.log_path()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "vitgraft.trainer.checkpointer", "--run-dir", str(self.run.resolve())]
-        command += ["--attempt", str(self.attempt), *(["--drain"] if self._draining else [])]
-        command += ["--drop-copy"] if self._drop_copy else []
-        command += ["--buffers", *map(self._path, self.buffers)]
-        environment = {
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONSAFEPATH": "1",
-            PIPE_VARIABLE: str(self._pipe),
-            PARENT_VARIABLE: str(os.getpid()),
-        }
-        self._heard, self._started = time.monotonic(), False
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            with self.log_path().open("ab") as log:
-                self.process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(self._pipe, *(() if self.lock is None else (self.lock,))),
-                    start_new_session=True,
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def _kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        arguments = [*(["--drain"] if self._draining else []), *(["--drop-copy"] if self._drop_copy else [])]
+        self._role.start(self._pipe, [*arguments, "--buffers", *map(self._path, self.buffers)], {})
 
     def _path(self, descriptor: int) -> str:
         return f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema import Recipe
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import check_world
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ def place(recipe: Recipe, processes: int | None) -> Placement:
         wanted = min(wanted, gpus)
     if device == "cuda" and wanted > gpus:
         raise ConfigError(f"--processes {wanted}: this host has {gpus} visible GPUs; one rank needs one GPU")
-    worlds = possible_worlds(recipe.train.global_batch, recipe.train.accumulation)
-    if wanted not in worlds:
-        raise ConfigError(
-            f"a world of {wanted} cannot carry global_batch {recipe.train.global_batch} with accumulation "
-            f"{recipe.train.accumulation}; possible worlds: {', '.join(map(str, worlds))}"
-        )
+    check_world(recipe.train.global_batch, recipe.train.accumulation, wanted)
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // wanted)
     return Placement(device, wanted, threads)

@@ -178,13 +178,7 @@ def _enter(case: Examination, patients: Patients) -> None:
 
 
 def _facts_question(case: Examination) -> Question:
-    data: dict[str, str] = {}
-    if case.recipe is not None:
-        sources = case.recipe.data.train
-        for number, source in enumerate(sources):
-            data["data.train.path" if len(sources) == 1 else f"data.train.{number}.path"] = source.path
-        if case.recipe.data.val is not None:
-            data["data.val.path"] = case.recipe.data.val.path
+    data = case.recipe.data.paths() if case.recipe is not None else {}
     run = str(case.run) if case.run is not None else None
     return {"ask": "facts", "recipe": case.recipe_name, "data": data, "run": run}
 

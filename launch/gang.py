@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.evaluator import EvaluatorKeeper
+from vitgraft.launch.role_process import log_path
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
-from vitgraft.trainer.report import PIPE_VARIABLE
+from vitgraft.trainer.report import PIPE_VARIABLE, error_message
 from vitgraft.trainer.signals import OF_THE_JOB
 
 Say = Callable[[dict[str, Any]], None]
@@ -127,7 +128,7 @@ class HostGang:
             PARENT_VARIABLE: str(os.getpid()),
             **(self._keeper.environment(local) if self._keeper is not None else {}),
         }
-        with ours, its, self._log(f"trainer-{rank}").open("ab") as log:
+        with ours, its, log_path(Path(orders.run), f"trainer-{rank}", orders.attempt).open("ab") as log:
             # Blocked until the rank hears them: what it is asked before that must neither be lost nor end it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_JOB)
             try:
@@ -186,7 +187,7 @@ class HostGang:
         self._failed = True
         if not isinstance(error, VitgraftError):
             error = TrainingError(f"{os.uname().nodename}: {what}: {error}", cause=cause_of(error))
-        self.say({"say": "relay", "rank": -1, "message": _error(error)})
+        self.say({"say": "relay", "rank": -1, "message": error_message(error)})
 
     def stop(self) -> None:
         """Ask the ranks to stop behind a checkpoint."""
@@ -242,12 +243,11 @@ class HostGang:
         return states
 
     def _hear(self, number: int, rank: RankProcess, message: dict[str, Any]) -> None:
-        rank_heard = time.monotonic()
         if message.get("kind") != "state":
             self.say({"say": "relay", "rank": number, "message": message})
             return
         earlier = rank.state
-        rank.heard = rank_heard
+        rank.heard = time.monotonic()
         rank.state = {key: message[key] for key in ("phase", "step", "age")}
         # What was not passed on yet is not forgotten.
         longest = earlier.get("longest", {})
@@ -267,16 +267,3 @@ class HostGang:
 
     def _event(self, name: str, **facts: Any) -> None:
         self.say({"say": "event", "name": name, "facts": facts})
-
-    def _log(self, role: str) -> Path:
-        return Path(self.orders.run) / "logs" / log_name(role, os.uname().nodename, self.orders.attempt)
-
-
-def log_name(role: str, host: str, attempt: int) -> str:
-    """ROLE.HOST.ATTEMPT.log, in RUN/logs."""
-    return f"{role}.{host}.{attempt}.log"
-
-
-def _error(error: VitgraftError) -> dict[str, Any]:
-    facts = {"code": error.exit_code, "text": str(error), "cause": error.cause, "step": error.step}
-    return {"kind": "error", **facts}

@@ -24,7 +24,6 @@ from typing import Any
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, VitgraftError
 from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.agent import STOP_SIGNALS, Agent
-from vitgraft.launch.backends import Launcher, LaunchOrder
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink, start_here
@@ -52,10 +51,10 @@ class NodeBackend:
     run: Path
     lock: int
     hosts: Sequence[Host] = field(init=False)
+    alone: bool = field(init=False, default=False)
     _listener: socket.socket = field(init=False)
     _came: dict[str, AgentLink] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
-    _first: bool = True
     _closed: bool = False
 
     def __post_init__(self) -> None:
@@ -75,11 +74,11 @@ class NodeBackend:
             raise ConfigError(f"{where}: cannot listen there: {error.strerror}; choose another port") from None
         threading.Thread(target=self._accept, args=(secret,), name="nodes", daemon=True).start()
 
-    def connect(self, host: Host) -> AgentLink:
+    def connect(self, host: Host, *, again: bool) -> AgentLink:
         """Start this node's own agent, or wait for another's."""
         if host.name == name_of(self.place.rank):
             return start_here(host.name, self.lock)
-        deadline = time.monotonic() + (WAIT_S if self._first else REJOIN_S)
+        deadline = time.monotonic() + (REJOIN_S if again else WAIT_S)
         with self._changed:
             while host.name not in self._came:
                 if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
@@ -102,16 +101,10 @@ class NodeBackend:
 
     def environment(self, device: str, threads: int) -> dict[str, str]:
         """Each node has its own."""
-        self._first = False
         return deepspeed_launch.rank_environment({}, device=device, threads=threads)
 
-    def tickets(self) -> str | None:
-        """None are needed: whoever started this command has started it on every node."""
-        return None
-
-    def launch(self, order: LaunchOrder) -> Launcher:
-        """Never asked for."""
-        raise NotImplementedError
+    def launcher(self) -> None:
+        """None is needed: whoever started this command has started it on every node."""
 
     def close(self) -> None:
         """Listen no more."""

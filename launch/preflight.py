@@ -31,10 +31,7 @@ def preflight(
     Returns:
         what makes hosts unfit, by host, with the remedy; and warnings.
     """
-    data = {f"data.train.{number}.path": source.path for number, source in enumerate(recipe.data.train)}
-    if recipe.data.val is not None:
-        data["data.val.path"] = recipe.data.val.path
-    question = {"ask": "facts", "recipe": str(run / "config.yaml"), "data": data, "run": str(run)}
+    question = {"ask": "facts", "recipe": str(run / "config.yaml"), "data": recipe.data.paths(), "run": str(run)}
 
     def ask(link: AgentLink) -> tuple[dict[str, Any], tuple[float, float]]:
         before = time.time()

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE
+from vitgraft.trainer.signals import signal_name
 
 START_S = 120.0
-"""How long its start-up may be silent at least: a cold file system takes a while."""
+"""How long its start-up may be silent at least: a cold file system and many checkpoints take a while."""
 
 
 @dataclass
@@ -30,7 +31,7 @@ class RoleProcess:
     run: Path
     attempt: int
     lock: int | None
-    signals: Sequence[signal.Signals]
+    signals: Sequence[int]
     _process: subprocess.Popen[bytes] | None = None
     _pid: int = -1
     _heard: float = 0.0
@@ -76,6 +77,11 @@ class RoleProcess:
         self._heard, self._beating = time.monotonic(), True
         return True
 
+    @property
+    def pid(self) -> int | None:
+        """Of the one that works now or has ended by itself; ``None``: there is none."""
+        return None if self._process is None else self._pid
+
     def alive(self) -> bool:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
@@ -88,11 +94,11 @@ class RoleProcess:
         """Why it needs a successor: it has ended, or was silent for so many seconds; ``None``: it needs none."""
         code = self.code()
         if code is not None:
-            return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            return f"ended by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
         patience = silence if self._beating else max(silence, START_S)
         return f"silent for {patience:g} s" if time.monotonic() - self._heard > patience else None
 
-    def ask(self, number: signal.Signals) -> None:
+    def ask(self, number: int) -> None:
         """Send it a signal, if it lives."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
@@ -106,4 +112,9 @@ class RoleProcess:
 
     def log_path(self) -> Path:
         """RUN/logs/ROLE.HOST.ATTEMPT.log."""
-        return self.run / "logs" / f"{self.role}.{os.uname().nodename}.{self.attempt}.log"
+        return log_path(self.run, self.role, self.attempt)
+
+
+def log_path(run: Path, role: str, attempt: int, host: str | None = None) -> Path:
+    """RUN/logs/ROLE.HOST.ATTEMPT.log. ``host``: its node name; ``None``: this host."""
+    return run / "logs" / f"{role}.{host or os.uname().nodename}.{attempt}.log"

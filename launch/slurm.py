@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vitgraft.configs.errors import ConfigError, PreemptedRun
 from vitgraft.configs.schema import Recipe
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import check_world
 
 MAX_SIGNAL_SECONDS = 65535
 _EARLY_S = 60
@@ -82,7 +82,7 @@ def job_file(job: SlurmJob) -> str:
     )
 
 
-def check_world(recipe: Recipe, nodes: int, gpus_per_node: int | None) -> None:
+def check_job_world(recipe: Recipe, nodes: int, gpus_per_node: int | None) -> None:
     """That the ranks of all nodes can carry the global batch, as far as their number is known before the job starts.
 
     Raises:
@@ -94,13 +94,8 @@ def check_world(recipe: Recipe, nodes: int, gpus_per_node: int | None) -> None:
         return
     if gpus_per_node is not None and launch.device != "cpu":
         each = min(each, gpus_per_node)
-    worlds = possible_worlds(recipe.train.global_batch, recipe.train.accumulation)
-    if nodes * each not in worlds:
-        raise ConfigError(
-            f"--nodes {nodes}: with {each} ranks on each, a world of {nodes * each} cannot carry global_batch "
-            f"{recipe.train.global_batch} with accumulation {recipe.train.accumulation}; possible worlds: "
-            f"{', '.join(map(str, worlds))}"
-        )
+    train, why = recipe.train, f"--nodes {nodes}: with {each} ranks on each, "
+    check_world(train.global_batch, train.accumulation, nodes * each, why=why)
 
 
 def _options(job: SlurmJob) -> list[str]:

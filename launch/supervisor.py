@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,28 +14,26 @@ from types import FrameType
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.configs.errors import cause_of as cause_of_error
 from vitgraft.configs.schema import Recipe
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import possible_worlds
 from vitgraft.launch import recovery
-from vitgraft.launch.attempt import Attempt, Plan, signal_name
-from vitgraft.launch.backends import Backend, HereBackend
+from vitgraft.launch.attempt import Attempt, Plan
+from vitgraft.launch.backends import Backend
 from vitgraft.launch.causes import cause_of
 from vitgraft.launch.deadlines import Deadlines
 from vitgraft.launch.evaluator import evaluator_device
 from vitgraft.launch.gang import EvaluatorOrder
-from vitgraft.launch.hosts import Host
-from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
 from vitgraft.launch.observations import Cause, Failure
 from vitgraft.launch.preflight import preflight
 from vitgraft.launch.recovery import Policy, Restart, Stop
-from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.replay import leave_out, read_non_finite
+from vitgraft.launch.roster import Roster
 from vitgraft.launch.run_dir import RunHandle
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.monitor_files import read_rows
+from vitgraft.trainer.signals import signal_name
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-PING_S = 2.0
 LAST_ROWS_BYTES = 1 << 16
 
 
@@ -50,17 +46,17 @@ class Supervisor:
     backend: Backend
     screen: Screen
     folder: str
-    links: dict[str, AgentLink] = field(default_factory=dict)
+    roster: Roster = field(init=False)
     record: list[Failure] = field(default_factory=list)
     _asked: int | None = None
     _training: bool = False
     _over: bool = False
-    _made: list[AgentLink] = field(default_factory=list)
     _deadlines: Deadlines = field(init=False)
     _policy: Policy = field(init=False)
 
     def __post_init__(self) -> None:
         launch = self.recipe.launch
+        self.roster = Roster(self.backend, self.folder)
         self._deadlines = Deadlines(launch.deadlines.by_phase(), launch.deadlines.silence)
         self._policy = Policy(
             max_restarts=launch.max_restarts,
@@ -77,7 +73,7 @@ class Supervisor:
                 answers, and those on the others end themselves.
         """
         with self._signals():
-            threading.Thread(target=self._ping, name="ping", daemon=True).start()
+            self.roster.keep_calling()
             code = VitgraftError.exit_code
             try:
                 self._attempts()
@@ -92,23 +88,12 @@ class Supervisor:
                 raise failure from error
             finally:
                 self._over = True
-                for link in self._made:
-                    link.send("leave", code=code)
-                for link in self._made:
-                    link.close(patience=2.0)
-                self.backend.close()
+                self.roster.dismiss(code)
 
     def _attempts(self) -> None:
         ranks = self._first_ranks()
         while (cause := self._attempt(ranks)) is not None:
             ranks = self._go_on(cause)
-
-    def _ping(self) -> None:
-        """Let the agents hear that somebody is there, also while this process hashes a checkpoint."""
-        while not self._over:
-            for link in [*self._made, *self.backend.waiting()]:
-                link.send("ping")
-            time.sleep(PING_S)
 
     def _attempt(self, ranks: dict[str, int]) -> Cause | None:
         """One attempt; why it ended before its time, or ``None``."""
@@ -129,7 +114,7 @@ class Supervisor:
             handle,
             self.recipe,
             plan,
-            self.links,
+            self.roster.links,
             self.backend,
             self.screen,
             self._deadlines,
@@ -177,13 +162,8 @@ class Supervisor:
 
     def _go_on(self, cause: Cause) -> dict[str, int]:
         """After a failure: wait, find out who answers, and claim the next attempt; returns the ranks of each host."""
-        if any(self._is_lost(host.name) for host in self.backend.hosts):
-            self._connect([host for host in self.backend.hosts if self._is_lost(host.name)])
-            for host, why in self._leave_out_unfit().items():
-                self.screen.note(f"WARNING {host} is left out: {why}")
-                self.handle.event("host_unfit", host=host, text=why)
+        self._seek_lost_hosts()
         decision = self._decide()
-        reason = self.record[-1].cause.text
         if isinstance(decision, Stop):
             self.handle.event("give_up", code=decision.exit_code, text=decision.text)
             raise _error(decision.exit_code, decision.text)
@@ -193,7 +173,7 @@ class Supervisor:
         self.handle.event(
             "restart",
             kind=cause.kind,
-            reason=reason,
+            reason=cause.text,
             delay_s=decision.delay_s,
             hosts=decision.ranks,
             notes=list(decision.notes),
@@ -204,24 +184,32 @@ class Supervisor:
         self.handle.next_attempt()
         return dict(decision.ranks)
 
+    def _seek_lost_hosts(self) -> None:
+        lost = [host for host in self.backend.hosts if self.roster.is_lost(host.name)]
+        if not lost:
+            return
+        failures = self.roster.connect(lost, again=True)
+        for host in lost:
+            if host.name not in failures:
+                self.handle.event("host_back", host=host.name)
+        for name, why in self._leave_out_unfit().items():
+            self.screen.note(f"WARNING {name} is left out: {why}")
+            self.handle.event("host_unfit", host=name, text=why)
+
     def _decide(self) -> Restart | Stop:
-        hosts = self.backend.hosts
-        answering = [host.name for host in hosts if not self._is_lost(host.name)]
-        train = self.recipe.train
-        return recovery.decide(
-            self.record, hosts, answering, possible_worlds(train.global_batch, train.accumulation), self._policy
-        )
+        return recovery.decide(self.record, self.backend.hosts, self.roster.answering(), self._worlds(), self._policy)
+
+    def _worlds(self) -> list[int]:
+        return possible_worlds(self.recipe.train.global_batch, self.recipe.train.accumulation)
 
     def _first_ranks(self) -> dict[str, int]:
         """Connect to all hosts; those that do not answer are left out where the others carry a world."""
         hosts = self.backend.hosts
-        failures = self._connect(hosts)
+        failures = self.roster.connect(hosts, again=False)
         unfit = self._leave_out_unfit()
         if unfit:
             raise ConfigError("; ".join(f"{host}: {reason}" for host, reason in unfit.items()))
-        train = self.recipe.train
-        answering = {host.name for host in hosts if not self._is_lost(host.name)}
-        ranks = recovery.place(hosts, answering, possible_worlds(train.global_batch, train.accumulation))
+        ranks = recovery.place(hosts, self.roster.answering(), self._worlds())
         wanted = sum(host.slots for host in hosts if not host.spare)
         if ranks is None or (failures and self._policy.max_restarts == 0):
             why = "; ".join(f"{host}: {reason}" for host, reason in failures.items()) or "no world is possible"
@@ -233,62 +221,22 @@ class Supervisor:
             self.screen.note(f"WARNING going on with {sum(ranks.values())} ranks instead of {wanted}")
         return ranks
 
-    def _is_lost(self, host: str) -> bool:
-        link = self.links.get(host)
-        return link is None or link.lost is not None
-
-    def _connect(self, hosts: Sequence[Host]) -> dict[str, str]:
-        """Start or wait for the agents of these hosts, all at once; returns why some do not answer."""
-        if not hosts:
-            return {}
-
-        for link in [self.links.pop(host.name) for host in hosts if host.name in self.links]:
-            link.close()
-        self._made = [link for link in self._made if link.lost is None]
-        failures, links = {}, []
-        for host in hosts:
-            # By this thread, which lives on: the kernel ends a process on this host with the thread that started it.
-            try:
-                links.append(self.backend.connect(host))
-                self._made.append(links[-1])
-            except NoAnswer as error:
-                failures[host.name] = str(error)
-
-        def introduce(link: AgentLink) -> NoAnswer | None:
-            try:
-                link.facts = link.ask("facts", "facts", FIRST_ANSWER_S, folder=self.folder)
-            except NoAnswer as error:
-                link.close()
-                return error
-            return None
-
-        with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
-            for link, failure in zip(links, pool.map(introduce, links), strict=True):
-                if failure is not None:
-                    failures[link.host] = str(failure)
-                    continue
-                self.links[link.host] = link
-                if self.record:
-                    self.handle.event("host_back", host=link.host)
-        return failures
-
     def _leave_out_unfit(self) -> dict[str, str]:
         """See whether the hosts that answer fit together; those that do not are let go. Returns why."""
-        answering = [self.links[host.name] for host in self.backend.hosts if not self._is_lost(host.name)]
-        if isinstance(self.backend, HereBackend) or not answering:
+        links = [self.roster.links[host] for host in self.roster.answering()]
+        if self.backend.alone or not links:
             return {}
         slots = {host.name: host.slots for host in self.backend.hosts}
-        run = Path(os.path.abspath(self.handle.path))
-        unfit, warnings = preflight(answering, self.recipe, run, slots)
+        unfit, warnings = preflight(links, self.recipe, Path(os.path.abspath(self.handle.path)), slots)
         for warning in warnings:
             self.screen.note(f"WARNING {warning}")
         for host in unfit:
-            self.links[host].close()
+            self.roster.links[host].close()
         return unfit
 
     def _plan(self, ranks: dict[str, int]) -> Plan:
         launch = self.recipe.launch
-        used = {host: self.links[host].facts for host, count in ranks.items() if count}
+        used = {host: self.roster.links[host].facts for host, count in ranks.items() if count}
         slots = {host: self.backend.used(host, ranks[host]) for host in used}
         poor = [host for host, facts in used.items() if facts["gpus"] <= max(slots[host])]
         # Where only some have what they need, the run would be far slower than anybody wants: no host's trouble, and
@@ -311,12 +259,10 @@ class Supervisor:
         if wanted is None:
             return None
         host = wanted.host or next(iter(ranks))
-        if self._is_lost(host):
-            if host not in {known.name for known in self.backend.hosts}:
-                raise ConfigError(f"evaluator.host: {host} is not in the hostfile; name one of its hosts")
+        if self.roster.is_lost(host):
             self.screen.note(f"WARNING {host} does not answer; nothing is evaluated until it does")
             return None
-        facts = self.links[host].facts
+        facts = self.roster.links[host].facts
         chosen = evaluator_device(
             wanted.device, facts["gpus"], self.backend.used(host, ranks.get(host, 0)) if device == "cuda" else ()
         )
@@ -327,7 +273,7 @@ class Supervisor:
         """Back off; somebody on another node may want to stop meanwhile."""
         until = time.monotonic() + seconds
         while True:
-            for link in self.links.values():
+            for link in self.roster.links.values():
                 for message in link.receive() if link.lost is None else ():
                     if message.get("say") == "asked":
                         self._ask_to_stop(int(message["signal"]))

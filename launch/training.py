@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
 from vitgraft.configs.schema import Recipe
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import check_world
 from vitgraft.data_shards.manifest import Manifest, read_manifest
 from vitgraft.data_shards.mixture import check_mixture
 from vitgraft.data_shards.sources import resolve_source
@@ -85,13 +85,10 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
             for host in hosts
             if host.name in slots | spares
         ]
-        names = [host.name for host in chosen]
-        if recipe.evaluator is not None and recipe.evaluator.host not in (None, *names):
-            raise ConfigError(
-                f"evaluator.host: {recipe.evaluator.host} is not among the hosts of {where.hostfile} that are used "
-                f"({', '.join(names)}); name one of them"
-            )
-        _check_world(recipe, sum(host.slots for host in chosen if not host.spare))
+        _check_evaluator(recipe, [host.name for host in chosen], f"of {where.hostfile} that are used")
+        world = sum(host.slots for host in chosen if not host.spare)
+        check_world(recipe.train.global_batch, recipe.train.accumulation, world)
+        render(recipe, world)
         ssh_args = ssh_arguments(recipe.launch.ssh_args, os.environ)
         deepspeed_launch.check_folder(Path.cwd())
         return lambda handle: HostfileBackend(chosen, slots | spares, ssh_args)
@@ -99,28 +96,23 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
         raise ConfigError("--include and --exclude choose among the hosts of a --hostfile; name one")
     here = os.uname().nodename
     names = [here] if where.place is None else [name_of(node) for node in range(where.place.nodes)]
-    if recipe.evaluator is not None and recipe.evaluator.host not in (None, *names):
-        raise ConfigError(
-            f"evaluator.host: {recipe.evaluator.host} is not among the hosts of this run ({', '.join(names)}); "
-            "name one of them, or null"
-        )
+    _check_evaluator(recipe, names, "of this run")
     placement = place(recipe, where.processes)
     if where.place is not None:
-        node = where.place
-        _check_world(recipe, node.nodes * placement.processes)
+        node, world = where.place, where.place.nodes * placement.processes
+        check_world(recipe.train.global_batch, recipe.train.accumulation, world)
+        render(recipe, world)
         return lambda handle: NodeBackend(node, placement.processes, handle.path, handle.lock.fileno())
     render(recipe, placement.processes)
     return lambda handle: HereBackend(here, placement.processes, handle.lock.fileno())
 
 
-def _check_world(recipe: Recipe, world: int) -> None:
-    worlds = possible_worlds(recipe.train.global_batch, recipe.train.accumulation)
-    if world not in worlds:
+def _check_evaluator(recipe: Recipe, hosts: Sequence[str], which: str) -> None:
+    if recipe.evaluator is not None and recipe.evaluator.host not in (None, *hosts):
         raise ConfigError(
-            f"a world of {world} cannot carry global_batch {recipe.train.global_batch} with accumulation "
-            f"{recipe.train.accumulation}; possible worlds: {', '.join(map(str, worlds))}"
+            f"evaluator.host: {recipe.evaluator.host} is not among the hosts {which} ({', '.join(hosts)}); name one "
+            "of them, or null"
         )
-    render(recipe, world)
 
 
 def check_copy(recipe: Recipe) -> None:
@@ -180,8 +172,8 @@ def check_data(recipe: Recipe, screen: Screen) -> int:
         DataError, ConfigError: one line.
     """
     sources = recipe.data.train
-    keys = ["data.train.path"] if len(sources) == 1 else [f"data.train.{i}.path" for i in range(len(sources))]
-    manifests = [_manifest(recipe, source.path, key, screen) for source, key in zip(sources, keys, strict=True)]
+    paths = [(key, path) for key, path in recipe.data.paths().items() if key != "data.val.path"]
+    manifests = [_manifest(recipe, path, key, screen) for key, path in paths]
     train, path = manifests[0], sources[0].path
     check_mixture([source.path for source in sources], manifests, [source.visits for source in sources])
     wanted = recipe.model.head.num_classes

@@ -164,8 +164,8 @@ class Keeping:
 
     def pid(self) -> int:
         """Of the checkpointer that works now."""
-        assert self.keeper.process is not None
-        return self.keeper.process.pid
+        assert self.keeper.pid is not None
+        return self.keeper.pid
 
     def drain(self, seconds: float = 60) -> None:
         """End it as the launcher does when the ranks have ended."""

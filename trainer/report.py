@@ -48,8 +48,7 @@ class Reporter:
 
     def error(self, error: VitgraftError) -> None:
         """Why this process ends: exit code and line, and for programs the cause and the step, where they are known."""
-        facts = {"code": error.exit_code, "text": str(error), "cause": error.cause, "step": error.step}
-        self._send({"kind": "error", **facts}, fallback=f"vitgraft: {error}")
+        self._send(error_message(error), fallback=f"vitgraft: {error}")
 
     def _send(self, message: dict[str, Any], fallback: str | None = None) -> None:
         if self._descriptor is None:
@@ -61,3 +60,9 @@ class Reporter:
         # A launcher that died takes this process with it in a moment; its closed pipe is no error of ours.
         with contextlib.suppress(BrokenPipeError):
             os.write(self._descriptor, (json.dumps(message, ensure_ascii=False) + "\n").encode())
+
+
+def error_message(error: VitgraftError) -> dict[str, Any]:
+    """An error as the launcher hears it."""
+    facts = {"code": error.exit_code, "text": str(error), "cause": error.cause, "step": error.step}
+    return {"kind": "error", **facts}

@@ -17,6 +17,14 @@ DROP_COPY = signal.SIGRTMIN + 1
 OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def signal_name(number: int) -> str:
+    """SIGTERM and the like."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most of the real-time signals
+        return f"signal {number}"
+
+
 def ignore_job_signals(but: Collection[signal.Signals] = ()) -> None:
     """Leave them to the launcher, and heed those in ``but``, which have handlers of their own.
 

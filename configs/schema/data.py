@@ -114,6 +114,12 @@ class DataConfig(Section):
         tree = handler(value)
         return tree[0] if len(tree) == 1 else tree
 
+    def paths(self) -> dict[str, str]:
+        """The path of each data set, by its key in the recipe."""
+        keys = ["data.train.path"] if len(self.train) == 1 else [f"data.train.{i}.path" for i in range(len(self.train))]
+        paths = {key: source.path for key, source in zip(keys, self.train, strict=True)}
+        return paths if self.val is None else paths | {"data.val.path": self.val.path}
+
     @field_validator("image_size")
     @classmethod
     def _height_width(cls, value: list[int]) -> list[int]:

@@ -200,9 +200,3 @@ class Recipe(Section):
     def identity_hash(self) -> str:
         """SHA-256 of :meth:`identity`: the recipe hash of manifests."""
         return sha256_of(self.identity())
-
-
-def possible_worlds(global_batch: int, accumulation: int, limit: NonNegative = 4096) -> list[int]:
-    """World sizes that can carry the global batch: it is cut by accumulation first, then over ranks."""
-    micro = global_batch // accumulation
-    return [world for world in range(1, min(micro, limit) + 1) if micro % world == 0]

@@ -9,7 +9,7 @@ import pytest
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import dump_recipe, find_recipe, load_recipe, parse_yaml, validate_recipe
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import possible_worlds
 
 WRONG = [
     ("model.backbone.depht=3", "model.backbone.depht: unknown key (value 3); did you mean 'depth'?"),

@@ -293,5 +293,5 @@ def test_cursor_counts_what_was_consumed(size: int, batch: int, step: int) -> No
 
 
 def test_a_world_that_cannot_carry_the_batch_is_told_which_can() -> None:
-    with pytest.raises(ConfigError, match=r"world size 4 .* possible worlds: 1, 2, 3, 6$"):
+    with pytest.raises(ConfigError, match=r"a world of 4 .* possible worlds: 1, 2, 3, 6$"):
         cut(EpochPlan("f", [5], 5, 0), 0, 1, 12, 2, 0, 4)

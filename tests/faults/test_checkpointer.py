@@ -448,7 +448,7 @@ def test_ranks_that_die_after_the_copy_leave_a_checkpoint(large: Keeping) -> Non
     os.kill(large.pid(), signal.SIGKILL)
     large.drain()
     assert_valid(large.run, 2, LARGE)
-    assert large.keeper.process is None
+    assert large.keeper.pid is None
 
 
 @pytest.mark.parametrize("drop_copy", [False, True])

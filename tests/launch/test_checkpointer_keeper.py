@@ -12,7 +12,9 @@ from support import tiny_recipe
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import validate_recipe
 from vitgraft.launch import checkpointer as module
-from vitgraft.launch.checkpointer import START_S, CheckpointerKeeper
+from vitgraft.launch import role_process as role_module
+from vitgraft.launch.checkpointer import CheckpointerKeeper
+from vitgraft.launch.role_process import START_S
 from vitgraft.launch.run_dir import RunHandle
 
 
@@ -21,8 +23,9 @@ class Watched:
 
     def __init__(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.pid = 1000.0, 0
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(module, "subprocess", SimpleNamespace(DEVNULL=None, Popen=self._popen))
+        for watching in (module, role_module):
+            monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(role_module, "subprocess", SimpleNamespace(DEVNULL=None, Popen=self._popen))
         (run / "logs").mkdir()
         lock = (run / "lock").open("w")
         self.handle = RunHandle(run, 1, None, lock, [])

@@ -78,7 +78,7 @@ class Played:
     agent: PlayedAgent
     """That of the last rank's host."""
 
-    def connect(self, host: Host) -> Any:
+    def connect(self, host: Host, *, again: bool) -> Any:
         mine: list[int] = []
 
         def reply(order: Order) -> list[Order]:

@@ -53,7 +53,7 @@ def test_a_node_is_known_by_its_number_and_heard(backend: NodeBackend, places: l
     descriptor = _connect(places[2], tmp_path, False)
     assert descriptor is not None
     wire = Wire(descriptor, descriptor)
-    link = backend.connect(Host(name_of(2), 2))
+    link = backend.connect(Host(name_of(2), 2), again=False)
     wire.send({"say": "alive"})
     deadline = time.monotonic() + 10
     while not (said := link.receive()):
@@ -74,7 +74,7 @@ def test_who_is_there_early_waits_and_who_comes_again_replaces_himself(
     while not backend.waiting() or not is_closed(first):
         assert time.monotonic() < deadline
     assert [link.host for link in backend.waiting()] == ["node-1"]
-    backend.connect(Host("node-1", 2)).close()
+    backend.connect(Host("node-1", 2), again=False).close()
     assert backend.waiting() == []
     for descriptor in (first, second):
         os.close(descriptor)
@@ -135,7 +135,7 @@ def test_the_secret_is_the_owners_alone_and_goes_with_the_leader(
 def test_a_node_that_does_not_come_is_given_up(backend: NodeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.2)
     with pytest.raises(NoAnswer, match="has not connected"):
-        backend.connect(Host("node-1", 2))
+        backend.connect(Host("node-1", 2), again=False)
 
 
 def test_a_port_in_use_is_told_at_once(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:

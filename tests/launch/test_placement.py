@@ -27,10 +27,10 @@ class ByHostfile(HostfileBackend):
 
     agents: dict[str, Any]
 
-    def connect(self, host: Host) -> Any:
+    def connect(self, host: Host, *, again: bool) -> Any:
         return self.agents[host.name]
 
-    def tickets(self) -> None:
+    def launcher(self) -> Any:
         return None
 
 
@@ -42,7 +42,7 @@ def supervisor(folder: Path, slots: Slots, gpus: dict[str, int], **settings: Any
     for name, count in gpus.items():
         backend.agents[name].facts["gpus"] = count
     made = Supervisor(open_run(run, recipe, "auto"), recipe, backend, Screen(), str(folder))
-    made.links.update(backend.agents)
+    made.roster.links.update(backend.agents)
     return made
 
 
@@ -110,7 +110,7 @@ def test_the_only_host_of_a_hostfile_is_examined_too(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(module, "preflight", preflight)
     made = supervisor(tmp_path, {"a": (0, 1)}, {"a": 0})
-    made.links.clear()
+    made.roster.links.clear()
     with pytest.raises(ConfigError, match="a: versions: another torch"):
         made._first_ranks()
     assert asked == [["a"]]

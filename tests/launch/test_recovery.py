@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitgraft.configs.schema.recipe import possible_worlds
+from vitgraft.configs.worlds import possible_worlds
 from vitgraft.launch.causes import ADVICE, EXIT_CODES
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.observations import Cause, Failure, Kind

@@ -21,7 +21,7 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch.cli import app
-from vitgraft.launch.slurm import MAX_SIGNAL_SECONDS, SlurmJob, check_world, job_file
+from vitgraft.launch.slurm import MAX_SIGNAL_SECONDS, SlurmJob, check_job_world, job_file
 
 # Words as people have them in paths and values, and some that a shell would take apart.
 WORDS = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12).filter(
@@ -224,18 +224,18 @@ def test_worlds_that_are_known_beforehand() -> None:
     def recipe(*changes: str) -> Recipe:
         return load_recipe("quickstart/detection", ["train.global_batch=16", "launch.processes=null", *changes])
 
-    check_world(recipe(), 2, 8)
-    check_world(recipe(), 3, None)
+    check_job_world(recipe(), 2, 8)
+    check_job_world(recipe(), 3, None)
     with pytest.raises(
         ConfigError, match=r"a world of 24 cannot carry global_batch 16.*possible worlds: 1, 2, 4, 8, 16"
     ):
-        check_world(recipe(), 3, 8)
+        check_job_world(recipe(), 3, 8)
     with pytest.raises(ConfigError, match="with 2 ranks on each, a world of 6"):
-        check_world(recipe("launch.device=cpu"), 3, 8)
+        check_job_world(recipe("launch.device=cpu"), 3, 8)
     # As on one host: no more ranks than GPUs.
-    check_world(recipe("launch.processes=8"), 4, 4)
+    check_job_world(recipe("launch.processes=8"), 4, 4)
     with pytest.raises(ConfigError, match="with 8 ranks on each, a world of 32"):
-        check_world(recipe("launch.processes=8"), 4, None)
+        check_job_world(recipe("launch.processes=8"), 4, None)
 
 
 def run(*words: str) -> str:

@@ -17,6 +17,7 @@ from support_agents import PlayedAgent, obedient
 from support_writers import make_run
 
 from vitgraft.configs.errors import InterruptedRun, PreemptedRun, TrainingError
+from vitgraft.launch import roster
 from vitgraft.launch import supervisor as module
 from vitgraft.launch.backends import HereBackend
 from vitgraft.launch.hosts import Host
@@ -36,7 +37,7 @@ class Backend(HereBackend):
         self.agents = {name: PlayedAgent(name, obedient(codes)) for name in "ab"}
         self.connecting: Callable[[str], None] = lambda name: None
 
-    def connect(self, host: Host) -> Any:
+    def connect(self, host: Host, *, again: bool) -> Any:
         self.connecting(host.name)
         return self.agents[host.name]
 
@@ -57,7 +58,7 @@ class Supervised:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitgraft.launch.attempt.GRACE_AFTER_FAILURE_S", 0.05)
-    monkeypatch.setattr(module, "PING_S", 0.02)
+    monkeypatch.setattr(roster, "PING_S", 0.02)
     monkeypatch.setattr(module, "preflight", lambda *_: ({}, []))
 
 

@@ -1,0 +1,88 @@
+"""The hosts of a run: which of them answer, and the connections to their agents."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from vitgraft.launch.backends import Backend
+from vitgraft.launch.hosts import Host
+from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
+from vitgraft.launch.remote_shell import NoAnswer
+
+PING_S = 2.0
+
+
+@dataclass
+class Roster:
+    """``folder``: in which relative paths of the recipe lie. ``links``: by host, also those that were lost."""
+
+    backend: Backend
+    folder: str
+    links: dict[str, AgentLink] = field(default_factory=dict)
+    _made: list[AgentLink] = field(default_factory=list)
+    _over: bool = False
+
+    def is_lost(self, host: str) -> bool:
+        """Whether it did not answer, or does not any more."""
+        link = self.links.get(host)
+        return link is None or link.lost is not None
+
+    def answering(self) -> list[str]:
+        """The hosts that do, in the backend's order."""
+        return [host.name for host in self.backend.hosts if not self.is_lost(host.name)]
+
+    def connect(self, hosts: Sequence[Host], *, again: bool) -> dict[str, str]:
+        """Start or wait for the agents of these hosts, all at once; returns why some do not answer.
+
+        Args:
+            again: the run has started before; nodes are not waited for as long then.
+        """
+        for link in [self.links.pop(host.name) for host in hosts if host.name in self.links]:
+            link.close()
+        self._made = [link for link in self._made if link.lost is None]
+        failures, links = {}, []
+        for host in hosts:
+            # By this thread, which lives on: the kernel ends a process on this host with the thread that started it.
+            try:
+                links.append(self.backend.connect(host, again=again))
+                self._made.append(links[-1])
+            except NoAnswer as error:
+                failures[host.name] = str(error)
+        with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
+            for link, failure in zip(links, pool.map(self._introduce, links), strict=True):
+                if failure is not None:
+                    failures[link.host] = str(failure)
+                else:
+                    self.links[link.host] = link
+        return failures
+
+    def keep_calling(self) -> None:
+        """Let the agents hear from now on that somebody is there, also while this process hashes a checkpoint."""
+        threading.Thread(target=self._ping, name="ping", daemon=True).start()
+
+    def dismiss(self, code: int) -> None:
+        """The run is over with this exit code: let all agents, and the backend, go."""
+        self._over = True
+        for link in self._made:
+            link.send("leave", code=code)
+        for link in self._made:
+            link.close(patience=2.0)
+        self.backend.close()
+
+    def _introduce(self, link: AgentLink) -> NoAnswer | None:
+        try:
+            link.facts = link.ask("facts", "facts", FIRST_ANSWER_S, folder=self.folder)
+        except NoAnswer as error:
+            link.close()
+            return error
+        return None
+
+    def _ping(self) -> None:
+        while not self._over:
+            for link in [*self._made, *self.backend.waiting()]:
+                link.send("ping")
+            time.sleep(PING_S)
