@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from hypothesis import settings
 # Machines are shared and slow at times: how long an example takes fails nothing.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# nohup and background jobs of scripts have these ignored, and what the tests start would inherit it.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 _WITH_RANKS = {"runs", "multinode"}
 
