@@ -1,7 +1,8 @@
 """What supervision costs a step, and how long a run stands still after a fault.
 
 Overhead: a real run of two ranks on this host. What supervisor and agent compute while it trains is the processor time
-that they take from the ranks; a rank's own share (its heart) is timed call by call. Both against the time of a step.
+that they take from the ranks; a rank's own share (what it tells its heart, and what that sends every second) is timed
+call by call. Both against the time of a step.
 
 Recovery: a rank is killed by SIGKILL in the middle of such a run; until the first new step of the next attempt, against
 the time from the command to the first step of the first attempt, most of which is imports.
@@ -26,7 +27,7 @@ from common.measure import machine, spread, write
 from rich.console import Console
 from rich.table import Table
 
-from vitgraft.trainer.heartbeat import Heart
+from vitgraft.trainer.heartbeat import BEAT_S, Heart
 from vitgraft.trainer.report import Reporter
 
 STEPS, ROUNDS, BOUND = 200, 3, 0.005
@@ -110,14 +111,26 @@ def heart_seconds() -> float:
     return (time.perf_counter() - started) / CALLS
 
 
+def beat_seconds() -> float:
+    """What the heart's own thread takes for a sign of life."""
+    reporter = Reporter(os.open(os.devnull, os.O_WRONLY))
+    heart = Heart(reporter)
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        heart.enter("step", 1)
+        heart.own_seconds([0.1, 0.1])
+        reporter.state(heart.message())
+    return (time.perf_counter() - started) / CALLS
+
+
 def main() -> int:
     """Measure, print and write; 1 when the bound is not kept."""
     with tempfile.TemporaryDirectory() as temporary:
         path = recipe(Path(temporary))
         runs = [one_run(path, Path(temporary) / f"run-{number}") for number in range(ROUNDS)]
-    heart = heart_seconds()
+    heart, beat = heart_seconds(), beat_seconds()
     # Two ranks on two cores: what others compute, the ranks wait for.
-    overhead = [(run["cpu_per_step"] / 2 + heart) / run["step"] for run in runs]
+    overhead = [(run["cpu_per_step"] / 2 + heart) / run["step"] + beat / BEAT_S for run in runs]
     recovery = [run["recovery"] / run["cold"] for run in runs]
     figures = {
         "share of a step that supervision takes": overhead,
@@ -137,6 +150,7 @@ def main() -> int:
         "rounds": ROUNDS,
         "step_s": step,
         "heart_s": heart,
+        "beat_s": beat,
         "bound": BOUND,
         "kept": statistics.median(overhead) <= BOUND,
         "cases": {name: spread(values) for name, values in figures.items()},

@@ -20,8 +20,8 @@ UNLEARNED_S: dict[Phase, float] = {
     "evaluate": 7200.0,
 }
 """Limits until enough has been seen."""
-FLOOR_S: dict[Phase, float] = {"start": 120.0, "first_step": 120.0, "step": 60.0, "save": 300.0, "evaluate": 300.0}
-"""No learned limit is shorter: a busy disk or network must not look like a hang."""
+FLOOR_S = 300.0
+"""No learned limit is shorter: a busy disk, or a store that answers late, must not look like a hang."""
 FACTOR = 5.0
 """Times what is usual (NVIDIA's resiliency extension uses the same factor)."""
 ENOUGH = 8
@@ -52,7 +52,7 @@ def deadline(phase: Phase, durations: Sequence[float], fixed: float | None = Non
         return max(UNLEARNED_S[phase], FACTOR * max(recent, default=0.0))
     # Nine out of ten were shorter, and what was as long twice may come again: one outlier moves nothing.
     usual = quantiles(recent, n=10, method="inclusive")[-1]
-    return max(FLOOR_S[phase], FACTOR * usual, 2 * sorted(recent)[-2])
+    return max(FLOOR_S, FACTOR * usual, 2 * sorted(recent)[-2])
 
 
 @dataclass

@@ -35,7 +35,7 @@ class Heart:
         """A phase begins, and the one before it is over.
 
         Args:
-            step: steps done.
+            step: the one that is computed, saved or evaluated, from 1 as in the metrics.
         """
         now = time.monotonic()
         with self._lock:

@@ -118,6 +118,7 @@ class TrainLoop:
             for step in range(session.first_step, session.last_step):
                 started = time.monotonic()
                 self.step = step + 1
+                self._heart.enter("first_step" if step == session.first_step else "step", step + 1)
                 facts = self._step(step, batches)
                 self._log(step + 1, facts, time.monotonic() - started, batches)
                 self._clock.stop()

@@ -35,27 +35,27 @@ phases = st.sampled_from(PHASES)
 def test_a_learned_limit_is_no_shorter_than_what_comes_again_and_again(phase: Phase, durations: list[float]) -> None:
     limit = deadline(phase, durations)
     recent = sorted(durations[-256:])
-    assert limit >= FLOOR_S[phase]
+    assert limit >= FLOOR_S
     assert limit >= 2 * recent[-2]
-    assert limit <= max(FLOOR_S[phase], FACTOR * recent[-1]) * ROUNDING
+    assert limit <= max(FLOOR_S, FACTOR * recent[-1]) * ROUNDING
     assert deadline(phase, durations, fixed=7.0) == 7.0
 
 
 @given(phases, st.lists(st.floats(0.1, 10), min_size=2 * ENOUGH, max_size=100), st.floats(1e3, 1e6))
 def test_one_outlier_hardly_moves_it(phase: Phase, durations: list[float], outlier: float) -> None:
     limit = deadline(phase, [*durations, outlier])
-    assert limit <= max(FLOOR_S[phase], FACTOR * max(durations)) * ROUNDING
+    assert limit <= max(FLOOR_S, FACTOR * max(durations)) * ROUNDING
     assert limit < outlier
 
 
 @given(phases, st.lists(seconds, max_size=ENOUGH - 1))
 def test_little_experience_gives_long_limits(phase: Phase, durations: list[float]) -> None:
     limit = deadline(phase, durations)
-    assert limit >= UNLEARNED_S[phase] >= FLOOR_S[phase]
+    assert limit >= UNLEARNED_S[phase] >= FLOOR_S
     assert all(limit >= FACTOR * duration for duration in durations)
 
 
-@given(phases, st.lists(st.floats(20, 1e3), min_size=ENOUGH, max_size=50), st.floats(1, 10))
+@given(phases, st.lists(st.floats(80, 4e3), min_size=ENOUGH, max_size=50), st.floats(1, 10))
 def test_a_slower_run_gets_longer_limits(phase: Phase, durations: list[float], factor: float) -> None:
     assert deadline(phase, [factor * value for value in durations]) * ROUNDING >= deadline(phase, durations)
 
@@ -63,8 +63,8 @@ def test_a_slower_run_gets_longer_limits(phase: Phase, durations: list[float], f
 def test_what_another_world_has_taught_is_forgotten() -> None:
     deadlines = Deadlines({"save": 7.0})
     for _ in range(ENOUGH):
-        deadlines.learn("step", 20.0)
-    assert deadlines.limits()["step"] == 100.0
+        deadlines.learn("step", 200.0)
+    assert deadlines.limits()["step"] == 1000.0
     deadlines.forget()
     assert deadlines.limits() == {**UNLEARNED_S, "save": 7.0}
 
