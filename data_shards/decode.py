@@ -27,10 +27,13 @@ MAX_JSON_BYTES = 256 << 20
 MAX_MASK_BYTES = 2 << 30
 """All masks of one image together, a byte for each pixel."""
 MAX_COORDINATE = 1e9
+MAX_AREA = MAX_COORDINATE**2
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov")
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""By Pillow's format. MPO: a JPEG behind which lie more, as phones write them; all decoders take the first."""
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, OverflowError)
 
 
@@ -66,7 +69,7 @@ def image_size(data: bytes | Path, where: str) -> tuple[int, int]:
 def image_format(data: bytes | Path, where: str) -> str:
     """The member extension of an image by its content: jpg, png or webp."""
     with _opened(data, where) as image:
-        return {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[str(image.format)]
+        return _EXTENSIONS[str(image.format)]
 
 
 def decode_image(data: bytes | Path, where: str) -> Tensor:
@@ -144,22 +147,27 @@ def stated_size(metadata: dict[str, Any], where: str) -> tuple[int, int]:
 
 
 def check_annotations(metadata: dict[str, Any], classes: int, where: str) -> list[dict[str, Any]]:
-    """A detection sample's annotations after a check of everything that decoding relies on.
+    """A detection sample's annotations after a check of everything that decoding and evaluation rely on.
 
     Raises:
-        DataError: a size that is none, a box that is not four finite numbers, a class outside 0..classes-1, or a mask
-            of another size.
+        DataError: a size that is none, a box that is not four finite numbers, a class outside 0..classes-1, an area
+            that is none, ``iscrowd`` that is neither 0 nor 1, or a mask of another size.
     """
     size = list(stated_size(metadata, where))
     try:
         annotations: list[dict[str, Any]] = metadata["annotations"]
         for item in annotations:
             box, number, segmentation = item["bbox"], item["class"], item["segmentation"]
+            area, crowd = item["area"], item["iscrowd"]
             # Comparing takes integers of any length, and is false for NaN.
             if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < MAX_COORDINATE for v in box):
                 raise ValueError(f"box {box}")
             if type(number) is not int or not 0 <= number < classes:
                 raise ValueError(f"class {number} of {classes}")
+            if type(area) not in (int, float) or not 0 <= area < MAX_AREA:
+                raise ValueError(f"area {area}")
+            if type(crowd) is not int or crowd not in (0, 1):
+                raise ValueError(f"iscrowd {crowd}, expected 0 or 1")
             if segmentation is not None and (list(segmentation["size"]) != size or not segmentation["counts"]):
                 raise ValueError(f"mask of {segmentation['size']} on an image of {size}")
     except (KeyError, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from vitgraft.data_shards.decode import (
     probe_video,
 )
 from vitgraft.data_shards.files import pread
+from vitgraft.data_shards.index_folder import IndexFolder
 from vitgraft.data_shards.manifest import (
     CLASSED,
     IGNORE,
@@ -43,7 +45,9 @@ from vitgraft.data_shards.manifest import (
     make_manifest,
     parse_manifest,
 )
+from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.remote import download, is_url, join, list_names, shown
+from vitgraft.data_shards.shards import index_name
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES, member_name
 
 MAX_TAR_BYTES = 64 << 30
@@ -106,47 +110,48 @@ def index_tars(
         progress: called with tars done and in all.
 
     Raises:
-        ConfigError: no such role, a URL without ``out``, or ``out`` holds something else.
-        DataError: no tars, a tar that a reader must not trust, or a sample that is not what ``kind`` needs.
+        ConfigError: no such role, a URL without ``out``, or ``out`` holds something else or is in use.
+        DataError: no tars, a tar that a reader must not trust, or a sample that is not what ``kind`` needs. What was
+            there before is as it was.
     """
     roles = _roles(kind, members or {})
-    target = _target(source, out, overwrite)
-    names = _tar_names(source)
+    check_classes(list(classes), "classes")
+    target, names = _target(source, out), _tar_names(source)
+    check = _Checker(kind, list(classes), roles)
+    shards: list[Shard] = []
+    faults: list[str] = []
+    skipped = 0
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            (target / MANIFEST).unlink(missing_ok=True)
-        check = _Checker(kind, list(classes), roles)
-        shards: list[Shard] = []
-        faults: list[str] = []
-        skipped = 0
-        for number, name in enumerate(names):
-            with _Local(source, name, target) as tar:
-                starts, ends, texts = [], [], []
-                for group in scan_tar(tar.path, tar.where):
-                    try:
-                        texts.append(canonical_json(check(group, tar.descriptor, f"{tar.where}:{group.key}")).encode())
-                    except DataError as error:
-                        if on_error == "raise":
-                            raise
-                        skipped += 1
-                        faults += [str(error)] if len(faults) < _LISTED_FAULTS else []
-                        continue
-                    starts.append(group.start)
-                    ends.append(group.end)
-                if starts:
-                    shards.append(_write_index(target, name, tar, starts, ends, texts))
-            if progress is not None:
-                progress(number + 1, len(names))
-        if not shards:
-            first = f"; the first: {faults[0]}" if faults else ""
-            raise DataError(f"{_shown(source)}: no tar holds a usable {kind} sample{first}")
-        root = None if target == source else str(source) if is_url(source) else str(Path(source).resolve())
-        foreign = Foreign(members=check.renamed, root=root)
-        facts: dict[str, Any] = {"packer": "index", "members": {role: list(taken) for role, taken in roles.items()}}
-        facts |= {"skipped": skipped, "first_skipped": faults}
-        manifest = make_manifest(kind, list(classes), None, shards, facts, foreign)
-        _replace(target / MANIFEST, dump_manifest(manifest).encode())
+        with IndexFolder(target) as folder:
+            _check_unused(target, overwrite or folder.resumed)
+            for number, name in enumerate(names):
+                with _Local(source, name, folder.work) as tar:
+                    starts, ends, texts = [], [], []
+                    for group in scan_tar(tar.path, tar.where):
+                        where = f"{tar.where}:{group.key}"
+                        try:
+                            texts.append(canonical_json(check(group, tar.descriptor, where)).encode())
+                        except DataError as error:
+                            if on_error == "raise":
+                                raise
+                            skipped += 1
+                            faults += [str(error)] if len(faults) < _LISTED_FAULTS else []
+                            continue
+                        starts.append(group.start)
+                        ends.append(group.end)
+                    if starts:
+                        shards.append(_write_index(folder, name, tar, starts, ends, texts))
+                if progress is not None:
+                    progress(number + 1, len(names))
+            if not shards:
+                first = f"; the first: {faults[0]}" if faults else ""
+                raise DataError(f"{_shown(source)}: no tar holds a usable {kind} sample{first}")
+            root = None if target == source else str(source) if is_url(source) else str(Path(source).resolve())
+            foreign = Foreign(members=check.renamed, root=root)
+            facts: dict[str, Any] = {"packer": "index", "members": {role: list(taken) for role, taken in roles.items()}}
+            facts |= {"skipped": skipped, "first_skipped": faults}
+            manifest = make_manifest(kind, list(classes), None, shards, facts, foreign)
+            folder.publish(dump_manifest(manifest).encode())
     except OSError as error:
         raise DataError(f"{target}: {error.strerror or error}; check space and permissions, or give --out") from None
     return manifest
@@ -306,6 +311,7 @@ class _Checker:
                 "id": number,
                 "bbox": item.get("bbox"),
                 "class": self._by_name.get(item["class"]) if isinstance(item.get("class"), str) else item.get("class"),
+                "area": 0.0 if item.get("area") is None else item["area"],
                 "iscrowd": int(bool(item.get("iscrowd"))),
                 "segmentation": item.get("segmentation"),
             }
@@ -313,10 +319,12 @@ class _Checker:
         ]
         check_annotations(metadata | {"annotations": named}, len(self.classes), where)
         decode_masks(named, (metadata["height"], metadata["width"]), where)
-        for item in named:
+        for item, given in zip(named, items, strict=True):
             item["bbox"] = [float(value) for value in item["bbox"]]
             if item["segmentation"] is not None:
                 item["segmentation"] = {key: item["segmentation"][key] for key in ("size", "counts")}
+            if given.get("area") is None:
+                item["area"] = _area(item)
         return named
 
     def _check_label_map(self, data: bytes, size: tuple[int, int], where: str) -> None:
@@ -326,6 +334,15 @@ class _Checker:
         wrong = label[(label != IGNORE) & ((label < 0) | (label >= len(self.classes)))]
         if len(wrong):
             raise DataError(f"{where}: class id {int(wrong[0])} of {len(self.classes)} and {IGNORE}; see --classes")
+
+
+def _area(item: dict[str, Any]) -> float:
+    """Pixels of an annotation's mask, or of its box where it has none: evaluation tells small from large by them."""
+    from pycocotools import mask as coco_mask
+
+    if item["segmentation"] is not None:
+        return float(coco_mask.area(item["segmentation"]))
+    return float(max(item["bbox"][2], 0) * max(item["bbox"][3], 0))
 
 
 def _bytes_of(group: Group, extension: str, descriptor: int, where: str) -> bytes:
@@ -339,9 +356,9 @@ def _bytes_of(group: Group, extension: str, descriptor: int, where: str) -> byte
 class _Local:
     """Context manager: a tar as a local file; one behind a URL is fetched, and removed again."""
 
-    def __init__(self, source: Path | str, name: str, target: Path) -> None:
+    def __init__(self, source: Path | str, name: str, work: Path) -> None:
         self.url = join(source, name) if isinstance(source, str) and is_url(source) else None
-        self.path = Path(source) / name if self.url is None else target / f".{name}.part"
+        self.path = Path(source) / name if self.url is None else work / name
         self.where = str(self.path) if self.url is None else shown(self.url)
         self.descriptor = -1
         self.sha256 = ""
@@ -390,8 +407,8 @@ def _roles(kind: Kind, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[st
     return roles
 
 
-def _target(source: Path | str, out: Path | None, overwrite: bool) -> Path:
-    """The folder to write into; refuses one with anything that this would replace unasked."""
+def _target(source: Path | str, out: Path | None) -> Path:
+    """The folder to write into."""
     if is_url(source) and out is None:
         raise ConfigError(f"{_shown(source)}: indices of tars behind a URL are written to a local folder; give --out")
     target = Path(source) if out is None else out
@@ -399,6 +416,11 @@ def _target(source: Path | str, out: Path | None, overwrite: bool) -> Path:
         target = Path(source)
     if not is_url(source) and not Path(source).is_dir():
         raise DataError(f"{source}: no such folder; name a folder or URL of tars")
+    return target
+
+
+def _check_unused(target: Path, overwrite: bool) -> None:
+    """Refuse a folder with anything that this would replace unasked."""
     manifest = target / MANIFEST
     if manifest.exists():
         if parse_manifest(manifest.read_bytes(), str(manifest)).foreign is None:
@@ -406,8 +428,7 @@ def _target(source: Path | str, out: Path | None, overwrite: bool) -> Path:
         if not overwrite:
             raise ConfigError(f"{target}: is indexed already; pass --overwrite to do it again")
     elif any(target.glob("*.idx")):
-        raise ConfigError(f"{target}: holds .idx files of something else; give another folder as --out")
-    return target
+        raise ConfigError(f"{target}: holds .idx files of something else; remove them or give another folder as --out")
 
 
 def _tar_names(source: Path | str) -> list[str]:
@@ -426,31 +447,22 @@ def _tar_names(source: Path | str) -> list[str]:
     return names
 
 
-def _write_index(target: Path, name: str, tar: _Local, starts: list[int], ends: list[int], texts: list[bytes]) -> Shard:
+def _write_index(
+    folder: IndexFolder, name: str, tar: _Local, starts: list[int], ends: list[int], texts: list[bytes]
+) -> Shard:
     count = len(starts)
     places = np.cumsum([8 * (3 * count + 1), *map(len, texts)])
     numbers = np.concatenate([starts, ends, places]).astype("<u8")
-    path = target / f"{name.removesuffix('.tar')}.idx"
-    size = _replace(path, numbers.tobytes() + b"".join(texts))
+    data = numbers.tobytes() + b"".join(texts)
+    folder.write(index_name(name), data)
     return Shard(
         name=name,
         samples=count,
         bytes=os.fstat(tar.descriptor).st_size,
         sha256=tar.digest(),
-        index_sha256=sha256_file(path),
-        index_size=size,
+        index_sha256=sha256(data).hexdigest(),
+        index_size=len(data),
     )
-
-
-def _replace(path: Path, data: bytes) -> int:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    return len(data)
 
 
 def _shown(source: Path | str) -> str:

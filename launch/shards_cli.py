@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -55,17 +56,35 @@ def semantic(
     labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs with the images' stems.")],
     classes: Annotated[str, typer.Option("--classes", help="File with one class name per line, or names with commas.")],
     out: Out,
+    image_suffix: Annotated[
+        str | None,
+        typer.Option("--image-suffix", help="End of the images' names that labels lack, e.g. _leftImg8bit.png."),
+    ] = None,
+    label_suffix: Annotated[
+        str | None,
+        typer.Option("--label-suffix", help="End of the label PNGs' names that images lack; other files do not count."),
+    ] = None,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="Text file with the stem of an image in each line: pack these alone.")
+    ] = None,
     ignore: Annotated[
         str, typer.Option("--ignore", metavar="N[,N…]", help="Label ids that do not count, besides 255.")
     ] = "",
     reduce_zero: Annotated[
         bool, typer.Option("--reduce-zero", help="0 does not count and the other ids fall by one.")
     ] = False,
+    ids: Annotated[
+        str, typer.Option("--ids", metavar="N[,N…]", help="The label ids of class 0, 1, …; others do not count.")
+    ] = "",
+    colours: Annotated[
+        Path | None, typer.Option("--colours", help="Labels are colours: file with R G B NAME in each line.")
+    ] = None,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
 ) -> None:
-    """Pack images with label PNGs (grey or palette, 8 or 16 bit)."""
+    """Pack images with label PNGs (grey, palette or colours, 8 or 16 bit)."""
+    from vitgraft.data_shards.pack.pairs import Pairing
     from vitgraft.data_shards.pack.semantic import pack_semantic
     from vitgraft.launch.ui import Screen
 
@@ -77,6 +96,9 @@ def semantic(
             _class_names(classes),
             ignore=_numbers("--ignore", ignore),
             reduce_zero=reduce_zero,
+            ids=_numbers("--ids", ids),
+            colours=colours,
+            pairing=Pairing(image_suffix, label_suffix, list_file),
             **_options(screen, overwrite, samples_per_shard, jobs),
         )
     _say(manifest.samples, len(manifest.classes), out)
@@ -416,9 +438,9 @@ def _numbers(option: str, text: str) -> list[int]:
 def _class_names(text: str) -> list[str]:
     from vitgraft.configs.errors import ConfigError
 
-    path = Path(text)
     try:
-        names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+        # Not Path.is_file: of many names with commas it raises, as of a file name that is too long.
+        names = Path(text).read_text(encoding="utf-8").splitlines() if os.path.isfile(text) else text.split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--classes {text}: cannot be read: {error}; give a text file with one name per line"

@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Unpack
 
 import numpy as np
-import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
@@ -17,6 +16,7 @@ from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
 from vitgraft.data_shards.pack.files import check_folder, read_json
 from vitgraft.data_shards.pack.items import PackOptions, checked
+from vitgraft.data_shards.pack.label_ids import Labels, packed_ids
 from vitgraft.data_shards.pack.label_report import (
     BOXES,
     MISSING,
@@ -25,7 +25,8 @@ from vitgraft.data_shards.pack.label_report import (
     LabelFault,
     LabelReport,
 )
-from vitgraft.data_shards.pack.semantic import IMAGE_SUFFIXES, LabelledImage, pack_label_maps, packed_ids
+from vitgraft.data_shards.pack.pairs import IMAGE_SUFFIXES
+from vitgraft.data_shards.pack.semantic import LabelledImage, pack_label_maps
 
 Task = Literal["detection", "drivable", "semantic"]
 
@@ -241,7 +242,7 @@ def _masks(folders: Sequence[Path], labels: Path, task: Task, report: LabelRepor
     ]
 
 
-def drivable_ids(path: Path, classes: int = len(DRIVABLE)) -> npt.NDArray[np.uint8]:
+def drivable_ids(path: Path, classes: int = len(DRIVABLE)) -> Labels:
     """A drivable mask as packed: 0 direct, 1 alternative, 2 background, 255 ignored, whatever its release.
 
     Raises:

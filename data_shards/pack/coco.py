@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import covered, image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
-from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, read_bytes, read_json
+from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_bytes, read_json
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
 from vitgraft.data_shards.pack.label_report import BOXES, MASKS, MISSING, SIZES, UNKNOWN, LabelFault, LabelReport
 
@@ -157,7 +157,7 @@ def by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, Any
 
 def _image(images: Path, where: str, entry: dict[str, Any]) -> CocoImage:
     path = inside(images, entry.get("file_name"), f"{where}: image {entry['id']}")
-    if not path.is_file():
+    if not is_file(path):
         message = f"{path}: no such image, though {where} lists it (id {entry['id']}); check --images"
         raise LabelFault(message, MISSING)
     height, width = image_size(path, str(path))
@@ -201,7 +201,7 @@ def _annotate(
             "id": annotation["id"],
             "bbox": box,
             "class": numbers[annotation["category_id"]],
-            "area": float(area) if area is not None and is_number(area) else box[2] * box[3],
+            "area": float(area) if area is not None and is_number(area) and area >= 0 else box[2] * box[3],
             "iscrowd": int(bool(annotation.get("iscrowd", 0))),
             "segmentation": rle,
         }

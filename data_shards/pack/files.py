@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def read_text(path: Path, limit: int = MAX_LIST_BYTES) -> str:
         return read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check its name and permissions") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
 
@@ -55,6 +58,9 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; fix or download the file again") from None
     except RecursionError:
         raise DataError(f"{path}: JSON nested too deeply; is this the right file?") from None
+    except ValueError:
+        # Python's own limit.
+        raise DataError(f"{path}: JSON with a number of more than 4300 digits; is this the right file?") from None
 
 
 def inside(folder: Path, name: Any, where: str) -> Path:
@@ -71,16 +77,33 @@ def inside(folder: Path, name: Any, where: str) -> Path:
     return folder / path
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; false for names that no file can have, of which ``Path.is_file`` raises."""
+    return os.path.isfile(path)
+
+
+def is_text(value: str) -> bool:
+    """Whether this can be written as UTF-8: half a surrogate pair, from JSON or a file's name, cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_folder(folder: Path) -> None:
     """Raises DataError unless ``folder`` is one."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; check the path")
 
 
 def check_classes(classes: list[str], where: str) -> None:
-    """Raises DataError unless there is at least one class name and none occurs twice."""
+    """Raises DataError unless there is at least one class name, all are text, and none occurs twice."""
     if not classes or not all(name.strip() for name in classes):
         raise DataError(f"{where}: no class names, or an empty one; give one name for each class")
+    wrong = next((name for name in classes if not is_text(name)), None)
+    if wrong is not None:
+        raise DataError(f"{where}: class {wrong!r} holds what is no character; write the names as UTF-8")
     twice = next((name for name, count in Counter(classes).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{where}: class {twice!r} is listed twice; give each class one name")

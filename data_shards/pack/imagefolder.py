@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import lzma
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +24,18 @@ from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
 from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
-from vitgraft.data_shards.pack.semantic import IMAGE_SUFFIXES
+from vitgraft.data_shards.pack.pairs import IMAGE_SUFFIXES
 from vitgraft.data_shards.pack.video_lists import sort_labels
 
 MAX_ARRAY_BYTES = 64 << 30
 """Larger arrays are refused before they are read."""
 IMAGE_KEYS = ("images", "data", "x", "x_train", "x_test")
 LABEL_KEYS = ("labels", "fine_labels", "y", "y_train", "y_test")
+# What numpy, zipfile and the decompressors raise of damaged or encrypted files; TokenError is of numpy's header.
+_BROKEN_ARRAYS = (
+    *(OSError, ValueError, EOFError, RuntimeError, struct.error),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ def _npy(path: Path) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
-    except (OSError, ValueError, EOFError) as error:
+    except _BROKEN_ARRAYS as error:
         raise DataError(f"{path}: cannot be read as .npy ({error}); pickled objects are not accepted") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: expected one array of .npy format")
@@ -212,7 +221,7 @@ def _member(path: Path, keys: tuple[str, ...]) -> npt.NDArray[Any]:
             return array
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except _BROKEN_ARRAYS as error:
         raise DataError(f"{path}: cannot be read as .npz ({error}); pickled objects are not accepted") from None
 
 

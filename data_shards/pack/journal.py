@@ -94,7 +94,7 @@ class Workplace:
         self._journal_path, self._journal_new = self.folder / "journal.jsonl", self.folder / "journal.new"
         self._journal: BinaryIO | None = None
         self._refuse_others()
-        self._lock = self._own()
+        self._lock = own(self.folder, f"{out}: another process is packing it; wait for its end or choose another --out")
         self._settle()
 
     @property
@@ -188,29 +188,6 @@ class Workplace:
         elif self._old.exists():
             os.rename(self._old, self.out)
 
-    def _own(self) -> int:
-        path = self.folder / "lock"
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its owner may have removed the folder between our calls.
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-                os.close(descriptor)
-            except FileNotFoundError:
-                os.close(descriptor)
-            except OSError as error:
-                os.close(descriptor)
-                if not isinstance(error, BlockingIOError):
-                    raise
-                message = f"{self.out}: another process is packing it; wait for its end or choose another --out"
-                raise ConfigError(message) from None
-
     def _empty(self) -> None:
         for path in (self.set, self._old):
             if path.exists():
@@ -246,6 +223,35 @@ class Workplace:
         sync(self._journal)
         os.replace(self._journal_new, self._journal_path)
         sync_folder(self.folder)
+
+
+def own(folder: Path, busy: str) -> int:
+    """Make a folder and lock the file ``lock`` in it, which only its owner may remove: the descriptor.
+
+    Raises:
+        ConfigError: another process has it; says ``busy``.
+        OSError: it cannot be made or locked.
+    """
+    path = folder / "lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its owner may have removed the folder between our calls.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+            os.close(descriptor)
+        except FileNotFoundError:
+            os.close(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise ConfigError(busy) from None
 
 
 def sync(stream: BinaryIO) -> None:

@@ -13,7 +13,7 @@ from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import decode_image, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import by_id
-from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, read_json
+from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_json
 from vitgraft.data_shards.pack.items import PackOptions, checked
 from vitgraft.data_shards.pack.label_report import MISSING, SEGMENTS, SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.semantic import LabelledImage, pack_label_maps
@@ -93,7 +93,7 @@ def _item(
     path = inside(images, image.get("file_name"), where)
     mask = inside(masks, annotation.get("file_name"), where)
     for file, option in ((path, "--images"), (mask, "--masks")):
-        if not file.is_file():
+        if not is_file(file):
             raise LabelFault(f"{file}: no such file, though {where} lists it; check {option}", MISSING)
     height, width = image_size(path, str(path))
     if (image.get("height"), image.get("width")) != (height, width):

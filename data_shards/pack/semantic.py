@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import decode_label, image_format, image_size
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.decode import image_format, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
-from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
+from vitgraft.data_shards.pack.files import check_classes, read_bytes
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
-from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.label_ids import Labels, chosen_ids, coloured_ids, packed_ids, read_colours
+from vitgraft.data_shards.pack.label_report import SIZES, LabelFault, LabelReport
+from vitgraft.data_shards.pack.pairs import Pairing, find_pairs
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+EVERYTHING = Pairing()
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LabelledImage:
 
     image: Path
     label: Path
-    ids: Callable[[], npt.NDArray[np.uint8]]
+    ids: Callable[[], Labels]
     metadata: dict[str, Any]
     more: dict[str, Path] = field(default_factory=dict)
 
@@ -63,9 +64,12 @@ def pack_semantic(
     *,
     ignore: Sequence[int] = (),
     reduce_zero: bool = False,
+    ids: Sequence[int] = (),
+    colours: Path | None = None,
+    pairing: Pairing = EVERYTHING,
     **options: Unpack[PackOptions],
 ) -> Manifest:
-    """Check everything, then pack. An image and its label map share their file's stem.
+    """Check everything, then pack.
 
     Args:
         images, labels: folders (searched below too); a label map is a PNG of one channel: 8-bit, palette (read as
@@ -73,21 +77,34 @@ def pack_semantic(
         classes: names by class id.
         ignore: ids in the label maps that count as unlabelled, besides 255.
         reduce_zero: ids start at 1 and 0 is unlabelled (ADE20K): they are packed minus one.
+        ids: the ids in the label maps that are class 0, 1, …; all others count as unlabelled (Cityscapes).
+        colours: label maps are colour images; a file with lines ``R G B NAME`` (CamVid). Names that are no class count
+            as unlabelled.
+        pairing: which image and label map belong together; in the default, those of one stem.
         options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
-        DataError: an image without label map or the reverse, different sizes, an id that is no class; names the file.
-            Nothing was written.
+        DataError: an image without label map or the reverse, as ``pairing`` has it, different sizes, an id or colour
+            that is no class; names the file. Nothing was written.
+        ConfigError: options that exclude each other, ``ids`` that are not one for each class, or a wrong ``pairing``.
     """
     _check_names(classes)
+    if ids and (len(ids) != len(classes) or len(set(ids)) != len(ids) or IGNORE in ids):
+        raise ConfigError(f"--ids: {len(ids)} for {len(classes)} classes; give one for each, none twice, not {IGNORE}")
+    if sum(map(bool, (ids, colours, ignore or reduce_zero))) > 1:
+        raise ConfigError("--ids, --colours, and --ignore or --reduce-zero exclude each other; give one of them")
+    packed: Callable[[Path], Labels]
+    table = () if colours is None else read_colours(colours, classes)
+    if table:
+        packed = partial(coloured_ids, colours=table)
+    elif ids:
+        packed = partial(chosen_ids, chosen=tuple(ids))
+    else:
+        packed = partial(packed_ids, classes=len(classes), ignore=tuple(ignore), reduce_zero=reduce_zero)
+    report = LabelReport("pixels", classes)
     items = [
-        LabelledImage(
-            image,
-            label,
-            partial(packed_ids, label, len(classes), tuple(ignore), reduce_zero),
-            {"file_name": str(image.relative_to(images))},
-        )
-        for image, label in _pairs(images, labels)
+        LabelledImage(image, label, partial(packed, label), {"file_name": str(image.relative_to(images))})
+        for image, label in find_pairs(images, labels, pairing, report)
     ]
     source = {
         "packer": "semantic",
@@ -95,8 +112,11 @@ def pack_semantic(
         "labels": str(labels),
         "ignore": list(ignore),
         "reduce_zero": reduce_zero,
+        "ids": list(ids),
+        "colours": {f"#{colour:06x}": number for colour, number in table},
+        "list": None if pairing.listed is None else str(pairing.listed),
     }
-    return pack_label_maps(items, out, LabelReport("pixels", classes), source=source, **options)
+    return pack_label_maps(items, out, report, source=source, **options)
 
 
 def pack_label_maps(
@@ -145,53 +165,3 @@ def _check_names(classes: list[str]) -> None:
     check_classes(classes, "classes")
     if len(classes) > IGNORE:
         raise DataError(f"classes: {len(classes)} names; label maps are packed in 8 bits, at most {IGNORE} fit")
-
-
-def _pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """Images and label maps of the same stem (with the folders below), in order of their names."""
-    found, maps = _by_stem(images, IMAGE_SUFFIXES), _by_stem(labels, {".png"})
-    if not found:
-        raise DataError(
-            f"{images}: the data set is empty: no {', '.join(sorted(IMAGE_SUFFIXES))} files; check the path"
-        )
-    if lonely := sorted(found.keys() - maps.keys()):
-        raise DataError(f"{found[lonely[0]]}: no label map {lonely[0]}.png in {labels} ({len(lonely)} such images)")
-    if lonely := sorted(maps.keys() - found.keys()):
-        raise DataError(f"{maps[lonely[0]]}: no image {lonely[0]} in {images} ({len(lonely)} such label maps)")
-    return [(found[stem], maps[stem]) for stem in sorted(found)]
-
-
-def _by_stem(folder: Path, extensions: set[str]) -> dict[str, Path]:
-    check_folder(folder)
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in extensions and path.is_file():
-            stem = str(path.relative_to(folder).with_suffix(""))
-            if stem in found:
-                raise DataError(f"{path}: has the same stem as {found[stem].name}; names must pair images and labels")
-            found[stem] = path
-    return found
-
-
-def packed_ids(
-    path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False
-) -> npt.NDArray[np.uint8]:
-    """The label map as packed: 0..classes-1, or 255.
-
-    Raises:
-        DataError: not a label map, or an id that is no class.
-    """
-    ids = decode_label(path, str(path)).numpy()
-    unlabelled = np.isin(ids, [*ignore, IGNORE])
-    if reduce_zero:
-        unlabelled |= ids == 0
-        ids = ids - 1
-    wrong = ids[~unlabelled & ((ids < 0) | (ids >= classes))]
-    if len(wrong):
-        value = int(wrong[0]) + int(reduce_zero)
-        raise LabelFault(
-            f"{path}: label id {value} is none of the {classes} classes; "
-            f"list all classes, or pass the id as ignore if it means unlabelled",
-            UNKNOWN,
-        )
-    return np.where(unlabelled, IGNORE, ids).astype(np.uint8)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import VIDEO_EXTENSIONS
-from vitgraft.data_shards.pack.files import check_classes, inside, read_json, read_text
+from vitgraft.data_shards.pack.files import check_classes, inside, is_file, read_json, read_text
 
 ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"]
 
@@ -280,7 +280,7 @@ class VideoFinder:
             # A plain list is the user's own and may name absolute paths; a relative one stays below the root.
             own = self._exact and Path(name).is_absolute()
             path = Path(name) if own else inside(self._root, name, video.where)
-            if path.is_file():
+            if is_file(path):
                 return path
         return None if self._exact else self._by_stem(video)
 
@@ -309,7 +309,7 @@ def read_classes(text: str) -> list[str]:
     path = Path(text)
     if path.suffix == ".json":
         names = _classes_of_json(read_json(path), text)
-    elif path.is_file():
+    elif is_file(path):
         lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         numbered = [line.split(None, 1) for line in lines]
         if path.name == "classInd.txt":

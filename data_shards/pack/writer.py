@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -214,7 +215,9 @@ class DatasetWriter:
             self._close_shard(last=True)
         if not self.samples:
             raise DataError(f"{self.out}: the data set is empty: no sample was found to pack; check the arguments")
-        manifest = make_manifest(self.kind, self.classes, self.category_ids, self._shards, self.source)
+        # Names of files may hold bytes that are no characters, which no manifest can.
+        source = json.loads(json.dumps(self.source, ensure_ascii=False).encode("utf-8", "replace"))
+        manifest = make_manifest(self.kind, self.classes, self.category_ids, self._shards, source)
         with (place.set / MANIFEST).open("wb") as stream:
             stream.write(dump_manifest(manifest).encode())
             sync(stream)

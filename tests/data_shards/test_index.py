@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import multiprocessing
+import os
 import resource
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +29,7 @@ from vitgraft.data_shards import foreign
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.foreign import index_tars, scan_tar
+from vitgraft.data_shards.index_folder import IndexFolder
 from vitgraft.data_shards.manifest import dump_manifest, parse_manifest, read_manifest
 from vitgraft.data_shards.report import inspect, verify
 from vitgraft.data_shards.stream import ShardReader
@@ -532,3 +537,161 @@ def test_the_same_pixels_as_packed(laion: Path, configure: Configure) -> None:
     expected = torch.tensor((10 / 255 - 0.485) / 0.229)
     assert torch.allclose(found[0], expected.expand(30, 40), atol=0.01)
     assert hashlib.sha256((laion / "00000.tar").read_bytes()).hexdigest() == dataset.manifest.shards[0].sha256
+
+
+def boxed(*annotations: dict[str, Any]) -> bytes:
+    return json.dumps({"annotations": [{"bbox": [1, 2, 10, 8], "class": 0} | item for item in annotations]}).encode()
+
+
+def test_an_indexed_detection_set_can_be_evaluated(tmp_path: Path, configure: Configure) -> None:
+    """Areas come from the mask, else from the box, unless the tar has them; a perfect prediction scores 1."""
+    from pycocotools import mask as coco_mask
+
+    from vitgraft.trainer.tasks.detection import DetectionTask
+
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[2:10, 1:6] = 1
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    masked = {"segmentation": {"size": [30, 40], "counts": rle["counts"].decode()}}
+    members = [("1.jpg", picture(1)), ("1.json", boxed(masked, masked | {"area": 7}))]
+    members += [("2.jpg", picture(2)), ("2.json", boxed({}, {"iscrowd": True, "bbox": [20, 5, 4, 6.5]}))]
+    members += [("3.jpg", picture(3)), ("3.json", boxed())]
+    write_tar(tmp_path / "set" / "0.tar", members)
+    index_tars(tmp_path / "set", "detection", ["a"])
+    config = configure(tmp_path / "set", image_size=[30, 40])
+    dataset = PackedDataset(tmp_path / "set", config, "detection", train=False)
+    item = dataset.eval_batch([0, 1, 2])
+    assert item.errors == []
+    assert [[found["area"] for found in truth.value] for truth in item.batch.truths] == [[40, 7], [80, 26], []]
+    predictions: list[Any] = []
+    for truth in item.batch.truths:
+        boxes = torch.tensor([found["bbox"] for found in truth.value]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.zeros(len(boxes), dtype=torch.int64)
+        predictions.append({"boxes": boxes, "labels": labels, "scores": torch.ones(len(boxes))})
+    metric = DetectionTask(["a"]).metric()
+    metric.add(predictions, item.batch)
+    assert metric.compute()["box_AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("area", ["-1", "NaN", "Infinity", '"7"', "[7]", "true", "1" + "0" * 400])
+def test_areas_that_are_none(tmp_path: Path, area: str) -> None:
+    text = b'{"annotations": [{"bbox": [1, 2, 3, 4], "class": 0, "area": ' + area.encode() + b"}]}"
+    write_tar(tmp_path / "set" / "0.tar", [("1.jpg", picture(1)), ("1.json", text)])
+    with pytest.raises(DataError, match=r"0\.tar:1: annotations are damaged \(area "):
+        index_tars(tmp_path / "set", "detection", ["a"])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def spoil(laion: Path) -> Callable[[], None]:
+    """Makes the second tar one that is refused, and gives what makes it good again."""
+    path = laion / "00001.tar"
+    good = path.read_bytes()
+    path.write_bytes(good * 2)
+    return lambda: (path.write_bytes(good), None)[1]
+
+
+def test_a_fault_in_the_second_tar_leaves_nothing(laion: Path) -> None:
+    mend = spoil(laion)
+    before = content(laion)
+    with pytest.raises(DataError, match=r"00001\.tar: no tar header"):
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    assert content(laion) == before
+    assert not (laion / "index.part").exists()
+    mend()
+    assert index_tars(laion, "image", ["manx", "tabby"], **BREEDS).samples == 9
+
+
+def test_a_fault_leaves_what_was_indexed_before(laion: Path) -> None:
+    index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    whole = content(laion)
+    mend = spoil(laion)
+    with pytest.raises(DataError, match=r"00001\.tar: no tar header"):
+        index_tars(laion, "image", ["tabby", "manx"], **BREEDS, overwrite=True)
+    mend()
+    assert content(laion) == whole
+    assert verify(laion).ok
+
+
+def index_and_die(folder: Path, moves: int, overwrite: bool) -> None:
+    """Kills itself when so many files have been moved."""
+    replace, left = os.replace, [moves]
+
+    def counted(old: Path, new: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+
+    os.replace = counted  # type: ignore[assignment]
+    index_tars(folder, "image", ["tabby", "manx"], **BREEDS, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("moves", range(6))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_while_publishing_it_is_given_again(laion: Path, moves: int, overwrite: bool) -> None:
+    """Of the moves the first decides, and then come three indices and the manifest."""
+    if overwrite:
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    old = content(laion)
+    process = multiprocessing.get_context("fork").Process(target=index_and_die, args=(laion, moves, overwrite))
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if moves == 5 else -signal.SIGKILL)
+    if moves == 0:
+        assert {name: data for name, data in content(laion).items() if not name.startswith("index.part")} == old
+    elif moves < 5:
+        # Never an old manifest beside new indices, which have the same sizes here.
+        with pytest.raises(DataError, match="is not a packed data set, or packing was interrupted"):
+            read_manifest(laion)
+    again = index_tars(laion, "image", ["tabby", "manx"], **BREEDS, overwrite=overwrite or moves == 5)
+    assert again.classes == ["tabby", "manx"]
+    assert verify(laion).ok
+    assert sorted(path.suffix for path in laion.iterdir()) == [".idx"] * 3 + [".json"] + [".tar"] * 3
+
+
+def test_what_a_killed_command_had_published_is_not_lost(laion: Path) -> None:
+    """It is there again before anything new is made, which may fail."""
+    process = multiprocessing.get_context("fork").Process(target=index_and_die, args=(laion, 2, False))
+    process.start()
+    process.join()
+    with pytest.raises(DataError, match="is none of the 1 classes"):
+        index_tars(laion, "image", ["lion"], **BREEDS)
+    assert read_manifest(laion).classes == ["tabby", "manx"]
+    assert verify(laion).ok
+
+
+def test_a_disk_that_fails_while_publishing(laion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was decided is kept for the next command."""
+    index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    replace = os.replace
+
+    def fail(old: Path, new: Path) -> None:
+        if new.name == "00001.idx":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(DataError, match="laion: Input/output error; check space"):
+            index_tars(laion, "image", ["tabby", "manx"], **BREEDS, overwrite=True)
+    assert not (laion / "manifest.json").exists()
+    with pytest.raises(DataError, match="is none of the 1 classes"):
+        index_tars(laion, "image", ["lion"], **BREEDS)
+    assert read_manifest(laion).classes == ["tabby", "manx"]
+    assert verify(laion).ok
+
+
+def test_one_process_indexes_a_folder(laion: Path) -> None:
+    with IndexFolder(laion), pytest.raises(ConfigError, match="another process is indexing it"):
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    assert index_tars(laion, "image", ["manx", "tabby"], **BREEDS).samples == 9
+
+
+def test_class_names_that_cannot_be_written(laion: Path) -> None:
+    with pytest.raises(DataError, match="holds what is no character"):
+        index_tars(laion, "image", ["manx", "tab\udce9"], **BREEDS)
+    assert not list(laion.glob("*.idx"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ from typer.testing import CliRunner, Result
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import decode_label
-from vitgraft.data_shards.manifest import IGNORE
+from vitgraft.data_shards.manifest import IGNORE, read_manifest
+from vitgraft.data_shards.pack.pairs import Pairing
 from vitgraft.data_shards.pack.semantic import pack_semantic
 from vitgraft.data_shards.report import inspect, verify
 from vitgraft.data_shards.stream import ShardReader
 from vitgraft.launch.cli import app
 
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 
 
@@ -33,8 +37,6 @@ def pair(tmp_path: Path) -> Path:
 
 
 def label_of(folder: Path, sample: int = 0) -> np.ndarray:
-    from vitgraft.data_shards.manifest import read_manifest
-
     reader = ShardReader(folder, read_manifest(folder))
     return decode_label(reader.read(sample).members["label.png"], "x").numpy()
 
@@ -82,14 +84,11 @@ def test_the_report_counts_pixels_and_every_fault(pair: Path) -> None:
 
 def test_palette_images_are_read_as_indices(test_data: Path, tmp_path: Path) -> None:
     root = test_data / "seg_samples_small" / "palette_256x128"
-    (tmp_path / "gts").mkdir()
-    for image in (root / "imgs").iterdir():
-        label = root / "gts" / image.name.replace("_img.jpg", "_gt.png")
-        assert Image.open(label).mode == "P"
-        (tmp_path / "gts" / f"{image.stem}.png").write_bytes(label.read_bytes())
-    manifest = pack_semantic(root / "imgs", tmp_path / "gts", tmp_path / "set", ["a", "b", "c", "d"])
+    how = Pairing("_img.jpg", "_gt.png")
+    manifest = pack_semantic(root / "imgs", root / "gts", tmp_path / "set", ["a", "b", "c", "d"], pairing=how)
     assert manifest.samples == 5
     for number, path in enumerate(sorted((root / "gts").iterdir())):
+        assert Image.open(path).mode == "P"
         assert np.array_equal(label_of(tmp_path / "set", number), np.asarray(Image.open(path)))
 
 
@@ -166,4 +165,154 @@ def test_lonely_files_wrong_sizes_and_empty_sets(pair: Path) -> None:
         pack()
     with pytest.raises(DataError, match="nowhere: no such folder"):
         pack_semantic(pair / "images", pair / "nowhere", pair / "set", ["x"])
+    assert not (pair / "set").exists()
+
+
+def photograph(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3)).save(path)
+
+
+def labelled(path: Path, pixels: list[list[Any]], palette: bool = False) -> None:
+    """A PNG of 4x3 ids, or of colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.array(pixels, dtype=np.uint8))
+    if palette:
+        image.putpalette(range(256))
+    image.save(path)
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["shards", "pack", "semantic", *map(str, words), "--jobs", "1"])
+
+
+def names_of(folder: Path) -> list[str]:
+    reader = ShardReader(folder, read_manifest(folder))
+    return [json.loads(reader.read(number).members["json"])["file_name"] for number in range(len(reader))]
+
+
+def test_cityscapes_as_published(tmp_path: Path) -> None:
+    """Ends of names on both sides, colours and instances beside the ids, and ids that are not the training's."""
+    for town, number in (("aachen", 19), ("aachen", 20), ("bochum", 19)):
+        key = f"train/{town}/{town}_000000_{number:06d}"
+        photograph(tmp_path / "leftImg8bit" / f"{key}_leftImg8bit.png")
+        ids = [[0, 7, 8, 33], [24, 26, 255, 1], [7] * 4]
+        labelled(tmp_path / "gtFine" / f"{key}_gtFine_labelIds.png", ids)
+        labelled(tmp_path / "gtFine" / f"{key}_gtFine_color.png", [[[1, 2, 3]] * 4] * 3)
+        Image.fromarray(np.full((3, 4), 26001, dtype=np.uint16)).save(
+            tmp_path / "gtFine" / f"{key}_gtFine_instanceIds.png"
+        )
+        (tmp_path / "gtFine" / f"{key}_gtFine_polygons.json").write_text("{}")
+    # Which nobody labelled.
+    photograph(tmp_path / "leftImg8bit" / "train/aachen/aachen_000000_000021_leftImg8bit.png")
+    words = ["--images", tmp_path / "leftImg8bit/train", "--labels", tmp_path / "gtFine/train"]
+    words += ["--out", tmp_path / "set", "--classes", ",".join(f"class{number}" for number in range(19))]
+    ends = ["--image-suffix", "_leftImg8bit.png", "--label-suffix", "_gtFine_labelIds.png"]
+    done = run(*words, *ends, "--ids", ",".join(map(str, CITYSCAPES_IDS)))
+    assert done.exit_code == 0, done.output
+    assert "left out: 1 images without label" in done.output
+    assert names_of(tmp_path / "set") == [
+        "aachen/aachen_000000_000019_leftImg8bit.png",
+        "aachen/aachen_000000_000020_leftImg8bit.png",
+        "bochum/bochum_000000_000019_leftImg8bit.png",
+    ]
+    assert label_of(tmp_path / "set").tolist() == [[255, 0, 1, 18], [11, 13, 255, 255], [0] * 4]
+    listed = tmp_path / "some.txt"
+    listed.write_text("bochum/bochum_000000_000019\naachen/aachen_000000_000020_leftImg8bit.png\n")
+    others = ",".join(map(str, range(19, 40)))
+    assert run(*words, *ends, "--ignore", others, "--list", listed, "--overwrite").exit_code == 0
+    assert [name[:27] for name in names_of(tmp_path / "set")] == [
+        "aachen/aachen_000000_000020",
+        "bochum/bochum_000000_000019",
+    ]
+    # Not the whole end: nothing is silently empty.
+    with pytest.raises(DataError, match=r"no files that end in _gtFine_labelIDs\.png; check the path and --la"):
+        raise run(*words, *ends, "--label-suffix", "_gtFine_labelIDs.png", "--overwrite").exception or AssertionError
+    (tmp_path / "leftImg8bit" / "train/aachen/aachen_000000_000019_leftImg8bit.png").unlink()
+    with pytest.raises(DataError, match=r"19_gtFine_labelIds\.png: no image aachen/aachen_000000_000019 in"):
+        raise run(*words, *ends, "--overwrite").exception or AssertionError
+
+
+def test_voc_as_published(tmp_path: Path) -> None:
+    """Palette PNGs of some of the images, of which a list takes some."""
+    for stem in ("2007_000032", "2007_000033", "2007_000039", "2008_000001"):
+        photograph(tmp_path / "JPEGImages" / f"{stem}.jpg")
+    for number, stem in enumerate(("2007_000032", "2007_000033", "2007_000039")):
+        labelled(tmp_path / "SegmentationClass" / f"{stem}.png", [[0, number, 255, 0]] * 3, palette=True)
+    train = tmp_path / "ImageSets" / "Segmentation" / "train.txt"
+    train.parent.mkdir(parents=True)
+    train.write_text("2007_000032\n2007_000039\n\n")
+    words = ["--images", tmp_path / "JPEGImages", "--labels", tmp_path / "SegmentationClass", "--out", tmp_path / "set"]
+    words += ["--classes", "background,aeroplane,bicycle", "--list", train]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert "left out" not in done.output
+    assert names_of(tmp_path / "set") == ["2007_000032.jpg", "2007_000039.jpg"]
+    assert label_of(tmp_path / "set", 1).tolist() == [[0, 2, 255, 0]] * 3
+    # Some lists name files, and some name one twice.
+    train.write_text("2007_000033.jpg\n2007_000033\n")
+    done = run(*words, "--overwrite")
+    assert "left out: 1 lines whose image was listed before" in done.output
+    assert names_of(tmp_path / "set") == ["2007_000033.jpg"]
+    for text, message in (
+        ("2008_000001\n2007_000032\n", r"train\.txt:1: no label map 2008_000001\.png in"),
+        ("2007_000032\n2009_000001 -1\n2009_000002\n", r"txt:2: no image '2009_000001 -1' in .*\(2 faults in all"),
+        ("\n", "no line names an image"),
+        ("9" * 300, "no image '9999"),
+    ):
+        train.write_text(text)
+        with pytest.raises(DataError, match=message):
+            raise run(*words, "--overwrite").exception or AssertionError
+    with pytest.raises(DataError, match=r"absent\.txt: no such file"):
+        raise run(*words, "--list", tmp_path / "absent.txt", "--overwrite").exception or AssertionError
+
+
+def test_camvid_as_published(tmp_path: Path) -> None:
+    """Colours, which a text file names; names that are no class do not count."""
+    photograph(tmp_path / "701_StillsRaw_full" / "0001TP_006690.png")
+    sky, road, void, animal = [128, 128, 128], [128, 64, 128], [0, 0, 0], [64, 128, 64]
+    labels = tmp_path / "LabeledApproved_full" / "0001TP_006690_L.png"
+    labelled(labels, [[sky, road, void, animal]] * 3)
+    colours = tmp_path / "label_colors.txt"
+    colours.write_text("64 128 64\tAnimal\n128 64 128\tRoad\n128 128 128\tSky\n0 0 0\t\tVoid\n192 0 64\tRoad\n")
+    words = ["--images", tmp_path / "701_StillsRaw_full", "--labels", tmp_path / "LabeledApproved_full"]
+    words += ["--out", tmp_path / "set", "--label-suffix", "_L.png", "--colours", colours]
+    done = run(*words, "--classes", "Sky,Road")
+    assert done.exit_code == 0, done.output
+    assert label_of(tmp_path / "set").tolist() == [[0, 1, 255, 255]] * 3
+    assert read_manifest(tmp_path / "set").source["colours"]["#c00040"] == 1
+
+    def refused(*more: str) -> BaseException:
+        return run(*words, "--overwrite", *more).exception or AssertionError()
+
+    with pytest.raises(DataError, match=r"label_colors\.txt: no colour of class 'Tree' \(1 such"):
+        raise refused("--classes", "Sky,Tree")
+    labelled(labels, [[sky, road, void, [1, 2, 3]]] * 3)
+    with pytest.raises(DataError, match=r"_L\.png: colour 1 2 3 is not among the 5 listed"):
+        raise refused("--classes", "Sky")
+    for line, message in (
+        ("128 128 Sky", "'128 128 Sky'; expected R G B NAME"),
+        ("128 128 256 Sky", "expected R G B NAME"),
+        ("128 128 128 Sky\n128 128 128 Tree", r"label_colors\.txt:2: colour 128 128 128 is listed twice"),
+    ):
+        colours.write_text(line + "\n")
+        with pytest.raises(DataError, match=message):
+            raise refused("--classes", "Sky")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ids": [1, 2]}, "2 for 3 classes"),
+        ({"ids": [1, 2, 2]}, "none twice"),
+        ({"ids": [1, 2, 255]}, "not 255"),
+        ({"ids": [1, 2, 3], "ignore": [4]}, "exclude each other"),
+        ({"colours": Path("x"), "reduce_zero": True}, "exclude each other"),
+        ({"pairing": Pairing(label_suffix="_L")}, r"--label-suffix _L: expected .*\(\.png\)"),
+        ({"pairing": Pairing(image_suffix="_leftImg8bit")}, "--image-suffix _leftImg8bit: expected"),
+    ],
+)
+def test_options_that_mean_nothing(pair: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y", "z"], **options)
     assert not (pair / "set").exists()

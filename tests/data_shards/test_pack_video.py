@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+import torch
 
 from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.decode import decode_frames
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.digits import encode_clip
 from vitgraft.data_shards.pack.video import pack_video
@@ -42,17 +46,49 @@ def test_real_videos(test_data: Path, tmp_path: Path) -> None:
     root = test_data / "video_clips"
     facts = [fact for fact in json.loads((root / "clips.json").read_text()) if fact.get("label")]
     # The corrupted file has a label too; it has a test of its own.
-    facts = [fact for fact in facts if "corrupted" not in fact["file"]][:6]
+    facts = [fact for fact in facts if "corrupted" not in fact["file"]]
+    assert len(facts) >= 10
     listing = write(tmp_path, "".join(f"{fact['file']}, {fact['label']}\n" for fact in facts))
     manifest = pack_video(listing, tmp_path / "set", root=root)
     assert manifest.classes == sorted({fact["label"] for fact in facts})
+    assert verify(tmp_path / "set").ok
     for raw, fact in zip(raws(tmp_path / "set", manifest), facts, strict=True):
         metadata = json.loads(raw.members["json"])
-        assert raw.members[Path(fact["file"]).suffix[1:]] == (root / fact["file"]).read_bytes()
+        data = raw.members[Path(fact["file"]).suffix[1:]]
+        assert data == (root / fact["file"]).read_bytes()
         assert metadata["frames"] == fact["frames_decoded_pyav"]
+        # First, middle and last, as training asks for them: with the length that was packed.
+        wanted = [0, metadata["frames"] // 2, metadata["frames"] - 1]
+        colours = decode_frames(data, wanted, raw.where, "pyav", metadata["frames"]).float().mean((2, 3))
+        expected = torch.tensor([fact[f"mean_rgb_{name}"] for name in ("first", "middle", "last")])
+        assert torch.allclose(colours, expected, atol=0.05), fact["file"]
         assert (metadata["width"], metadata["height"]) == (fact["width"], fact["height"])
         assert manifest.classes[metadata["label"]] == fact["label"]
         assert metadata["fps"] == pytest.approx(float(Fraction(fact["fps"])))
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_webm(codec: str, tmp_path: Path) -> None:
+    """VP8 and VP9: grey frames, each lighter than the one before."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="webm") as container:
+        track: Any = container.add_stream(codec, rate=10, options={"deadline": "realtime"})
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        for number in range(20):
+            picture = np.full((48, 64, 3), 10 * number, dtype=np.uint8)
+            container.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(track.encode())
+    (tmp_path / "clip.webm").write_bytes(stream.getvalue())
+    manifest = pack_video(write(tmp_path, "clip.webm rising\n"), tmp_path / "set")
+    assert verify(tmp_path / "set").ok
+    (raw,) = raws(tmp_path / "set", manifest)
+    assert raw.members["webm"] == stream.getvalue()
+    metadata = json.loads(raw.members["json"])
+    assert (metadata["frames"], metadata["width"], metadata["height"], metadata["fps"]) == (20, 64, 48, 10)
+    found = decode_frames(raw.members["webm"], [0, 9, 19], raw.where, "pyav", 20).float().mean((1, 2, 3))
+    assert torch.allclose(found, torch.tensor([0.0, 90.0, 190.0]), atol=4)
 
 
 def test_a_corrupted_video_stops_or_is_listed(test_data: Path, clips: Path) -> None:

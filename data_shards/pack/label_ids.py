@@ -1,0 +1,110 @@
+"""From the pixels of a label PNG, whatever they mean, to class ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.decode import decode_image, decode_label
+from vitgraft.data_shards.manifest import IGNORE
+from vitgraft.data_shards.pack.files import read_text
+from vitgraft.data_shards.pack.label_report import UNKNOWN, LabelFault
+
+Labels = npt.NDArray[np.uint8]
+"""(H, W) uint8 as packed: 0..classes-1, or 255."""
+
+
+def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False) -> Labels:
+    """Of ids that are the classes', but for those that do not count.
+
+    Args:
+        ignore: ids that do not count, besides 255.
+        reduce_zero: neither does 0, and the others fall by one.
+
+    Raises:
+        DataError: not a label map, or an id that is no class.
+    """
+    ids = decode_label(path, str(path)).numpy()
+    unlabelled = np.isin(ids, [*ignore, IGNORE])
+    if reduce_zero:
+        unlabelled |= ids == 0
+        ids = ids - 1
+    wrong = ids[~unlabelled & ((ids < 0) | (ids >= classes))]
+    if len(wrong):
+        value = int(wrong[0]) + int(reduce_zero)
+        raise LabelFault(
+            f"{path}: label id {value} is none of the {classes} classes; "
+            f"list all classes, or pass the id as ignore if it means unlabelled",
+            UNKNOWN,
+        )
+    return np.where(unlabelled, IGNORE, ids).astype(np.uint8)
+
+
+def chosen_ids(path: Path, chosen: Sequence[int]) -> Labels:
+    """Of ids of which ``chosen[n]`` is class n and all others do not count.
+
+    Raises:
+        DataError: not a label map.
+    """
+    ids = decode_label(path, str(path)).numpy()
+    packed = np.full(ids.shape, IGNORE, dtype=np.uint8)
+    for number, value in enumerate(chosen):
+        packed[ids == value] = number
+    return packed
+
+
+def coloured_ids(path: Path, colours: Sequence[tuple[int, int]]) -> Labels:
+    """Of a colour image.
+
+    Args:
+        colours: see :func:`read_colours`.
+
+    Raises:
+        DataError: not an image, or a colour that is not listed.
+    """
+    red, green, blue = decode_image(path, str(path)).numpy().astype(np.int32)
+    found = (red << 16) + (green << 8) + blue
+    packed = np.full(found.shape, IGNORE, dtype=np.uint8)
+    known = np.zeros(found.shape, dtype=np.bool_)
+    for colour, number in colours:
+        here = found == colour
+        packed[here] = number
+        known |= here
+    if not known.all():
+        colour = int(found[~known][0])
+        raise LabelFault(
+            f"{path}: colour {colour >> 16} {colour >> 8 & 255} {colour & 255} is not among the {len(colours)} listed; "
+            "add it to the file of --colours",
+            UNKNOWN,
+        )
+    return packed
+
+
+def read_colours(path: Path, classes: list[str]) -> tuple[tuple[int, int], ...]:
+    """(65536 R + 256 G + B, class id) of each line ``R G B NAME``; 255 for names that are no class.
+
+    Several colours may have one name.
+
+    Raises:
+        DataError: a line of another form, a colour that is listed twice, or a class without colour.
+    """
+    colours: dict[int, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        parts = line.split(None, 3)
+        if not parts or parts[0].startswith("#"):
+            continue
+        values = [int(part) for part in parts[:3] if part.isascii() and part.isdigit() and len(part) <= 3]
+        if len(parts) < 4 or len(values) < 3 or max(values) > 255:
+            raise DataError(f"{path}:{number}: {line.strip()[:80]!r}; expected R G B NAME, numbers from 0 to 255")
+        colour = values[0] << 16 | values[1] << 8 | values[2]
+        if colour in colours:
+            raise DataError(f"{path}:{number}: colour {' '.join(parts[:3])} is listed twice; keep one of the lines")
+        colours[colour] = parts[3].strip()
+    if without := [name for name in classes if name not in colours.values()]:
+        raise DataError(f"{path}: no colour of class {without[0]!r} ({len(without)} such classes); see --classes")
+    numbers = {name: number for number, name in enumerate(classes)}
+    return tuple((colour, numbers.get(name, IGNORE)) for colour, name in colours.items())

@@ -1,0 +1,110 @@
+"""Which image and which label map belong together, in folders of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.pack.files import check_folder, read_text
+from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+LABEL_SUFFIXES = {".png"}
+
+
+class Pairing(NamedTuple):
+    """How pairs are found: by what is left of a file's path when its end is cut off.
+
+    ``image_suffix``, ``label_suffix``: that end, with the extension; other files are passed over. ``None``: any of
+    ``IMAGE_SUFFIXES`` and ``LABEL_SUFFIXES``. ``listed``: a file with the pairs to take, one in each line; ``None``:
+    all.
+    """
+
+    image_suffix: str | None = None
+    label_suffix: str | None = None
+    listed: Path | None = None
+
+
+def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) -> list[tuple[Path, Path]]:
+    """(image, label map) of the folders and those below, in order of their names.
+
+    A label map without image is a fault. So is an image without label map; it is left out where ``how`` gives a suffix,
+    as data sets that need one come with images that nobody labelled. With a list both must be there for each line, and
+    all else is passed over.
+
+    Args:
+        report: takes faults, and what is left out.
+
+    Raises:
+        DataError: no images, no label maps, or two files that would be paired with the same one.
+        ConfigError: a suffix without the extension.
+    """
+    check_folder(images)
+    check_folder(labels)
+    found = _by_key(images, "--image-suffix", how.image_suffix, IMAGE_SUFFIXES)
+    maps = _by_key(labels, "--label-suffix", how.label_suffix, LABEL_SUFFIXES)
+    if how.listed is not None:
+        wanted = _listed(how.listed, images, found, how.image_suffix, report)
+    else:
+        wanted = {key: str(path) for key, path in found.items()}
+        for key in sorted(maps.keys() - found.keys()):
+            with report.collect():
+                raise LabelFault(f"{maps[key]}: no image {key} in {images}; remove it or check the names", MISSING)
+    pairs = []
+    for key in sorted(wanted):
+        if key in maps:
+            pairs.append((found[key], maps[key]))
+        elif how.listed is None and (how.image_suffix or how.label_suffix):
+            report.leave_out("images without label", found[key])
+        else:
+            with report.collect():
+                name = key + (how.label_suffix or ".png")
+                message = f"{wanted[key]}: no label map {name} in {labels}; see --image-suffix, --label-suffix, --list"
+                raise LabelFault(message, MISSING)
+    return pairs
+
+
+def _by_key(folder: Path, option: str, suffix: str | None, extensions: set[str]) -> dict[str, Path]:
+    if suffix is not None and Path(f"name{suffix}").suffix.lower() not in extensions:
+        listed = ", ".join(sorted(extensions))
+        raise ConfigError(f"{option} {suffix}: expected the end of the files' names with its extension ({listed})")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        taken = path.suffix.lower() in extensions if suffix is None else path.name.endswith(suffix)
+        if not taken or not path.is_file():
+            continue
+        name = str(path.relative_to(folder))
+        key = name[: -len(path.suffix if suffix is None else suffix)]
+        if key in found:
+            raise DataError(f"{path}: has the same stem as {found[key].name}; names must pair images and labels")
+        found[key] = path
+    if not found:
+        ends = ", ".join(sorted(extensions)) if suffix is None else suffix
+        raise DataError(f"{folder}: the data set is empty: no files that end in {ends}; check the path and {option}")
+    return found
+
+
+def _listed(
+    path: Path, images: Path, found: dict[str, Path], suffix: str | None, report: LabelReport
+) -> dict[str, str]:
+    """The file and line where each pair is listed."""
+    ends = sorted(IMAGE_SUFFIXES) if suffix is None else [suffix]
+    wanted: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        name, where = line.strip(), f"{path}:{number}"
+        if not name:
+            continue
+        # Some lists name the files, others what pairs them.
+        keys = [name, *(name.removesuffix(end) for end in ends)]
+        with report.collect():
+            key = next((key for key in keys if key in found), None)
+            if key is None:
+                message = f"{where}: no image {name[:80]!r} in {images}; expected the name of one in each line"
+                raise LabelFault(message, MISSING)
+            if key in wanted:
+                report.leave_out("lines whose image was listed before", where)
+            wanted.setdefault(key, where)
+    if not wanted and not report.faults:
+        raise DataError(f"{path}: the data set is empty: no line names an image; check --list")
+    return wanted
