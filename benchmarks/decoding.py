@@ -4,7 +4,8 @@ The bound is what one core does when the JPEGs are bytes in memory: decode, resi
 WebDataset and mosaicml-streaming do the same work on what they read. All make batches of 16 of the same images in one
 process, vitgraft's with metadata checked and randomness seeded for each image; in every round the pixels of all images
 are compared, bit for bit. Rates are samples per second of a core's time, those of the main and the loader process
-together where there are both. They take turns within a round; the figures are medians of the ratios within a round.
+together where there are both. They take turns within a round; the figures are medians of the ratios within a round. The
+bounds are what the project promises for a loader process: 95 % of the decoder itself, and not behind a peer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import psutil
 import torch
 import webdataset
 from common.images import pack
-from common.measure import Reader, Run, machine, ratios, show, spread, take_turns, write
+from common.measure import Reader, Run, judged, machine, ratios, show, spread, take_turns, write
 from common.mosaic import HOW, Mosaic, interpreter
 from common.pixels import BATCH, SIZE, time_batches, time_decoding
 from torch import Tensor
@@ -33,6 +34,12 @@ from vitgraft.data_shards.plan import micro_batches
 
 SAMPLES, PER_SHARD, STORED, ROUNDS = 192, 64, (384, 512), 7
 OURS, WORKER, MEMORY = "vitgraft", "vitgraft, from a loader process", "the decoder on bytes in memory"
+BOUNDS = {
+    MEMORY: 0.95,
+    "webdataset, in order": 1.0,
+    "mosaicml-streaming, shuffled epoch": 1.0,
+    "mosaicml-streaming, shuffled by index": 1.0,
+}
 
 
 def config(folder: Path, workers: int) -> DataConfig:
@@ -89,7 +96,7 @@ def jpgs(folder: Path) -> Iterator[bytes]:
 
 
 def main() -> int:
-    """Measure, print and write."""
+    """Measure, print and write; 1 when a bound is not kept."""
     torch.set_num_threads(1)
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -108,16 +115,21 @@ def main() -> int:
             readers["mosaicml-streaming, shuffled epoch"] = partial(mosaic.read, decode=True, by_index=False)
             readers["mosaicml-streaming, shuffled by index"] = partial(mosaic.read, decode=True, by_index=True)
         rates = take_turns(readers, ROUNDS)
+    worker_ratio = ratios(rates, WORKER)
+    bounds = {"worker_ratio": judged(worker_ratio, BOUNDS)}
     summary = {
-        "what": "samples per core-second, JPEGs decoded, resized, normalised, batched; ratio: vitgraft / it, by round",
+        "what": "samples per core-second, JPEGs decoded, resized, normalised, batched; ratio: vitgraft / it, by round; "
+        "worker_ratio: vitgraft from a loader process / it",
         "rounds": ROUNDS,
         "samples": manifest.samples,
         "stored": STORED,
         "resized": SIZE,
         "batch": BATCH,
         "bytes_per_sample": int(manifest.shards.bytes.sum()) // manifest.samples,
+        "bounds": bounds,
+        "kept": all(bound["kept"] for bound in bounds["worker_ratio"].values()),
         "ratio": ratios(rates, OURS),
-        "worker_ratio": ratios(rates, WORKER),
+        "worker_ratio": worker_ratio,
         "samples_per_second": {name: spread(values) for name, values in rates.items()},
         "same_pixels": True,
         **machine("webdataset", "torch", "torchvision", "pillow"),
@@ -125,10 +137,11 @@ def main() -> int:
     show(
         f"Decoding {STORED[1]}x{STORED[0]} JPEGs to {SIZE[1]}x{SIZE[0]} on one core, median of rounds",
         summary,
+        {"ratio": "vitgraft / it", "worker_ratio": "loader process / it"},
         None if python else HOW,
     )
     write("decoding", summary)
-    return 0
+    return 0 if summary["kept"] else 1
 
 
 if __name__ == "__main__":

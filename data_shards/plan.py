@@ -1,8 +1,9 @@
 """The order of samples: pure functions of (data fingerprint, seed, epoch), the same at every world size.
 
 An epoch is a list of entries (sample, repetition). It is never held in memory: shards are permuted and grouped into
-blocks of some sixteen, and a block is shuffled when a position inside it is asked for. So opening costs O(shards), any
-position can be reached at once, and a stretch of the epoch touches few files. mixture.py: several data sets in one.
+blocks of some sixteen, fewer where they are large, and a block is shuffled when a position inside it is asked for. So
+opening costs O(shards), any position can be reached at once, and a stretch of the epoch touches few files. mixture.py:
+several data sets in one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from vitgraft.configs.worlds import check_world
 from vitgraft.data_shards.batch import Entry
 
 SHARDS_PER_BLOCK = 16
+SAMPLES_PER_BLOCK = 1 << 21
+"""At most, unless a single shard has more: to shuffle them takes some 0.3 seconds and 80 MB."""
 _CACHED_PASSES = 2
 
 Integers = npt.NDArray[np.int64]
@@ -44,7 +47,8 @@ def permutation(key: int, length: int) -> Integers:
     """
     with np.errstate(over="ignore"):
         hashes = splitmix64(splitmix64(np.arange(length, dtype=np.uint64)) ^ np.uint64(key))
-    return np.argsort(hashes, kind="stable").astype(np.int64)
+    # No two are equal, as both steps are bijections: so every way of sorting gives the same.
+    return np.argsort(hashes).astype(np.int64)
 
 
 class Plan(Protocol):
@@ -105,7 +109,8 @@ class EpochPlan:
         count = len(sizes)
         order = permutation(seed_of("shards", *self._identity), count) if shuffle else np.arange(count, dtype=np.int64)
         # Equal blocks: a short last one would be shuffled less than the others.
-        self._blocks = np.array_split(order, max(1, -(-count // SHARDS_PER_BLOCK)))
+        blocks = np.array_split(order, max(1, -(-count // SHARDS_PER_BLOCK)))
+        self._blocks = [part for block in blocks for part in _bounded(block, sizes)]
         samples, passes = int(self._starts[-1]), math.floor(repeats)
         extra = epoch_entries(samples, repeats) - passes * samples
         # Of each block: its samples, and where its entries begin and end in the epoch.
@@ -161,6 +166,15 @@ class EpochPlan:
         if len(self._cache) > _CACHED_PASSES:
             self._cache.popitem(last=False)
         return samples
+
+
+def _bounded(block: Integers, sizes: Integers) -> list[Integers]:
+    """The block, or its shards in smaller ones of about the same size, that have no more samples than a block may."""
+    samples = int(sizes[block].sum())
+    if samples <= SAMPLES_PER_BLOCK or len(block) == 1:
+        return [block]
+    parts = np.array_split(block, min(len(block), -(-samples // SAMPLES_PER_BLOCK)))
+    return [smaller for part in parts for smaller in _bounded(part, sizes)]
 
 
 def entries_of(epoch: int, positions: Iterable[int], samples: Integers, repetitions: Integers) -> list[Entry]:

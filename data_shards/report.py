@@ -58,6 +58,9 @@ class VerifyReport:
 def verify(folder: Path | str, progress: Progress | None = None, jobs: int = 1) -> VerifyReport:
     """Hash every file against the manifest and decode every sample, in ``jobs`` processes.
 
+    Args:
+        progress: called with the files and samples that are done, and how many there are in all.
+
     Raises:
         DataError: there is no readable manifest, or a file is missing or of another size.
     """
@@ -70,17 +73,20 @@ def verify(folder: Path | str, progress: Progress | None = None, jobs: int = 1) 
         # What is behind a URL is hashed when it is fetched.
         stated += [(tars / shard.name, shard.sha256)] if isinstance(tars, Path) else []
         stated += [(folder / shard.index_name, shard.index_sha256)] if isinstance(folder, Path) else []
+    total = len(stated) + manifest.samples
     with contextlib.closing(outcomes(_hash, [path for path, _ in stated], jobs)) as hashes:
-        for (path, expected), outcome in zip(stated, hashes, strict=True):
+        for number, ((path, expected), outcome) in enumerate(zip(stated, hashes, strict=True)):
             if (found := outcome.get()) != expected:
                 report.bad_files.append(f"{path}: SHA-256 {found[:12]}, expected {expected[:12]}")
+            if progress is not None:
+                progress(number + 1, total)
     reader = ShardReader(folder, manifest, open_cache(CacheConfig()))
     with contextlib.closing(outcomes(partial(_check_of, reader), range(len(reader)), jobs, _CHECKED_AT_ONCE)) as checks:
         for sample, check in enumerate(checks):
             if (reason := check.get()) is not None:
                 report.bad_samples[reader.key(sample)] = reason
             if progress is not None:
-                progress(sample + 1, len(reader))
+                progress(len(stated) + sample + 1, total)
     reader.close()
     return report
 
@@ -188,10 +194,10 @@ def inspect(
             raise
         except DataError as error:
             unreadable[reader.key(sample)] = str(error)
-            continue
-        counts.update(found)
-        sizes[size] += 1
-        unlabelled += without
+        else:
+            counts.update(found)
+            sizes[size] += 1
+            unlabelled += without
         if progress is not None:
             progress(sample + 1, len(reader))
     reader.close()

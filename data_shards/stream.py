@@ -25,7 +25,8 @@ from vitgraft.data_shards.remote import UnreachableError
 from vitgraft.data_shards.ustar import plain_members
 
 MAX_SAMPLE_BYTES = 2 << 30
-_KEPT_SHARDS = 64
+_KEPT_SHARDS, _KEPT_BYTES = 64, 64 << 20
+"""Indices of shards that a reader keeps in memory, and their bytes; that of the shard opened last stays in any case."""
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _REMEDY = "copy the shard again or pack again; vitgraft shards verify lists all damage"
 
@@ -58,8 +59,9 @@ class RawSample(NamedTuple):
 class ShardReader:
     """Samples of a packed data set by their number, in the order of packing.
 
-    Local files are opened when first needed and read with ``pread``, so a reader may be shared by threads and forks;
-    pickling drops the open files. Files behind a URL are fetched whole when first needed, and read from the cache.
+    Local files are opened when first needed and read with ``pread``, so forks may go on with a reader, but threads need
+    one each. Pickling drops the open files. Files behind a URL are fetched whole when first needed, and read from the
+    cache.
 
     Args:
         folder: of the manifest; a URL as ``str``.
@@ -182,10 +184,13 @@ class ShardReader:
             index.byteswap()
         first, where = self._ends[number] - info.samples, self._tars.where(info.name)
         shard = _OpenShard(where, _tar_facts(info), _index_facts(info), first, info.samples, index)
-        if len(self._kept) >= _KEPT_SHARDS:
-            self._kept.popitem(last=False)
         self._kept[number] = shard
+        while len(self._kept) > 1 and (len(self._kept) > _KEPT_SHARDS or self._kept_bytes() > _KEPT_BYTES):
+            self._kept.popitem(last=False)
         return shard
+
+    def _kept_bytes(self) -> int:
+        return sum(8 * len(shard.offsets) for shard in self._kept.values())
 
     def _refuse_another_set(self) -> None:
         """Raise if another data set lies here by now: to mix them is wrong, and no sample of this one is damaged."""

@@ -119,8 +119,19 @@ def _horizontal_flip(config: schema.HorizontalFlip) -> Step:
 
 
 def _photometric(config: schema.Photometric) -> Step:
-    jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
-    return lambda sample: replace(sample, image=jitter(tv_tensors.Image(sample.image)).as_subclass(Tensor))
+    def factors(spread: float) -> tuple[float, float]:
+        return max(0.0, 1 - spread), 1 + spread
+
+    colours = (factors(config.brightness), factors(config.contrast), factors(config.saturation))
+    distort = v2.RandomPhotometricDistort(*colours, (-config.hue, config.hue), config.probability)
+
+    def apply(sample: Sample) -> Sample:
+        # Drawn once, so that all frames of a clip are changed alike. SSD also exchanges the channels, mmseg does not.
+        image = tv_tensors.Image(sample.image)
+        drawn = distort.make_params([image]) | {"channel_permutation": None}
+        return replace(sample, image=distort.transform(image, drawn).as_subclass(Tensor))
+
+    return apply
 
 
 def _rand_augment(config: schema.RandAugment, colour: Sequence[int]) -> Step:

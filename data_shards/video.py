@@ -10,6 +10,7 @@ import bisect
 import functools
 import importlib
 import io
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -25,7 +26,7 @@ from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.seeking import SEEK_GAIN, stretches_of, times_of
 
 MAX_FRAME_PIXELS = 80_000_000
-"""Videos with larger frames are refused before they are decoded."""
+"""Videos are refused by their header, before they are decoded, or at the first frame that is larger."""
 MAX_FRAMES = 1_000_000
 
 Decoder = Literal["pyav", "torchcodec"]
@@ -92,15 +93,16 @@ class PyAVVideo:
     @functools.cached_property
     def _facts(self) -> tuple[int, float, tuple[int, int]]:
         with self._opened() as (container, stream):
-            length, size = 0, (0, 0)
+            length, sizes = 0, dict[tuple[int, int], None]()
             for frame in self._decoded(container, stream):
-                if length == 0:
-                    size = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+                sizes[(frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)] = None
+                if len(sizes) > 1:
+                    raise self._changing(sizes)
                 length += 1
             rate = stream.average_rate or stream.guessed_rate
         if not length:
             raise DataError(f"{self._where}: not one frame can be decoded; replace the video")
-        return length, float(rate) if rate else 0.0, size
+        return length, float(rate) if rate else 0.0, next(iter(sizes))
 
     @property
     def length(self) -> int:
@@ -127,11 +129,9 @@ class PyAVVideo:
             raise DataError(
                 f"{self._where}: frame {missing[0]} cannot be decoded, {len(found)} of {len(wanted)} found; pack again"
             )
-        shapes = {value.shape for value in found.values()}
-        if len(shapes) > 1:
-            raise DataError(
-                f"{self._where}: frames change their size ({sorted(shapes)}); convert the video to one size"
-            )
+        sizes = {value.shape[:2] for value in found.values()}
+        if len(sizes) > 1:
+            raise self._changing(sizes)
         stacked = np.stack([found[index] for index in indices])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
@@ -147,15 +147,22 @@ class PyAVVideo:
                 yield _upright(frame)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        """The frames from where the container stands, few enough and each small enough."""
         for number, frame in enumerate(container.decode(stream)):
             if number >= MAX_FRAMES:
                 raise DataError(f"{self._where}: more than {MAX_FRAMES} frames; cut the video")
+            # Of many codecs each frame has a size of its own, whatever the header says.
+            _check_size(frame.width, frame.height, self._where)
             yield frame
+
+    def _changing(self, sizes: Iterable[tuple[int, ...]]) -> DataError:
+        found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        return DataError(f"{self._where}: frames change their size ({found}); convert the video to one size")
 
     def _from_start(self, wanted: Collection[int]) -> dict[int, Pixels]:
         found: dict[int, Pixels] = {}
         with self._opened() as (container, stream):
-            for number, frame in enumerate(container.decode(stream)):
+            for number, frame in enumerate(self._decoded(container, stream)):
                 if number in wanted:
                     found[number] = _upright(frame)
                 if len(found) == len(wanted):
@@ -179,7 +186,7 @@ class PyAVVideo:
                     return None
                 for key, numbers in stretches:
                     container.seek(times.shown[key], stream=stream)
-                    found |= _stretch(container.decode(stream), times.shown, numbers)
+                    found |= _stretch(self._decoded(container, stream), times.shown, numbers)
         except DataError:
             return None
         return found if len(found) == len(wanted) else None
@@ -237,13 +244,15 @@ def _stretch(frames: Iterable[Any], shown: Sequence[int], numbers: Sequence[int]
 class TorchcodecVideo:
     """By torchcodec, which seeks, so that few frames of a long video cost little; it turns frames upright itself.
 
+    What it would number wrongly is handed over to PyAV.
+
     Args:
-        fall_back: hand over to PyAV what torchcodec cannot read.
+        fall_back: hand over too what torchcodec cannot read.
     """
 
     def __init__(self, data: bytes | Path, where: str, fall_back: bool = False) -> None:
-        self._data, self._where = data, where
-        self._other = PyAVVideo(data, where) if fall_back else None
+        self._data, self._where, self._fall_back = data, where, fall_back
+        self._other = PyAVVideo(data, where)
 
     @functools.cached_property
     def _decoder(self) -> Any:
@@ -254,13 +263,23 @@ class TorchcodecVideo:
         _check_size(decoder.metadata.width or 0, decoder.metadata.height or 0, self._where)
         return decoder
 
+    @functools.cached_property
+    def _numbered(self) -> bool:
+        """Whether frames have the numbers of their times, by which torchcodec finds them.
+
+        In AVI files with B-frames the first frame comes one or two after the first packet, as do all others.
+        """
+        first, begin = self._decoder.get_frame_at(0).pts_seconds, self._decoder.metadata.begin_stream_seconds
+        return math.isclose(first, begin, abs_tol=1e-4)
+
     def _read(self, own: Any, other: Any) -> Any:
         try:
-            return own(self._decoder)
+            if self._numbered:
+                return own(self._decoder)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            if self._other is None:
+            if not self._fall_back:
                 raise _broken(self._where, error) from None
-            return other(self._other)
+        return other(self._other)
 
     @functools.cached_property
     def length(self) -> int:
@@ -315,7 +334,7 @@ def _torchcodec() -> Any:
 
 def _check_size(width: int, height: int, where: str) -> None:
     if width * height > MAX_FRAME_PIXELS:
-        raise DataError(f"{where}: frames of {width}x{height} pixels; shrink the video")
+        raise DataError(f"{where}: frames of {width}x{height}, more than {MAX_FRAME_PIXELS} pixels; shrink the video")
 
 
 def _broken(where: str, error: Exception) -> DataError:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.schema import DataConfig
+from vitgraft.data_shards import loader
 from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import train_batches
@@ -49,6 +52,7 @@ def checksums(batch: Batch) -> list[int]:
 def run_rank(job: Job, rank: int) -> None:
     """Read this rank's batches and note each, first in the ledger and then in the cursor, both synced to the disk; then
     wait to be killed."""
+    loader.Window._start = _forked  # type: ignore[method-assign]
     dataset = PackedDataset(job.config.train, job.config, "semantic", seed=SEED)
     cut = micro_batches(
         dataset.plan,
@@ -79,6 +83,12 @@ def run_rank(job: Job, rank: int) -> None:
             time.sleep(0.004)
     while True:
         signal.pause()
+
+
+def _forked(window: loader.Window) -> ProcessPoolExecutor:
+    """The loader processes, forked: from a fork server of its own each rank of each attempt would import torch anew."""
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(window._workers, context, loader._start_worker, (window._dataset,))
 
 
 def _replace(path: Path, state: dict[str, Any]) -> None:

@@ -68,6 +68,19 @@ def ratios(rates: dict[str, list[float]], mine: str) -> dict[str, dict[str, floa
     }
 
 
+def judged(found: dict[str, dict[str, float]], bounds: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Of each bound on a median of :func:`ratios`, by reader: its value, and whether it is kept; absent peers are not.
+
+    Args:
+        bounds: the least that each ratio should be.
+    """
+    return {
+        name: {"bound": bound, "kept": found[name]["median"] >= bound}
+        for name, bound in bounds.items()
+        if name in found
+    }
+
+
 def machine(*packages: str) -> dict[str, Any]:
     """Processor, cores, load and versions."""
     return {
@@ -84,22 +97,30 @@ def write(name: str, summary: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def show(title: str, summary: dict[str, Any], absent: str | None = None) -> None:
-    """Print the table of a summary with ``samples_per_second`` and ``ratio``.
+def show(title: str, summary: dict[str, Any], columns: dict[str, str], absent: str | None = None) -> None:
+    """Print the table of a summary with ``samples_per_second``, ratios and ``bounds``.
 
     Args:
+        columns: the ratios to print: heading by their key in the summary.
         absent: a peer that is not installed, and how to have it.
     """
     table = Table(title=title)
-    for column in ("reader", "samples/s", "vitgraft / it", "min", "max"):
-        table.add_column(column, justify="left" if column == "reader" else "right")
+    table.add_column("reader")
+    table.add_column("samples/s", justify="right")
+    for heading in columns.values():
+        for part in (heading, "min to max", "bound"):
+            table.add_column(part, justify="right")
     for name, rate in summary["samples_per_second"].items():
-        ratio = summary["ratio"].get(name)
-        cells = [f"{ratio[key]:.2f}" for key in ("median", "min", "max")] if ratio else ["", "", ""]
-        table.add_row(name, f"{rate['median']:,.0f}", *cells)
+        table.add_row(name, f"{rate['median']:,.0f}", *(cell for key in columns for cell in _cells(summary, key, name)))
     if absent:
-        table.add_row(absent, "absent", "", "", "")
-    Console(width=120).print(table)
+        table.add_row(absent, "absent")
+    Console(width=140).print(table)
+
+
+def _cells(summary: dict[str, Any], key: str, name: str) -> list[str]:
+    ratio, bound = summary[key].get(name), summary["bounds"].get(key, {}).get(name)
+    cells = [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} to {ratio['max']:.2f}"] if ratio else ["", ""]
+    return [*cells, f"{bound['bound']:.2f} {'kept' if bound['kept'] else 'MISSED'}" if bound else ""]
 
 
 def _cpu_name() -> str:

@@ -89,13 +89,20 @@ class HorizontalFlip(Section):
 
 
 class Photometric(Section):
-    """Random brightness, contrast, saturation (factors 1 ± value) and hue (± value)."""
+    """Brightness, contrast, saturation (factors 1 ± value) and hue (± value), each changed with this probability.
+
+    mmseg's PhotoMetricDistortion with torchvision's operations, contrast before saturation and hue or after them at
+    random. Two of them are not quite mmseg's: it adds up to 32 of 255 to every pixel, where a factor moves white by as
+    much and darker pixels by less; and its contrast keeps black where it is, torchvision's the mean grey.
+    """
 
     name: Literal["photometric"] = "photometric"
+    probability: Fraction = 0.5
     brightness: NonNegativeFloat = 0.125
     contrast: NonNegativeFloat = 0.5
     saturation: NonNegativeFloat = 0.5
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.07
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """In turns of the colour circle: mmseg's 18 of OpenCV's 180 are 0.1."""
 
 
 class Resize(Section):

@@ -104,13 +104,19 @@ def test_metadata_must_be_a_json_object(data: bytes) -> None:
         {"class": 2},
         {"class": -1},
         {"class": 0.5},
+        {"area": -1},
+        {"area": float("nan")},
+        {"area": 10**400},
+        {"area": None},
+        {"iscrowd": 2},
+        {"iscrowd": True},
         {"segmentation": {"size": [9, 9], "counts": "1"}},
         {"segmentation": {"size": [4, 4]}},
         {"segmentation": 5},
     ],
 )
 def test_damaged_annotations(change: dict[str, Any]) -> None:
-    good = {"id": 1, "bbox": [0, 0, 2, 2], "class": 1, "segmentation": None}
+    good = {"id": 1, "bbox": [0, 0, 2, 2], "class": 1, "area": 4, "iscrowd": 0, "segmentation": None}
     decode.check_annotations({"height": 4, "width": 4, "annotations": [good]}, 2, "x")
     with pytest.raises(DataError, match="annotations are damaged"):
         decode.check_annotations({"height": 4, "width": 4, "annotations": [good | change]}, 2, "x")
@@ -234,6 +240,7 @@ class StandIn:
     """torchcodec's VideoDecoder as documented, over PyAV: what it claims may be more than it can decode."""
 
     promised = 0
+    late = 0
     opened = 0
 
     def __init__(self, source: Any, *, num_ffmpeg_threads: int, seek_mode: str) -> None:
@@ -244,34 +251,37 @@ class StandIn:
             height, width = self._video.size
         except DataError as error:
             raise RuntimeError(f"Could not open: {error}") from None
-        self.metadata = SimpleNamespace(width=width, height=height, average_fps=self._video.fps or None)
+        fps = self._video.fps or None
+        self.metadata = SimpleNamespace(width=width, height=height, average_fps=fps, begin_stream_seconds=0.0)
 
     def __len__(self) -> int:
         return self._video.length + StandIn.promised
 
     def get_frame_at(self, index: int) -> Any:
-        return SimpleNamespace(data=self.get_frames_at([index]).data[0])
+        return SimpleNamespace(data=self.get_frames_at([index]).data[0], pts_seconds=(index + StandIn.late) / 30)
 
     def get_frames_at(self, indices: list[int]) -> Any:
         if max(indices) >= len(self):
             raise IndexError(f"Index {max(indices)} is out of bounds")
         try:
-            return SimpleNamespace(data=self._video.frames_at(indices))
+            return SimpleNamespace(data=self._video.frames_at([max(index - StandIn.late, 0) for index in indices]))
         except DataError as error:
             raise RuntimeError(f"Requested next frame while there are no more frames: {error}") from None
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Installs a torchcodec; ``promised``: frames at the end that hold nothing."""
+    """Installs a torchcodec; ``promised``: frames at the end that hold nothing; ``late``: by how many frames each is
+    shown after its packet, and so taken for an earlier one."""
 
-    def install(promised: int = 0, fields: Sequence[str] = ("rotation",)) -> None:
+    def install(promised: int = 0, late: int = 0, fields: Sequence[str] = ("rotation",)) -> None:
         decoders: Any = ModuleType("torchcodec.decoders")
         decoders.VideoDecoder = StandIn
         decoders.VideoStreamMetadata = SimpleNamespace(__dataclass_fields__=dict.fromkeys(fields))
         monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
         monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
         monkeypatch.setattr(StandIn, "promised", promised)
+        monkeypatch.setattr(StandIn, "late", late)
         monkeypatch.setattr(StandIn, "opened", 0)
         video._torchcodec.cache_clear()
 
@@ -299,6 +309,18 @@ def test_torchcodec_gives_what_pyav_gives(
     # What a packed data set says of its videos does not depend on torchcodec.
     decode.probe_video(path, "x")
     assert StandIn.opened == 2
+
+
+@pytest.mark.parametrize("decoder", [None, "torchcodec"])
+def test_what_torchcodec_would_number_wrongly_pyav_decodes(
+    test_data: Path, stand_in: Callable[..., None], decoder: Any
+) -> None:
+    stand_in(promised=1, late=2)
+    path = test_data / "video_clips" / NAMES[0]
+    ours, theirs = video.open_video(path, "x", decoder), video.open_video(path, "x", "pyav")
+    assert ours.length == theirs.length == 48
+    assert torch.equal(ours.frames_at([0, 20, 47]), theirs.frames_at([0, 20, 47]))
+    assert StandIn.opened == 1
 
 
 def test_what_torchcodec_cannot_read_pyav_may(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tracemalloc
 from collections import Counter
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.data_shards import plan as plan_module
 from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.plan import (
     SHARDS_PER_BLOCK,
@@ -97,6 +99,14 @@ def test_order_never_drifts() -> None:
     assert permutation(42, 8).tolist() == GOLDEN_PERMUTATION
 
 
+def test_order_of_several_blocks_never_drifts() -> None:
+    """Three blocks and a short pass; no block is so large that its samples are bounded."""
+    plan = EpochPlan("0" * 64, [1000] * 40 + [7] * 3, seed=3, epoch=2, repeats=Fraction(5, 2))
+    columns = [column.astype("<i8").tobytes() for column in plan.numbers(0, len(plan))]
+    assert hashlib.sha256(b"".join(columns)).hexdigest() == GOLDEN_BLOCKS
+
+
+GOLDEN_BLOCKS = "c9a6c783242bc50fdd75ab21dadfed54363c17a24cc6549977b98e489ca0d4ec"
 GOLDEN = [(8, 0), (4, 0), (2, 0), (13, 0), (0, 0), (9, 0), (11, 0), (3, 0)]
 GOLDEN_PERMUTATION = [2, 6, 3, 0, 7, 1, 4, 5]
 
@@ -126,6 +136,29 @@ def test_a_shard_is_needed_in_one_stretch_of_the_epoch_together_with_few_others(
     assert max(map(len, blocks.values())) <= SHARDS_PER_BLOCK
     # So any stretch of the epoch that is no longer than a block needs the shards of two.
     assert sum(map(len, blocks.values())) == len(sizes)
+
+
+@given(SIZES, st.integers(1, 60), st.booleans())
+def test_a_block_has_few_samples_unless_of_one_shard(sizes: list[int], bound: int, shuffle: bool) -> None:
+    plain = EpochPlan("f", sizes, 1, 0, 2, shuffle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "SAMPLES_PER_BLOCK", bound)
+        plan = EpochPlan("f", sizes, 1, 0, 2, shuffle)
+    counts = [sum(sizes[shard] for shard in block) for block in plan._blocks]
+    assert all(count <= bound or len(block) == 1 for count, block in zip(counts, plan._blocks, strict=True))
+    # The same shards in the same order, and all entries.
+    assert np.array_equal(np.concatenate(plan._blocks), np.concatenate(plain._blocks))
+    found, expected = (Counter(zip(*map(np.ndarray.tolist, p.numbers(0, len(p))), strict=True)) for p in (plan, plain))
+    assert found == expected
+    if max(sum(sizes[shard] for shard in block) for block in plain._blocks) <= bound:
+        assert plan.entries(0, len(plan)) == plain.entries(0, len(plan))
+
+
+def test_large_shards_are_shuffled_a_few_at_a_time() -> None:
+    """Twenty shards of half a million: ten of them at once would take 370 MB."""
+    found, plan = allocated([500_000] * 20, 1, 0.5)
+    assert [len(block) for block in plan._blocks] == [4, 3, 3] * 2
+    assert found < 100 << 20
 
 
 def test_small_sets_are_shuffled_as_a_whole() -> None:
@@ -179,7 +212,9 @@ def test_opening_costs_nothing_by_the_sample() -> None:
         finally:
             tracemalloc.stop()
 
-    assert opened(1_000_000) < 1.1 * opened(10)
+    assert opened(100_000) < 1.1 * opened(10)
+    # Each of these is a block of its own.
+    assert opened(2_000_000) < 400 * 10_000
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 8), (5, 4)])

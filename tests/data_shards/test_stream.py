@@ -220,6 +220,16 @@ def test_few_indices_and_files_are_kept(packed: dict[str, Path], monkeypatch: py
         assert len(reader._tars._open) <= 1  # type: ignore[attr-defined]
 
 
+def test_large_indices_are_not_kept(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of eleven offsets fit, but no third; the one in use stays even where it does not."""
+    for limit, kept in ((2 * 11 * 8, 2), (1, 1)):
+        monkeypatch.setattr(stream, "_KEPT_BYTES", limit)
+        reader = ShardReader(packed["detection"], read_manifest(packed["detection"]))
+        for sample in (0, 1, 10, 20, 0, 20, 10):
+            assert reader.read(sample).key == f"{sample:09d}"
+        assert len(reader._kept) == kept
+
+
 def test_verify_finds_one_flipped_bit(packed: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed["semantic"], tmp_path / "set"))
     assert verify(folder).ok
@@ -246,11 +256,12 @@ def test_verify_lists_the_samples_that_cannot_be_decoded(packed: dict[str, Path]
     assert "broken image" in report.bad_samples["000000021"]
 
 
-def test_verify_decodes_every_kind(packed: dict[str, Path]) -> None:
+def test_verify_decodes_every_kind_and_counts_what_it_has_done(packed: dict[str, Path]) -> None:
+    """Progress from the first file hashed: three shards and their indices, then twenty-two samples."""
     seen: list[tuple[int, int]] = []
     for folder in packed.values():
         assert verify(folder, lambda done, total: seen.append((done, total))).ok
-    assert seen == [(i + 1, 22) for i in range(22)] * 3
+    assert seen == [(i + 1, 28) for i in range(28)] * 3
 
 
 def test_metadata_is_json_with_boxes_of_this_image(packed: dict[str, Path]) -> None:

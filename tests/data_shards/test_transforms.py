@@ -205,6 +205,57 @@ def test_frames_of_a_clip_share_everything_random(configure: Any, steps: list[di
     assert pipeline.place(clip).image.shape == (3, 5, 64, 96)
 
 
+OFF = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+RED = torch.tensor([200, 40, 40], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
+MANY = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def distorted(configure: Any, image: Tensor, count: int, **keys: float) -> list[Tensor]:
+    """The image through ``photometric`` alone, by seeds 0, 1, …"""
+    pipeline, found = transforms(configure, [{"name": "photometric"} | keys]), []
+    for seed in range(count):
+        with seeded(seed):
+            found.append(pipeline.train(Sample(image)).image)
+    return found
+
+
+def unchanged(found: list[Tensor], image: Tensor) -> int:
+    return sum(torch.equal(one, image) for one in found)
+
+
+@pytest.mark.parametrize("change", [{"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.1}])
+def test_each_colour_operation_comes_half_of_the_time(configure: Any, change: dict[str, float]) -> None:
+    keys = OFF | change
+    assert 75 < unchanged(distorted(configure, MANY, 200, **keys), MANY) < 125
+    assert unchanged(distorted(configure, MANY, 30, **keys, probability=1), MANY) < 5
+    assert unchanged(distorted(configure, MANY, 30, **keys, probability=0), MANY) == 30
+
+
+def test_colours_are_changed_independently_and_channels_stay(configure: Any) -> None:
+    """A sixteenth of the images keep all; no channel takes another's place, which torchvision's own transform does."""
+    assert 6 < unchanged(distorted(configure, MANY, 320), MANY) < 40
+    for one in distorted(configure, RED, 100, hue=0):
+        assert bool((one[0] > one[1]).all())
+        assert torch.equal(one[1], one[2])
+
+
+def test_colours_keep_to_their_ranges(configure: Any) -> None:
+    """Brightness by an eighth, and hue by a tenth of the circle: mmseg's 32 of 255 on white, and its 18 of 180."""
+    grey = torch.full((3, 8, 8), 200, dtype=torch.uint8)
+    brightness = distorted(configure, grey, 150, **OFF | {"brightness": 0.125}, probability=1)
+    values = [int(one[0, 0, 0]) for one in brightness]
+    assert 174 <= min(values) <= 178
+    assert 222 <= max(values) <= 225
+    degrees = []
+    for one in distorted(configure, RED, 150, **OFF | {"hue": 0.1}, probability=1):
+        red, green, blue = (int(channel) for channel in one[:, 0, 0])
+        degrees.append(60 * (green - blue) / (red - min(green, blue)))
+    assert -37 < min(degrees) < -33
+    assert 33 < max(degrees) < 37
+    # A factor is never negative.
+    distorted(configure, RED, 20, **OFF | {"brightness": 3.0}, probability=1)
+
+
 def test_masks_shrink_around_their_own_centre() -> None:
     """Plain nearest would shift a mask up and to the left against its pixels."""
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)

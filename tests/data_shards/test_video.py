@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from vitgraft.data_shards.decode import decode_frames
+from vitgraft.configs.errors import DataError
+from vitgraft.data_shards import video
+from vitgraft.data_shards.decode import decode_frames, probe_video
 from vitgraft.data_shards.seeking import stretches_of
 from vitgraft.data_shards.video import PyAVVideo
 
@@ -29,14 +33,15 @@ SOUND = {
 """Clips of more than one key frame whose times can be trusted."""
 
 
-def synthetic(frames: int = 97, form: str = "mp4", **options: str) -> bytes:
+def synthetic(frames: int = 97, form: str = "mp4", codec: str = "libx264", **options: str) -> bytes:
     """Moving noise, with B-frames unless told otherwise."""
     random = np.random.RandomState(0)
     base = random.randint(0, 255, (64, 96 + frames, 3)).astype(np.uint8)
     stream = io.BytesIO()
-    options = {"bf": "3", "g": "12", "x264-params": "threads=1:b-adapt=0"} | options
+    if codec == "libx264":
+        options = {"bf": "3", "g": "12", "x264-params": "threads=1:b-adapt=0"} | options
     with av.open(stream, "w", format=form) as container:
-        track: Any = container.add_stream("libx264", rate=30, options=options)
+        track: Any = container.add_stream(codec, rate=30, options=options)
         track.height, track.width, track.pix_fmt = 64, 96, "yuv420p"
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(base[:, number : number + 96]), format="rgb24")
@@ -54,6 +59,10 @@ def sources(test_data: Path) -> dict[str, tuple[bytes, int]]:
     del found["decord/corrupted.mp4"]
     found |= {"B-frames": synthetic(), "open GOP": synthetic(**{"x264-params": "threads=1:open-gop=1:keyint=12"})}
     found |= {"B-frames, mkv": synthetic(form="matroska"), "transport stream": synthetic(form="mpegts")}
+    for codec in {"libvpx", "libvpx-vp9"} & av.codecs_available:
+        # With frames that are decoded and never shown.
+        hidden = {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "realtime"}
+        found[f"{codec}, webm"] = synthetic(form="webm", codec=codec, **hidden)
     return {name: (data, PyAVVideo(data, name).length) for name, data in found.items()}
 
 
@@ -118,6 +127,50 @@ def test_a_stream_that_begins_anywhere(sources: dict[str, tuple[bytes, int]]) ->
     assert 10 < len(frames) < whole
     found = decode_frames(cut, [len(frames) - 1], "x", "pyav", len(frames))
     assert np.array_equal(found[0].permute(1, 2, 0).numpy(), frames[-1])
+
+
+def jpegs(sizes: list[tuple[int, int]], form: str) -> bytes:
+    """A clip of one JPEG for each (width, height); the header knows the first."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=form) as container:
+        track: Any = container.add_stream("mjpeg", rate=10)
+        track.width, track.height = sizes[0]
+        track.pix_fmt = "yuvj420p"
+        for number, size in enumerate(sizes):
+            picture = io.BytesIO()
+            Image.new("RGB", size, (number, 0, 0)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = track, Fraction(1, 10), True
+            packet.pts = packet.dts = number
+            container.mux(packet)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["avi", "matroska"])
+def test_frames_may_not_outgrow_their_header(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way they are decoded: from the start, after a seek, one by one or to count them."""
+    content = jpegs([(64, 48)] * 12 + [(400, 300)] * 12, form)
+    assert decode_frames(content, [20], "x", "pyav", 24).shape == (1, 3, 300, 400)
+    assert PyAVVideo(content, "x", 24)._sought([20]) is not None
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 10_000)
+    assert decode_frames(content, [11], "x", "pyav", 24).shape == (1, 3, 48, 64)
+    assert PyAVVideo(content, "x", 24)._sought([20]) is None
+    for read in (
+        lambda: probe_video(content, "x"),
+        lambda: decode_frames(content, [20], "x", "pyav"),
+        lambda: decode_frames(content, [20], "x", "pyav", 24),
+        lambda: list(PyAVVideo(content, "x").frames()),
+    ):
+        with pytest.raises(DataError, match=r"^x: frames of 400x300, more than 10000 pixels; shrink the video$"):
+            read()
+
+
+def test_frames_that_change_their_size_are_refused_when_they_are_counted() -> None:
+    content = jpegs([(64, 48)] * 3 + [(48, 64)], "avi")
+    for read in (lambda: probe_video(content, "x"), lambda: decode_frames(content, [0, 3], "x", "pyav")):
+        with pytest.raises(DataError, match=r"^x: frames change their size \(64x48, 48x64\); convert the video"):
+            read()
+    assert probe_video(jpegs([(64, 48)] * 4, "avi"), "x")["frames"] == 4
 
 
 def test_stretches() -> None:

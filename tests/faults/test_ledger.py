@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from ledger_ranks import GLOBAL_BATCH, SEED, Job, checksums, run_rank
 from PIL import Image
@@ -57,20 +59,45 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kill(job: Job, ranks: list[Any], generator: random.Random) -> None:
-    """Kill all ranks, one after the other, once one of them has done a random number of batches."""
+def loaders(ranks: list[Any]) -> list[psutil.Process]:
+    """The loader processes of all ranks."""
+    return [child for rank in ranks for child in psutil.Process(rank.pid).children()]
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; one that ended may wait for init to notice."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(job: Job, ranks: list[Any], generator: random.Random) -> int:
+    """Kill all ranks, one after the other, once one of them has done a random number of batches; before that, where
+    there are loader processes, up to two of these (a rank gives up at the third over one batch). How many it were."""
     watched, target = generator.randrange(job.world), generator.randint(0, job.last - job.first)
     deadline = time.monotonic() + PATIENCE_S
+    killed = 0
     while len(rows(job.ledger(watched))) < target:
         assert time.monotonic() < deadline, "the ranks do not go on"
         assert all(rank.is_alive() for rank in ranks)
+        if job.config.workers and killed < 2 and generator.random() < 0.1 and (found := loaders(ranks)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                generator.choice(found).kill()
+                killed += 1
         time.sleep(0.001)
+    left = loaders(ranks)
     for rank in generator.sample(ranks, len(ranks)):
         time.sleep(generator.uniform(0, 0.012))
         rank.kill()
     for rank in ranks:
         rank.join(PATIENCE_S)
         assert rank.exitcode == -9
+    deadline = time.monotonic() + PATIENCE_S
+    while any(map(lives, left)):
+        assert time.monotonic() < deadline, "loader processes outlive their ranks"
+        time.sleep(0.005)
+    return killed
 
 
 def first_step(job: Job, epoch_size: int) -> int:
@@ -96,16 +123,19 @@ def audit(jobs: list[Job]) -> dict[int, list[tuple[int, ...]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "seed"), [([1], 1), ([1.5, 1], 2)], ids=["one data set", "mixture"])
+@pytest.mark.parametrize(
+    ("weights", "seed", "workers"), [([1], 1, 0), ([1.5, 1], 2, 2)], ids=["one data set", "mixture, loader processes"]
+)
 def test_readers_killed_at_random_lose_nothing_and_repeat_nothing(
-    tmp_path: Path, weights: list[float], seed: int
+    tmp_path: Path, weights: list[float], seed: int, workers: int
 ) -> None:
     """41 samples, maybe half of them twice, and maybe 23 others; the last step of an epoch is short in both cases."""
     sources = [
         {"path": str(pack(tmp_path / str(number), samples, number)), "weight": weight}
         for number, (samples, weight) in enumerate(zip((41, 23), weights, strict=False))
     ]
-    tree = {"train": sources, "image_size": [16, 16], "transforms": [{"name": "photometric"}], "workers": 0}
+    tree = {"train": sources, "image_size": [16, 16], "transforms": [{"name": "photometric"}]}
+    tree |= {"workers": workers}
     config = DataConfig.model_validate(tree)
     dataset = PackedDataset(config.train, config, "semantic", seed=SEED)
     assert dataset.epoch_size == (41 if len(weights) == 1 else 62 + 23)
@@ -114,16 +144,17 @@ def test_readers_killed_at_random_lose_nothing_and_repeat_nothing(
     generator = random.Random(seed)
     (tmp_path / "ledger").mkdir()
     jobs: list[Job] = []
-    first = 0
+    first = killed = 0
     while first < last:
         number = len(jobs)
         assert number < 80, "the run does not go on"
         world, stop = WORLDS[number % len(WORLDS)], min(last, first + STEPS_OF_AN_ATTEMPT)
         job = Job(tmp_path / "ledger", config, number, world, first, stop)
         jobs.append(job)
-        kill(job, start(job), generator)
+        killed += kill(job, start(job), generator)
         first = first_step(job, dataset.epoch_size)
     assert [job.world for job in jobs[: len(WORLDS)]] == WORLDS
+    assert bool(killed) == bool(workers)
 
     history = audit(jobs)
     assert sorted(history) == list(range(last))
