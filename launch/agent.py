@@ -231,8 +231,7 @@ class Agent:
         self._code = int(message["code"])
 
     def _hear_tickets(self) -> None:
-        """DeepSpeed's launcher has started one for each rank: with its environment the rank is started, and lives no
-        longer than its ticket."""
+        """DeepSpeed's launcher has started one for each rank, which is started with its environment."""
         if self._listener is not None:
             refused = self._told_of("the agent cannot hear the launcher")
             with refused, contextlib.suppress(BlockingIOError, ConnectionError):
@@ -258,7 +257,6 @@ class Agent:
             if wire.closed:
                 self._tickets.remove(wire)
                 wire.close()
-                self._say({"say": "ticket_gone"})
 
     def _close_tickets(self) -> None:
         """They end when their connection does, and DeepSpeed's launcher with them."""

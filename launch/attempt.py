@@ -18,6 +18,7 @@ from vitgraft.configs.schema import Recipe
 from vitgraft.launch.backends import Backend, Launcher, LaunchOrder
 from vitgraft.launch.deadlines import SLOW_STEPS, Deadlines, find_hang, find_stragglers
 from vitgraft.launch.deepspeed_launch import rank_arguments
+from vitgraft.launch.evaluator import absence
 from vitgraft.launch.gang import EvaluatorOrder, Orders
 from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
 from vitgraft.launch.observations import Hang, HostState, Observation, RankEnd, RankState, ReportedError
@@ -32,6 +33,8 @@ LOOK_S = 0.5
 UNSTARTED_S = 30.0
 """A run that is to stop waits so long for ranks that have not started."""
 LAUNCHER_GRACE_S = 2.0
+ASKED_DRAIN_S = 60.0
+"""What checkpointers get to finish once somebody has asked the run to stop."""
 _NO_FAILURE = (0, PreemptedRun.exit_code)
 
 
@@ -64,7 +67,7 @@ class Attempt:
     """Runs an attempt.
 
     ``links``: to all hosts of the plan. ``asked``: the signal by which the run was asked to stop. ``ask``: is
-    called when a host was asked to.
+    called with signal and host when a host was asked to. ``meanwhile``: is called several times a second.
     """
 
     handle: RunHandle
@@ -75,7 +78,8 @@ class Attempt:
     screen: Screen
     deadlines: Deadlines
     asked: Callable[[], int | None]
-    ask: Callable[[int], None]
+    ask: Callable[[int, str], None]
+    meanwhile: Callable[[], None]
     errors: list[ReportedError] = field(default_factory=list)
     ends: list[RankEnd] = field(default_factory=list)
     hosts: dict[str, HostState] = field(default_factory=dict)
@@ -113,6 +117,11 @@ class Attempt:
             asked=self.asked(),
         )
 
+    @property
+    def step(self) -> int:
+        """The last step that a rank is known to be at."""
+        return max(state.step for state in self._states.values())
+
     def log_of(self, rank: int) -> Path:
         """The log of a rank."""
         host = next((host for host, ranks in self.plan.numbers().items() if rank in ranks), "")
@@ -133,7 +142,6 @@ class Attempt:
         if port is None:
             return
         meeting = self.backend.meeting(first, port)
-        environment = self.backend.environment(self.plan.device, self.plan.threads)
         run = Path(os.path.abspath(self.handle.path))
         # Not resolved: blobs lie in the run, wherever a link has put its checkpoints.
         resume = None if self.handle.resume is None else Path(os.path.abspath(self.handle.resume.path))
@@ -141,6 +149,9 @@ class Attempt:
         launch = self.backend.launcher()
         tickets = None if launch is None else f"vitgraft-{secrets.token_hex(12)}"  # a name that nobody can guess
         for host in hosts:
+            environment = self.backend.environment(
+                host, len(numbers.get(host, ())), self.plan.device, self.plan.threads
+            )
             orders = Orders(
                 run=str(run),
                 attempt=self.handle.attempt,
@@ -158,7 +169,7 @@ class Attempt:
             self._wait(lambda: self._begun >= self._live() or self.failed_at is not None)
             if self.failed_at is None:
                 self._launcher = launch(
-                    LaunchOrder(run, self.handle.attempt, self.plan.ranks, meeting, tickets, environment)
+                    LaunchOrder(run, self.handle.attempt, self.plan.ranks, meeting, tickets, self.plan.device)
                 )
 
     def _free_port(self, first: AgentLink) -> int | None:
@@ -212,20 +223,23 @@ class Attempt:
             self._fail(ReportedError(-1, "", now, TrainingError.exit_code, why))
 
     def _drain(self) -> None:
+        """Let the roles finish, but not for ever where a disk hangs: what is not committed then is dropped."""
         codes = {end.rank: end.code for end in self.ends}
         done = all(codes.get(rank) == 0 for rank in self._states)
-        dropped = False
         self._tell("drain", drop_copy=not done, evaluate=done)
-
-        def finished() -> bool:
-            nonlocal dropped
-            if done and self.asked() is not None and not dropped:
-                # The end of a run waits for the last copy and evaluation, until somebody wants to stop.
-                dropped = True
-                self._tell("drain", drop_copy=True, evaluate=False)
-            return self._drained >= self._live()
-
-        self._wait(finished)
+        # The end of a run waits for the last copy and evaluation until somebody wants to stop; all is committed then.
+        limit, began, hurried = math.inf if done else self.deadlines.limits()["save"], time.monotonic(), False
+        while not self._drained >= self._live() and (taken := time.monotonic() - began) < limit:
+            if self.asked() is not None and not hurried:
+                hurried, limit = True, min(limit, taken + ASKED_DRAIN_S)
+                if done:
+                    self._tell("drain", drop_copy=True, evaluate=False)
+            self._turn()
+        left = sorted(self._live() - self._drained)
+        if left:
+            text = f"WARNING {', '.join(left)}: not finished within {limit:.0f} s, its disk may hang; ended as it is"
+            self.screen.note(text)
+            self.handle.event("roles_killed", hosts=left, text=text)
 
     def _end(self) -> None:
         for host in self._live():
@@ -257,6 +271,7 @@ class Attempt:
                 self._hear(host, message)
             if (why := self.links[host].silent()) is not None:
                 self._lose(host, why)
+        self.meanwhile()
         now = time.monotonic()
         if now - self._looked > LOOK_S and self.failed_at is None:
             self._looked = now
@@ -290,6 +305,9 @@ class Attempt:
         self.hosts[host] = replace(self.hosts[host], lost_at=now)
         self.screen.note(f"{host} is lost: {why}")
         self.handle.event("host_lost", host=host, text=why)
+        if self.plan.evaluator is not None and self.plan.evaluator[0] == host:
+            self.screen.note(absence(host))
+            self.handle.event("evaluator_absent", host=host, text=absence(host))
         ended = {end.rank for end in self.ends}
         if any(state.host == host and rank not in ended for rank, state in self._states.items()):
             self.failed_at = self.failed_at or now
@@ -318,7 +336,7 @@ class Attempt:
         elif say == "drained":
             self._drained.add(host)
         elif say == "asked":
-            self.ask(int(message["signal"]))
+            self.ask(int(message["signal"]), host)
         elif say == "refused":
             text = f"{host} cannot carry out its orders: {message['text']}"
             self._begun.add(host)

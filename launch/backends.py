@@ -1,4 +1,5 @@
-"""How agents and ranks come to their hosts: on this one, or on those of a hostfile through DeepSpeed's launcher."""
+"""How agents and ranks come to their hosts: on this one, or on those of a hostfile over ssh, where DeepSpeed's launcher
+can be had through it."""
 
 from __future__ import annotations
 
@@ -23,14 +24,15 @@ FAREWELL_S = 3.0
 
 @dataclass(frozen=True)
 class LaunchOrder:
-    """What a launcher is to do. ``ranks``: how many on each host. ``tickets``: name of the agents' sockets."""
+    """What a launcher is to do. ``ranks``: how many on each host. ``tickets``: name of the agents' sockets. ``device``:
+    ``cpu`` or ``cuda``."""
 
     run: Path
     attempt: int
     ranks: Mapping[str, int]
     meeting: Meeting
     tickets: str
-    environment: Mapping[str, str]
+    device: str
 
 
 class Launcher(Protocol):
@@ -50,8 +52,9 @@ class Backend(Protocol):
     hosts: Sequence[Host]
     alone: bool
 
-    def connect(self, host: Host, *, again: bool) -> AgentLink:
-        """Start the agent of a host, or wait for it. ``again``: the run has started before."""
+    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
+        """Start the agent of a host, or wait for it. ``again``: the run has started before. ``since``: when the first
+        host began to be waited for (monotonic clock)."""
 
     def waiting(self) -> Sequence[AgentLink]:
         """Agents that are there before anybody has asked for them."""
@@ -62,8 +65,8 @@ class Backend(Protocol):
     def used(self, host: str, count: int) -> Sequence[int]:
         """The GPUs that so many ranks of a host use."""
 
-    def environment(self, device: str, threads: int) -> dict[str, str]:
-        """What all ranks find in their environment."""
+    def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
+        """What so many ranks of a host find in their environment."""
 
     def launcher(self) -> Callable[[LaunchOrder], Launcher] | None:
         """Starts what hands out the tickets; ``None``: there are none, and agents start the ranks unasked."""
@@ -79,15 +82,17 @@ class HereBackend:
     name: str
     processes: int
     lock: int
+    logs: Path | None = None
+    """Folder for what the agent says on its standard error."""
     hosts: Sequence[Host] = field(init=False)
     alone: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self.hosts = [Host(self.name, self.processes)]
 
-    def connect(self, host: Host, *, again: bool) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
         """Start the agent."""
-        return start_here(host.name, self.lock)
+        return start_here(host.name, self.lock, self.logs)
 
     def waiting(self) -> Sequence[AgentLink]:
         """None: every agent is started from here."""
@@ -101,7 +106,7 @@ class HereBackend:
         """The first ones."""
         return range(count)
 
-    def environment(self, device: str, threads: int) -> dict[str, str]:
+    def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
         """That of this process; they meet on the loopback unless the user says otherwise."""
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
         variables = deepspeed_launch.rank_environment({}, device=device, threads=threads)
@@ -116,17 +121,21 @@ class HereBackend:
 
 @dataclass
 class HostfileBackend:
-    """The hosts of a hostfile: agents over ssh, ranks through DeepSpeed's launcher over pdsh."""
+    """The hosts of a hostfile: agents over ssh, ranks through DeepSpeed's launcher over pdsh where there is one."""
 
     hosts: Sequence[Host]
     slots: Slots
     """The slots that may be used, of all hosts with spares."""
     ssh_args: Sequence[str]
+    pdsh: bool = True
+    """Whether it is installed here; without it the agents, which ssh has started, start the ranks by themselves."""
+    logs: Path | None = None
+    """Folder for what ssh and the agents say on their standard error."""
     alone: bool = field(init=False, default=False)
 
-    def connect(self, host: Host, *, again: bool) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
         """Start the agent over ssh."""
-        return start_over_ssh(host.name, self.ssh_args)
+        return start_over_ssh(host.name, self.ssh_args, self.logs)
 
     def waiting(self) -> Sequence[AgentLink]:
         """None: every agent is started from here."""
@@ -140,19 +149,19 @@ class HostfileBackend:
         """The first of its slots."""
         return self.slots[host][:count]
 
-    def environment(self, device: str, threads: int) -> dict[str, str]:
-        """What is forwarded from here."""
-        return deepspeed_launch.rank_environment(os.environ, device=device, threads=threads)
+    def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
+        """What is forwarded from here, and the GPUs of their slots, as DeepSpeed's launcher sets them."""
+        variables = deepspeed_launch.rank_environment(os.environ, device=device, threads=threads)
+        return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.used(host, count)))}
 
-    def launcher(self) -> Callable[[LaunchOrder], Launcher]:
-        """DeepSpeed's runner."""
-        return self.launch
+    def launcher(self) -> Callable[[LaunchOrder], Launcher] | None:
+        """DeepSpeed's runner, which needs pdsh."""
+        return self.launch if self.pdsh else None
 
     def launch(self, order: LaunchOrder) -> Launcher:
         """Start DeepSpeed's runner.
 
         Raises:
-            ConfigError: a folder or variable that it cannot pass on.
             OSError: its files cannot be written.
         """
         folder = order.run / "launch"
@@ -160,7 +169,8 @@ class HostfileBackend:
         used: Slots = {host: tuple(self.used(host, count)) for host, count in order.ranks.items() if count}
         hostfile, variables = folder / f"hostfile.{order.attempt}", folder / f"environment.{order.attempt}"
         hostfile.write_text(deepspeed_launch.deepspeed_hostfile(used))
-        variables.write_text(deepspeed_launch.environment_file(order.environment))
+        variables.touch(0o600)
+        variables.write_text(deepspeed_launch.launchers_variables(order.device))
         command = deepspeed_launch.runner_command(
             hostfile, used, order.meeting, TICKET_MODULE, ["--agent", order.tickets]
         )

@@ -49,7 +49,7 @@ ADVICE: dict[Kind, str] = {
     "bad_data": "repair the data, or leave damaged samples out with data.on_error",
     "lost_node": "look at the host: power, kernel log, network",
     "network": "look at the links and ports between the hosts: vitgraft doctor",
-    "full_disk": "make room; committed checkpoints are whole",
+    "full_disk": "make room, or make it writable again; committed checkpoints are whole",
     "bad_configuration": "correct the recipe or the command",
     "bad_checkpoint": "restore a valid checkpoint, or start afresh with --resume never",
     "defect": "report it with the traceback in that rank's log",
@@ -67,6 +67,7 @@ _BY_CAUSE: dict[ErrorCause, Kind] = {
     "device_memory": "device_memory",
     "host_memory": "host_memory",
     "no_space": "full_disk",
+    "read_only": "full_disk",
 }
 _BY_CODE: dict[int, Kind] = {
     VitgraftError.exit_code: "defect",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class CheckpointerKeeper:
 
     ``silence``: seconds without a sign of life after which it is killed. ``lock``: open descriptor of RUN/lock, which
     it holds too; ``None`` where the run is owned from another host. ``event``: writes to RUN/events.jsonl.
+    ``leads``: whether rank 0 is on this host. ``environment``: what it finds besides that of this process.
     """
 
     run: Path
@@ -34,6 +35,8 @@ class CheckpointerKeeper:
     silence: float
     lock: int | None
     event: Callable[..., None]
+    leads: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
     buffers: list[int] = field(default_factory=list)
     restarts: int = 0
     _role: RoleProcess = field(init=False)
@@ -46,7 +49,7 @@ class CheckpointerKeeper:
     _tell_after: float = SLOW_WRITE_S
 
     def __post_init__(self) -> None:
-        self._role = RoleProcess(ROLE, self.run, self.attempt, self.lock, SIGNALS)
+        self._role = RoleProcess(ROLE, self.run, self.attempt, self.lock, SIGNALS, self.environment)
 
     @property
     def pid(self) -> int | None:
@@ -57,8 +60,8 @@ class CheckpointerKeeper:
         """An empty memfd for each rank: it lives as long as any of the processes that know it."""
         self.buffers = [os.memfd_create(f"vitgraft-rank-{rank}", os.MFD_CLOEXEC) for rank in range(ranks)]
 
-    def environment(self, rank: int) -> dict[str, str]:
-        """What a rank must know."""
+    def for_rank(self, rank: int) -> dict[str, str]:
+        """What a rank must find in its environment."""
         return {BUFFER_VARIABLE: self._path(self.buffers[rank])}
 
     def start(self, pipe: int) -> None:
@@ -131,8 +134,9 @@ class CheckpointerKeeper:
         return self._role.log_path()
 
     def _start(self) -> None:
-        arguments = [*(["--drain"] if self._draining else []), *(["--drop-copy"] if self._drop_copy else [])]
-        self._role.start(self._pipe, [*arguments, "--buffers", *map(self._path, self.buffers)], {})
+        options = {"--follow": not self.leads, "--drain": self._draining, "--drop-copy": self._drop_copy}
+        arguments = [option for option, wanted in options.items() if wanted]
+        self._role.start(self._pipe, [*arguments, "--buffers", *map(self._path, self.buffers)])
 
     def _path(self, descriptor: int) -> str:
         return f"/proc/{os.getpid()}/fd/{descriptor}"

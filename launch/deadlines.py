@@ -20,8 +20,9 @@ UNLEARNED_S: dict[Phase, float] = {
     "evaluate": 7200.0,
 }
 """Limits until enough has been seen."""
-FLOOR_S = 300.0
-"""No learned limit is shorter: a busy disk, or a store that answers late, must not look like a hang."""
+FLOOR_S: dict[Phase, float] = {**dict.fromkeys(UNLEARNED_S, 300.0), "save": 1800.0}
+"""No learned limit is shorter: a busy disk, or a store that answers late, must not look like a hang. What saves teach
+is how long a copy into memory takes; the last one, and any that the disk has not kept up with, waits for the disk."""
 FACTOR = 5.0
 """Times what is usual (NVIDIA's resiliency extension uses the same factor)."""
 ENOUGH = 8
@@ -52,7 +53,7 @@ def deadline(phase: Phase, durations: Sequence[float], fixed: float | None = Non
         return max(UNLEARNED_S[phase], FACTOR * max(recent, default=0.0))
     # Nine out of ten were shorter, and what was as long twice may come again: one outlier moves nothing.
     usual = quantiles(recent, n=10, method="inclusive")[-1]
-    return max(FLOOR_S, FACTOR * usual, 2 * sorted(recent)[-2])
+    return max(FLOOR_S[phase], FACTOR * usual, 2 * sorted(recent)[-2])
 
 
 @dataclass

@@ -1,15 +1,13 @@
-"""One command from one node: what DeepSpeed's runner is given to start the ranks of all hosts over pdsh and ssh.
+"""One command from one node: what DeepSpeed's runner is given to start tickets on all hosts over pdsh and ssh, and what
+the ranks find in their environment. Pure functions.
 
-Pure functions: the runner's command line, its own environment, and the file by which the ranks get theirs. The runner
-joins all of it to one line that a shell on each host reads, after pdsh has replaced its percent signs; so whatever
-comes from a user is quoted here for both. (Facts of ``deepspeed.launcher`` 0.19: its pdsh backend puts words with a
-space, and values with anything unusual, between double quotes without escaping what these do not protect.)
+The runner joins all of it to one line that everybody on those hosts can read and a shell there interprets. So nothing
+of the user's environment is in it: that goes to the ranks through their agents.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +18,13 @@ from vitgraft.launch.hosts import Host, Slots, write_hostfile
 
 ENV_FILE_VARIABLE = "DS_ENV_FILE"
 FORWARDED = (
+    "AWS_",
     "CUDA_",
     "DS_",
     "DEEPSPEED_",
     "FI_",
     "GLOO_",
+    "GOOGLE_",
     "HF_",
     "MKL_",
     "NCCL_",
@@ -33,9 +33,9 @@ FORWARDED = (
     "UCX_",
     "VITGRAFT_",
 )
-"""Names that start so go from the starting node to all ranks. ``PYTHON…`` and ``UCX…`` DeepSpeed forwards by itself."""
+"""Names that start so go from the starting node to all ranks and roles."""
+_EXPORTED_BY_THE_RUNNER = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
 _OF_ONE_PROCESS = re.compile(r"VITGRAFT_(PARENT_PID|REPORT_FD|HANDOVER)|DS_ENV_FILE|CUDA_VISIBLE_DEVICES")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
@@ -58,11 +58,8 @@ def slot_filter(slots: Slots) -> str:
 
 
 def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, module: str, arguments: Sequence[str]) -> list[str]:
-    """DeepSpeed's runner over pdsh, starting ``python -m MODULE ARGUMENTS`` once for each slot.
-
-    Raises:
-        ConfigError: an argument holds control characters, which no shell line can carry.
-    """
+    """DeepSpeed's runner over pdsh, starting ``python -m MODULE ARGUMENTS`` once for each slot; ``arguments`` are words
+    that mean nothing to a shell."""
     return [
         sys.executable,
         "-m",
@@ -82,7 +79,7 @@ def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, module: str, 
         str(meeting.port),
         "--module",
         module,
-        *map(_pdsh_word, arguments),
+        *arguments,
     ]
 
 
@@ -112,30 +109,19 @@ def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def environment_file(environment: Mapping[str, str]) -> str:
-    """The text of the file that ``DS_ENV_FILE`` names, by which the runner exports variables on every host.
-
-    Raises:
-        ConfigError: a name or value that a line cannot carry.
-    """
-    lines = []
-    for name, value in environment.items():
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"{name!r}: no name of an environment variable; rename it")
-        _check_printable(value, name)
-        if value != value.strip():
-            raise ConfigError(f"{name}={value!r}: white space at an end is lost on the way to other hosts; remove it")
-        # The runner adds double quotes around anything that is not plain, and a backslash is not.
-        lines.append(f"{name}={_in_double_quotes(value, quotes_too=True)}\n")
-    return "".join(lines)
+def launchers_variables(device: str) -> str:
+    """The text of the file that ``DS_ENV_FILE`` names: all that DeepSpeed's launcher and the tickets find on a host
+    besides what its shell gives them. It stands on command lines, so it is no more than they need."""
+    return f"DS_ACCELERATOR={device}\n"
 
 
 def runner_environment(environment: Mapping[str, str], env_file: Path, ssh_args: Sequence[str]) -> dict[str, str]:
     """The environment of the runner itself, in which pdsh starts ssh with ``ssh_args`` (of :func:`ssh_arguments`).
 
-    ``PYTHON…`` variables are left out, for the runner would forward them unquoted.
+    Left out is what the runner would export on every host by itself, unquoted and for all to read.
     """
-    kept = {name: value for name, value in environment.items() if not name.startswith(("PYTHON", "PDSH_"))}
+    dropped = ("PDSH_", *_EXPORTED_BY_THE_RUNNER)
+    kept = {name: value for name, value in environment.items() if not name.startswith(dropped)}
     # Given in full, as pdsh's own arguments begin with the local user's name, which outdoes a configuration of ssh.
     # And one to a host that vanishes must end some time, whoever else is left to end it.
     alive = ["-oServerAliveInterval=10", "-oServerAliveCountMax=3"]
@@ -160,21 +146,3 @@ def check_folder(folder: Path) -> None:
             f"{folder}: DeepSpeed cannot change to this folder on other hosts, for its path has unusual characters; "
             "start from another folder"
         )
-
-
-def _pdsh_word(word: str) -> str:
-    """A word that pdsh, the runner and the shell of a host leave as it is."""
-    _check_printable(word, "an argument of the ranks")
-    if " " in word:
-        return _in_double_quotes(word, quotes_too=False)  # the runner adds those, and escapes the ones inside
-    return shlex.quote(word.replace("%", "%%"))
-
-
-def _in_double_quotes(text: str, *, quotes_too: bool) -> str:
-    special = r'([\\$`"])' if quotes_too else r"([\\$`])"
-    return re.sub(special, r"\\\1", text.replace("%", "%%"))
-
-
-def _check_printable(text: str, what: str) -> None:
-    if any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise ConfigError(f"{what}: {text!r} holds control characters, which no command line carries; rename it")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.role_process import RoleProcess
+from vitgraft.trainer.checkpoint.read import complete_checkpoints
+from vitgraft.trainer.checkpoint.retention import result_path
 from vitgraft.trainer.evaluator import ROLE, SIGNALS
 from vitgraft.trainer.rank import THREADS_VARIABLE
 from vitgraft.trainer.signals import DRAIN
@@ -42,12 +44,26 @@ def evaluator_device(wanted: str, gpus: int, used: Collection[int]) -> str:
     return f"cuda:{gpus - 1 if free is None else free}"
 
 
+def absence(host: str) -> str:
+    """What to say when the evaluator's host does not answer."""
+    return f"{host} does not answer; nothing is evaluated in this attempt"
+
+
+def left_undone(run: Path, host: str) -> str | None:
+    """What to say at the end of a run whose evaluator's host is gone; ``None``: the last checkpoint was evaluated."""
+    last = max((checkpoint.step for checkpoint in complete_checkpoints(run)), default=0)
+    if result_path(run, last).exists():
+        return None
+    return f"{host} is gone; what is left is not evaluated: python -m vitgraft.trainer.evaluator --run-dir {run}"
+
+
 @dataclass
 class EvaluatorKeeper:
     """Keeps one evaluator alive. Nothing that happens to it is an error of the run.
 
     ``device``: ``cpu`` or ``cuda:N``. ``threads``: CPU threads. ``lock``: open descriptor of RUN/lock, which it holds
-    too; ``None`` where the run is owned from another host. ``event``: writes to RUN/events.jsonl.
+    too; ``None`` where the run is owned from another host. ``event``: writes to RUN/events.jsonl. ``environment``: what
+    it finds besides that of this process.
     """
 
     run: Path
@@ -56,6 +72,7 @@ class EvaluatorKeeper:
     threads: int
     lock: int | None
     event: Callable[..., None]
+    environment: Mapping[str, str] = field(default_factory=dict)
     _role: RoleProcess = field(init=False)
     _pipe: int = -1
     _draining: bool = False
@@ -70,7 +87,9 @@ class EvaluatorKeeper:
     _deaths: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._role = RoleProcess(ROLE, self.run, self.attempt, self.lock, SIGNALS)
+        self._role = RoleProcess(
+            ROLE, self.run, self.attempt, self.lock, SIGNALS, {**self.environment, THREADS_VARIABLE: str(self.threads)}
+        )
 
     def start(self, pipe: int) -> None:
         """Start it; it reports to ``pipe``, which must stay open for its successors."""
@@ -144,7 +163,7 @@ class EvaluatorKeeper:
         for step in sorted(step for step, deaths in self._deaths.items() if deaths >= MAX_DEATHS):
             arguments += ["--give-up", str(step)]
         try:
-            self._role.start(self._pipe, arguments, {THREADS_VARIABLE: str(self.threads)})
+            self._role.start(self._pipe, arguments)
         except OSError as error:
             self._gone(f"not to be started: {error}")
 

@@ -24,6 +24,8 @@ from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE, error_message
 from vitgraft.trainer.signals import OF_THE_JOB
 
+_OF_RANKS = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
+
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -93,13 +95,17 @@ class HostGang:
         orders, run = self.orders, Path(self.orders.run)
         read, self._roles_pipe = os.pipe()
         self._roles = Wire(read, read)
+        # What is forwarded, e.g. for a store or a cache; not which GPUs, threads and meeting point the ranks use.
+        roles_find = {name: value for name, value in orders.environment.items() if name not in _OF_RANKS}
         if orders.silence is not None and orders.ranks:
-            self._keeper = CheckpointerKeeper(run, orders.attempt, orders.silence, self.lock, self._event)
+            self._keeper = CheckpointerKeeper(
+                run, orders.attempt, orders.silence, self.lock, self._event, 0 in orders.ranks, roles_find
+            )
             self._keeper.make_buffers(len(orders.ranks))
             self._keeper.start(self._roles_pipe)
         if orders.evaluator is not None:
             threads, device = orders.evaluator.threads, orders.evaluator.device
-            self._evaluator = EvaluatorKeeper(run, orders.attempt, device, threads, self.lock, self._event)
+            self._evaluator = EvaluatorKeeper(run, orders.attempt, device, threads, self.lock, self._event, roles_find)
             self._evaluator.start(self._roles_pipe)
         if orders.tickets is None:
             for local, rank in enumerate(orders.ranks):
@@ -126,7 +132,7 @@ class HostGang:
             **environment,
             PIPE_VARIABLE: str(its.fileno()),
             PARENT_VARIABLE: str(os.getpid()),
-            **(self._keeper.environment(local) if self._keeper is not None else {}),
+            **(self._keeper.for_rank(local) if self._keeper is not None else {}),
         }
         with ours, its, log_path(Path(orders.run), f"trainer-{rank}", orders.attempt).open("ab") as log:
             # Blocked until the rank hears them: what it is asked before that must neither be lost nor end it.

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from vitgraft.configs.errors import ConfigError
@@ -34,13 +35,18 @@ class AgentLink:
     """One agent. ``facts``: what it said of its host. ``lost``: why it is given up, or ``None``."""
 
     def __init__(
-        self, host: str, wire: Wire, process: subprocess.Popen[bytes] | None = None, complaints: IO[bytes] | None = None
+        self,
+        host: str,
+        wire: Wire,
+        process: subprocess.Popen[bytes] | None = None,
+        complaints: IO[bytes] | None = None,
+        begin: int = 0,
     ) -> None:
         self.host, self.wire = host, wire
         self.facts: dict[str, Any] = {}
         self.heard = time.monotonic()
         self.lost: str | None = None
-        self._process, self._complaints = process, complaints
+        self._process, self._complaints, self._begin = process, complaints, begin
         self._kept: list[dict[str, Any]] = []
         self._sending = threading.Lock()
 
@@ -96,7 +102,7 @@ class AgentLink:
             return "its connection closed"
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(1.0)
-            self._complaints.seek(0)
+            self._complaints.seek(self._begin)
             said = self._complaints.read().decode(errors="replace")
             if not self.facts:
                 return explain(code, said, self.host)
@@ -119,9 +125,18 @@ class AgentLink:
             self._complaints = None
 
 
-def start_agent(host: str, command: Sequence[str], environment: Mapping[str, str], lock: int | None) -> AgentLink:
-    """Start the program that leads to an agent: the agent itself, or ssh."""
-    complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the link
+def start_agent(
+    host: str, command: Sequence[str], environment: Mapping[str, str], lock: int | None, logs: Path | None = None
+) -> AgentLink:
+    """Start the program that leads to an agent: the agent itself, or ssh. What either says on its standard error is
+    appended to LOGS/agent.HOST.log; ``None``: it is not kept.
+
+    Raises:
+        OSError: that file cannot be written, or no process made.
+    """
+    # Closed by the link.
+    complaints = tempfile.TemporaryFile() if logs is None else (logs / f"agent.{host}.log").open("a+b")  # noqa: SIM115
+    begin = complaints.tell()  # behind what earlier agents of the host have said
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -136,16 +151,16 @@ def start_agent(host: str, command: Sequence[str], environment: Mapping[str, str
     wire = Wire(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
     process.stdin.close()
     process.stdout.close()
-    return AgentLink(host, wire, process, complaints)
+    return AgentLink(host, wire, process, complaints, begin)
 
 
-def start_here(host: str, lock: int) -> AgentLink:
+def start_here(host: str, lock: int, logs: Path | None = None) -> AgentLink:
     """An agent on this host, which dies with this process."""
     environment = {**os.environ, LOCK_VARIABLE: str(lock), PARENT_VARIABLE: str(os.getpid())}
-    return start_agent(host, [*AGENT, "--host", host], environment, lock)
+    return start_agent(host, [*AGENT, "--host", host], environment, lock, logs)
 
 
-def start_over_ssh(host: str, ssh_args: Sequence[str]) -> AgentLink:
+def start_over_ssh(host: str, ssh_args: Sequence[str], logs: Path | None = None) -> AgentLink:
     """An agent on another host.
 
     Raises:
@@ -156,4 +171,4 @@ def start_over_ssh(host: str, ssh_args: Sequence[str]) -> AgentLink:
     # A connection that the user's ControlMaster shares would end for all its runs at once.
     alone = [*ssh_args, "-oControlPath=none"]
     command = ssh_command(host, [*AGENT, "--host", host], alone, CONNECT_S)
-    return start_agent(host, [*DEAF, *command], os.environ, None)
+    return start_agent(host, [*DEAF, *command], os.environ, None, logs)

@@ -29,15 +29,16 @@ from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink, start_here
 from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.run_state import RunEnd, run_end
 from vitgraft.launch.ui import Screen
 from vitgraft.launch.wire import Wire
-from vitgraft.trainer.monitor_files import attempts, read_rows
+from vitgraft.trainer.monitor_files import read_rows
 
 SECRET = "leader.secret"
 WAIT_S = 600.0
-"""How long nodes wait for each other when a run starts: a scheduler may start them minutes apart."""
+"""How long nodes wait for each other when a run starts, all together: a scheduler may start them minutes apart."""
 REJOIN_S = 30.0
-"""How long a node that was lost is waited for before the run goes on without it."""
+"""How long nodes that were lost are waited for before the run goes on without them."""
 _HANDSHAKE_S = 10.0
 _MAX_LINE = 4096
 
@@ -74,13 +75,14 @@ class NodeBackend:
             raise ConfigError(f"{where}: cannot listen there: {error.strerror}; choose another port") from None
         threading.Thread(target=self._accept, args=(secret,), name="nodes", daemon=True).start()
 
-    def connect(self, host: Host, *, again: bool) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
         """Start this node's own agent, or wait for another's."""
         if host.name == name_of(self.place.rank):
-            return start_here(host.name, self.lock)
-        deadline = time.monotonic() + (REJOIN_S if again else WAIT_S)
+            return start_here(host.name, self.lock, self.run / "logs")
+        deadline = since + (REJOIN_S if again else WAIT_S)
         with self._changed:
-            while host.name not in self._came:
+            # One that waited and went away, as its supervisor has heard, is not there.
+            while (link := self._came.get(host.name)) is None or link.wire.closed:
                 if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
                     raise NoAnswer("it has not connected; see whether its command runs and reaches the leader")
             return self._came.pop(host.name)
@@ -99,7 +101,7 @@ class NodeBackend:
         """The first ones."""
         return range(count)
 
-    def environment(self, device: str, threads: int) -> dict[str, str]:
+    def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
         """Each node has its own."""
         return deepspeed_launch.rank_environment({}, device=device, threads=threads)
 
@@ -107,8 +109,11 @@ class NodeBackend:
         """None is needed: whoever started this command has started it on every node."""
 
     def close(self) -> None:
-        """Listen no more."""
-        self._closed = True
+        """Listen no more, and let go who has come since."""
+        with self._changed:
+            self._closed = True
+            for link in self._came.values():
+                link.close()
         # Closing alone would not wake the thread that waits there.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -145,6 +150,9 @@ class NodeBackend:
         descriptor = connection.detach()
         link = AgentLink(name_of(node), Wire(descriptor, descriptor))
         with self._changed:
+            if self._closed:
+                link.close()  # too late: its events tell it how the run ended
+                return
             earlier = self._came.pop(link.host, None)
             if earlier is not None:
                 earlier.close()
@@ -153,43 +161,57 @@ class NodeBackend:
 
 
 def follow(place: NodePlace, run: Path, screen: Screen) -> None:
-    """What the command does on every node but the first: be an agent until the leader says how the run has ended.
+    """What the command does on every node but the first: be an agent until the leader says how the run has ended, or
+    the run's events do.
 
     Raises:
         VitgraftError: with the run's exit code, if it is not 0; the leader says why.
-        PreemptedRun: there is no leader; the same command may find one later.
+        PreemptedRun: there is no leader, or none any more when this node was asked to stop; the same command may find
+            one later.
+        InterruptedRun: the same after Ctrl-C.
     """
     screen.note(f"node {place.rank} of {place.nodes}: connecting to the leader at {place.host}:{place.port}")
-    for number in STOP_SIGNALS:
-        signal.signal(number, _give_up)
-    before = False
-    while (descriptor := _connect(place, run, before)) is not None:
-        agent = Agent(Wire(descriptor, descriptor), name_of(place.rank), None)
-        _pass_on(agent)
+    earlier, asked = _end_of(run), list[int]()
+    while True:
+        for number in STOP_SIGNALS:
+            signal.signal(number, _give_up)
+        if asked:
+            _give_up(asked[-1], None)
+        found = _connect(place, run, earlier)
+        if isinstance(found, RunEnd):
+            code = found.code
+            break
+        agent = Agent(Wire(found, found), name_of(place.rank), None)
+        _pass_on(agent, asked)
         screen.note("connected; the leader shows how the run is")
         code = agent.serve()
         if not agent.left_alone:
-            if code != 0:
-                error = VitgraftError(f"node {place.rank}: the run ended with code {code}; the leader says why")
-                error.exit_code = code
-                raise error
-            return
+            break
         # It may be started again, or have given this node up for the moment.
-        before = True
-        for number in STOP_SIGNALS:
-            signal.signal(number, _give_up)
         screen.note("the leader is gone; waiting for it")
+    if code != 0:
+        error = VitgraftError(f"node {place.rank}: the run ended with code {code}; the leader says why")
+        error.exit_code = code
+        raise error
 
 
-def _pass_on(agent: Agent) -> None:
+def _pass_on(agent: Agent, asked: list[int]) -> None:
+    def hear(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        agent.ask_to_stop(number)
+
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda asked, _: agent.ask_to_stop(asked))
+        signal.signal(number, hear)
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
-        raise InterruptedRun("interrupted before the leader was reached")
-    raise PreemptedRun("stopped before the leader was reached; the same command goes on")
+        raise InterruptedRun("interrupted while there was no leader; the same command goes on")
+    raise PreemptedRun("stopped while there was no leader; the same command goes on")
+
+
+def _end_of(run: Path) -> RunEnd | None:
+    return run_end(read_rows(run / "events.jsonl"))
 
 
 def name_of(node: int) -> str:
@@ -197,8 +219,9 @@ def name_of(node: int) -> str:
     return f"node-{node}"
 
 
-def _connect(place: NodePlace, run: Path, again: bool) -> int | None:
-    """A descriptor of the connection; ``None``: the run was finished without this node."""
+def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEnd:
+    """A descriptor of the connection; or how the run has ended without this node, other than ``earlier``, which was
+    there when its command began."""
     deadline, reason = time.monotonic() + WAIT_S, "nobody listens there"
     while True:
         try:
@@ -207,9 +230,9 @@ def _connect(place: NodePlace, run: Path, again: bool) -> int | None:
             reason = f"{run / SECRET} is not there; --run-dir must lie on storage that all nodes share"
         except (OSError, ValueError, KeyError) as error:
             reason = str(error) or type(error).__name__
-        last = attempts(read_rows(run / "events.jsonl"))[-1:]
-        if again and last and last[0].code == 0:
-            return None
+        end = _end_of(run)
+        if end is not None and end.over and end != earlier:
+            return end
         if time.monotonic() > deadline:
             where = f"--leader {place.host}:{place.port}"
             raise PreemptedRun(f"{where}: no leader within {WAIT_S:g} s ({reason}); start it, and this again")

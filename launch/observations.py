@@ -33,8 +33,8 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank's heartbeats say. ``step``: the one that it computes, saves or evaluates, from 1 as in the metrics; at
-    the start, steps done. ``since``: when ``phase`` or ``step`` changed last. ``heard``: when it gave its last sign of
+    """What a rank's heartbeats say. ``step``: the one that it computes, saves or evaluates, from 1 as in metrics; in a
+    start, steps done. ``since``: when ``phase`` or ``step`` changed last. ``heard``: when it gave its last sign of
     life; infinite: its launcher has not started it yet."""
 
     rank: int

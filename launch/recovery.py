@@ -1,7 +1,6 @@
 """What to do after an attempt has failed: start again, when, where and without what, or stop. Pure.
 
-Everything follows from the failures so far, the hosts and what the recipe allows: a supervisor that is started again
-with the same record decides the same.
+Everything follows from the failures so far, the hosts and what the recipe allows.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ NO_RESTART: frozenset[Kind] = frozenset(
 """Causes that a restart cannot heal, or that were asked for."""
 SAME_STEP: frozenset[Kind] = frozenset(("defect", "device_memory"))
 """Causes that come back at the same step when they are no accident: one restart tells."""
+Verdict = Literal["data", "passing"]
 HOST_FAULTS: frozenset[Kind] = frozenset(("crash", "hang", "lost_node", "host_memory"))
 """Causes that speak against the host they came from."""
 
@@ -64,28 +64,28 @@ def decide(
     answering: Collection[str],
     worlds: Collection[int],
     policy: Policy,
+    earlier: Failure | None = None,
 ) -> Restart | Stop:
     """What to do after the last failure of the record.
 
     Args:
-        record: every failure of the run, oldest first; at least one.
+        record: every failure of this supervisor, oldest first; at least one.
         hosts: of the hostfile, in its order.
         answering: hosts that answer and have passed their checks now.
         worlds: world sizes that the recipe can carry.
+        earlier: a loss that was not finite under an earlier supervisor, of which nobody has told yet what it was.
     """
     last = record[-1]
     if last.cause.kind in NO_RESTART or policy.max_restarts == 0:
         return Stop(last.cause.exit_code, last.cause.line)
     if last.cause.kind in SAME_STEP and _came_back(record):
         return Stop(last.cause.exit_code, f"{last.cause.text}, again at step {last.step}; {last.cause.advice}")
-    skip, notes = _skipped(record, policy), []
-    if culprits := _culprits(record):
+    skip, notes = _skipped(record, policy, earlier), []
+    if culprits := culprits_of(record, earlier):
         if policy.non_finite == "stop":
             text = f"{last.cause.text}, again with the same samples: it is the data; {last.cause.advice}"
             return Stop(last.cause.exit_code, text)
         notes.append(f"not finite twice with the same samples, so they are left out: {', '.join(sorted(culprits))}")
-    elif non_finite_verdict(record) == "passing":
-        notes.append("the loss that was not finite did not come back with its samples: a passing fault")
     vain = restarts_in_vain(record)
     if vain >= policy.max_restarts:
         return Stop(BUDGET_SPENT, f"{vain} restarts brought no newer checkpoint; the last end: {last.cause.text}")
@@ -112,17 +112,31 @@ def restarts_in_vain(record: Sequence[Failure]) -> int:
     return count
 
 
-def non_finite_verdict(record: Sequence[Failure]) -> Literal["data", "passing"] | None:
-    """What the last restart says about a loss that was not finite before it: it came back with some of its samples (in
-    another world ranks have others beside them), or it did not though the run got past its step. ``None``: there was
-    none, or the replay has not got there."""
-    if len(record) < 2 or record[-2].cause.kind != "non_finite":
-        return None
-    before, last = record[-2], record[-1]
-    if last.cause.kind == "non_finite" and last.entries & before.entries and last.step == before.step:
-        return "data"
-    past = last.step is not None and before.step is not None and last.step > before.step
-    return "passing" if past or last.checkpoint > before.checkpoint else None
+def non_finite_verdict(record: Sequence[Failure], earlier: Failure | None = None) -> Verdict | None:
+    """What the last attempt says about the loss that was not finite before it: it came back with some of its samples
+    (in another world ranks have others beside them), or it did not though the run got past its step. ``None``: there
+    was none, or the replay has not got there."""
+    return _verdict(open_fault(record[:-1], earlier), record[-1])
+
+
+def open_fault(record: Sequence[Failure], earlier: Failure | None = None) -> Failure | None:
+    """The last loss that was not finite of which no attempt since has told what it was."""
+    fault = earlier
+    for failure in record:
+        verdict = _verdict(fault, failure)
+        if verdict is not None:
+            fault = None
+        if failure.cause.kind == "non_finite" and verdict != "data":
+            fault = failure
+    return fault
+
+
+def culprits_of(record: Sequence[Failure], earlier: Failure | None = None) -> frozenset[str]:
+    """The samples with which the last loss was not finite, and the one before: none, unless it is the data."""
+    fault = open_fault(record[:-1], earlier)
+    if fault is None or _verdict(fault, record[-1]) != "data":
+        return frozenset()
+    return record[-1].entries & fault.entries
 
 
 def left_out(record: Sequence[Failure], policy: Policy) -> set[str]:
@@ -168,16 +182,22 @@ def _came_back(record: Sequence[Failure]) -> bool:
     return before.cause.kind == last.cause.kind and last.step is not None and before.step == last.step
 
 
-def _culprits(record: Sequence[Failure]) -> frozenset[str]:
-    """The samples with which the last loss was not finite, and the one before: none, unless it is the data."""
-    return record[-1].entries & record[-2].entries if non_finite_verdict(record) == "data" else frozenset()
+def _verdict(fault: Failure | None, later: Failure) -> Verdict | None:
+    """What an attempt that ended so says about a loss that was not finite before it."""
+    if fault is None or fault.step is None:
+        return None
+    if later.cause.kind == "non_finite" and later.entries & fault.entries and later.step == fault.step:
+        return "data"
+    past = later.step is not None and later.step > fault.step
+    return "passing" if past or later.checkpoint >= fault.step else None
 
 
-def _skipped(record: Sequence[Failure], policy: Policy) -> frozenset[str]:
+def _skipped(record: Sequence[Failure], policy: Policy, earlier: Failure | None) -> frozenset[str]:
     """All samples that were found to be the data's fault so far."""
     if policy.non_finite == "stop":
         return frozenset()
-    return frozenset(entry for end in range(len(record)) for entry in _culprits(record[: end + 1]))
+    ends = range(1, len(record) + 1)
+    return frozenset(entry for end in ends for entry in culprits_of(record[:end], earlier))
 
 
 def _changes(before: dict[str, int], now: dict[str, int], out: set[str]) -> list[str]:

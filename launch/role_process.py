@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vitgraft.trainer.rank import PARENT_VARIABLE
@@ -25,6 +25,7 @@ class RoleProcess:
 
     ``lock``: open descriptor of RUN/lock, which it holds too; ``None`` where the run is owned from another host.
     ``signals``: blocked until it listens, so that what it is asked before that is heard later instead of ending it.
+    ``environment``: what it finds besides that of this process.
     """
 
     role: str
@@ -32,12 +33,13 @@ class RoleProcess:
     attempt: int
     lock: int | None
     signals: Sequence[int]
+    environment: Mapping[str, str] = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = None
     _pid: int = -1
     _heard: float = 0.0
     _beating: bool = False
 
-    def start(self, pipe: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(self, pipe: int, arguments: Sequence[str]) -> None:
         """Start one in a session of its own; it reports to ``pipe``.
 
         Raises:
@@ -47,11 +49,11 @@ class RoleProcess:
         command += ["--attempt", str(self.attempt), *arguments]
         variables = {
             **os.environ,
+            **self.environment,
             "PYTHONUNBUFFERED": "1",
             "PYTHONSAFEPATH": "1",
             PIPE_VARIABLE: str(pipe),
             PARENT_VARIABLE: str(os.getpid()),
-            **environment,
         }
         self._heard, self._beating = time.monotonic(), False
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)

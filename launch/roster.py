@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -44,11 +44,11 @@ class Roster:
         for link in [self.links.pop(host.name) for host in hosts if host.name in self.links]:
             link.close()
         self._made = [link for link in self._made if link.lost is None]
-        failures, links = {}, []
+        failures, links, since = {}, [], time.monotonic()
         for host in hosts:
             # By this thread, which lives on: the kernel ends a process on this host with the thread that started it.
             try:
-                links.append(self.backend.connect(host, again=again))
+                links.append(self.backend.connect(host, again=again, since=since))
                 self._made.append(links[-1])
             except NoAnswer as error:
                 failures[host.name] = str(error)
@@ -60,16 +60,41 @@ class Roster:
                     self.links[link.host] = link
         return failures
 
+    def hear_idle(self, used: Collection[str]) -> tuple[list[tuple[str, int]], dict[str, str]]:
+        """Hear the hosts that take no part, also those that wait to take part again: who was asked to stop, with the
+        signal, and who is gone from now on, with the reason.
+
+        Args:
+            used: hosts that others hear.
+        """
+        idle = [link for host, link in self.links.items() if host not in used and link.lost is None]
+        asked = [
+            (link.host, int(message["signal"]))
+            for link in [*idle, *self.backend.waiting()]
+            for message in link.receive()
+            if message.get("say") == "asked"
+        ]
+        for link in idle:
+            link.lost = link.silent()
+        return asked, {link.host: link.lost for link in idle if link.lost is not None}
+
+    def quiet(self, seconds: float) -> list[str]:
+        """The hosts that answer, as far as is known, but have said nothing for so long."""
+        now = time.monotonic()
+        return [host for host in self.answering() if now - self.links[host].heard > seconds]
+
     def keep_calling(self) -> None:
         """Let the agents hear from now on that somebody is there, also while this process hashes a checkpoint."""
         threading.Thread(target=self._ping, name="ping", daemon=True).start()
 
     def dismiss(self, code: int) -> None:
-        """The run is over with this exit code: let all agents, and the backend, go."""
+        """The run is over with this exit code: let all agents, and the backend, go. Nodes that wait to take part again
+        are told, too."""
         self._over = True
-        for link in self._made:
+        links = [*self._made, *self.backend.waiting()]
+        for link in links:
             link.send("leave", code=code)
-        for link in self._made:
+        for link in links:
             link.close(patience=2.0)
         self.backend.close()
 

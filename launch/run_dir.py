@@ -15,14 +15,15 @@ from typing import IO, Any
 from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, cause_of
 from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
 from vitgraft.configs.schema import Recipe
-from vitgraft.trainer.checkpoint.commit import ATTEMPT, all_step_names, owning_attempt, set_aside, sweep
-from vitgraft.trainer.checkpoint.files import replace_text
+from vitgraft.trainer.checkpoint.commit import ATTEMPT, COMMITTED, all_step_names, owning_attempt, set_aside, sweep
+from vitgraft.trainer.checkpoint.files import make_folders, replace_text
 from vitgraft.trainer.checkpoint.layout import POINTER, parse_step
 from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
 
 LOCK_PATIENCE_S = 20.0
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_OF_THE_OLD_START = ("metrics.jsonl", "results", "ledger", "tensorboard")
+# What says that the run has a past goes last.
+_OF_THE_OLD_START = ("metrics.jsonl", "results", "ledger", "tensorboard", COMMITTED)
 
 
 @dataclass
@@ -53,8 +54,8 @@ class RunHandle:
 
         Raises:
             CheckpointError: there are checkpoints, but no valid one.
-            ConfigError: another supervisor has taken the run, or the folder cannot be written any more.
-            TrainingError: the disk is full.
+            ConfigError: another supervisor has taken the run, or the folder is gone.
+            TrainingError: the disk is full, or may not be written any more.
         """
         self.notes = []
         try:
@@ -68,10 +69,12 @@ class RunHandle:
             sweep(self.path)
             self.resume = _where_to_go_on(self.path, "auto", self.notes)
         except OSError as error:
-            if cause_of(error) == "no_space":
+            cause = cause_of(error)
+            if cause in ("no_space", "read_only"):
                 raise TrainingError(
-                    f"{self.path}: no room for another attempt: {error.strerror}; make room and start the same command",
-                    cause="no_space",
+                    f"{self.path}: cannot be written for another attempt: {error.strerror}; make "
+                    f"{'room' if cause == 'no_space' else 'it writable'} and start the same command",
+                    cause=cause,
                 ) from None
             raise _unwritable(self.path, error) from None
 
@@ -89,27 +92,29 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
 
     Raises:
         ConfigError: another process owns the run, the recipe is another one, or the folder cannot be used.
-        CheckpointError: there are checkpoints, but no valid one.
+        CheckpointError: there are checkpoints, or were, but no valid one.
     """
     try:
         os.path.abspath(path).encode()
     except UnicodeEncodeError:  # recipes, manifests and events are UTF-8, and name it
         raise ConfigError(f"--run-dir {os.fsencode(path)!r}: the path is not UTF-8; choose another folder") from None
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folders(path)
         lock = _own(path)
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
-        sweep(path)
         if resume != "never":
             _check_recipe(path, recipe)
         handle = RunHandle(path, 0, None, lock, [])
+        # Before anything is looked at: ranks of a killed attempt may live on hosts that this lock does not reach, and
+        # what they committed behind our back would be in the way of this attempt's checkpoints.
+        handle.claim()
+        sweep(path)
         handle.resume = _where_to_go_on(path, resume, handle.notes)
         for folder in ("logs", "results", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         replace_text(path / "config.yaml", dump_recipe(recipe))
-        handle.claim()
         return handle
     except BaseException as error:
         lock.close()
@@ -197,8 +202,8 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
         return _set_later_aside(path, names, chosen, f"train --resume {resume}", notes)
     found, invalid = newest_valid(path)
     if found is None:
-        if names or pointer.exists():
-            why = invalid[0][1] if invalid else f"{pointer} names one that is gone"
+        if names or pointer.exists() or (path / COMMITTED).exists():
+            why = invalid[0][1] if invalid else f"those in {pointer.parent} are gone"
             raise CheckpointError(
                 f"{path}: no valid checkpoint is left ({why}); restore one, or --resume never to start afresh"
             )

@@ -12,24 +12,22 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun
+from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.ownership import ownership
+from vitgraft.launch.run_state import State, judge, run_end
 from vitgraft.trainer.monitor_files import Attempt, attempts, read_rows
 
 TAIL_BYTES = 1 << 18
 """How much is read from the end of metrics.jsonl: some hundred rows."""
 SHOWN_EVENTS = 5
-_OVER = frozenset({"give_up", "stop_asked"})
-"""After one of these events a failed attempt has no successor."""
 MAX_JSON_BYTES = 64 << 20
-_LOG = re.compile(r"([a-z]+)(?:-[0-9]+)?\.(.+)\.([0-9]+)\.log")
-
-State = Literal["running", "finished", "stopped", "failed", "dead"]
+# Supervisors and agents have one for all attempts: the last part of an address as a host's name is no attempt.
+_LOG = re.compile(r"(?!agent\.|supervisor\.)([a-z]+)(?:-[0-9]+)?\.(.+)\.([0-9]+)\.log")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
     config, events = _config(run), read_rows(run / "events.jsonl")
     starts = attempts(events)
     held, owner, claimed = ownership(run)
-    state, reason, code = judge(starts, held, claimed, after_end(events))
+    state, reason, code = judge(run_end(events), bool(starts), held, claimed)
     start = starts[-1] if starts else None
     begins = [event for event in events if event.get("event") == "start"]
     rows = read_rows(run / "metrics.jsonl", TAIL_BYTES)
@@ -160,44 +158,6 @@ def read_status(run: Path, now: float | None = None) -> Status:
         roles=list(_roles(run, number)),
         events=events[-SHOWN_EVENTS:],
     )
-
-
-def judge(
-    starts: list[Attempt], held: bool | None, claimed: float, after: Collection[str] = ()
-) -> tuple[State, str | None, int | None]:
-    """State, its reason and the exit code.
-
-    Args:
-        held: whether a process owns the run; ``None``: that cannot be told from here.
-        claimed: when the lock was taken last (seconds since 1970).
-        after: what happened since the last attempt ended, as :func:`after_end` names it.
-    """
-    last = starts[-1] if starts else None
-    ended = last is not None and last.code is not None
-    if last is not None and last.ended is not None and not (held and claimed > last.ended):
-        state: State = "failed"
-        if last.code == 0:
-            state = "finished"
-        elif last.code in (PreemptedRun.exit_code, InterruptedRun.exit_code):
-            state = "stopped"
-        elif not _OVER.intersection(after):
-            # The supervisor that saw this end pauses, connects to the hosts again or examines them.
-            if held:
-                return "running", "starting again", None
-            if held is None and "restart" in after:
-                return "running", "starting again, as far as its files tell: it is owned from another host", None
-        return state, last.reason, last.code
-    if held is None:
-        return "running", "as far as its files tell: it is owned by a process on another host", None
-    if held:
-        return "running", "starting" if last is None or ended else None, None
-    return "dead", "nobody owns the run, though no end of it is recorded; the same command goes on", None
-
-
-def after_end(events: list[dict[str, Any]]) -> list[str]:
-    """The names of the events since an attempt ended last."""
-    names = [str(event.get("event")) for event in events]
-    return names[len(names) - names[::-1].index("end") :] if "end" in names else []
 
 
 def pace_of(rows: list[dict[str, Any]]) -> Pace:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.configs.errors import ConfigError, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.configs.errors import cause_of as cause_of_error
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.worlds import possible_worlds
@@ -20,21 +19,22 @@ from vitgraft.launch.attempt import Attempt, Plan
 from vitgraft.launch.backends import Backend
 from vitgraft.launch.causes import cause_of
 from vitgraft.launch.deadlines import Deadlines
-from vitgraft.launch.evaluator import evaluator_device
+from vitgraft.launch.evaluator import absence, evaluator_device, left_undone
 from vitgraft.launch.gang import EvaluatorOrder
 from vitgraft.launch.observations import Cause, Failure
 from vitgraft.launch.preflight import preflight
 from vitgraft.launch.recovery import Policy, Restart, Stop
-from vitgraft.launch.replay import leave_out, read_non_finite
+from vitgraft.launch.replay import VERDICT, Finding, Replay, earlier_fault, leave_out, read_non_finite
 from vitgraft.launch.roster import Roster
 from vitgraft.launch.run_dir import RunHandle
+from vitgraft.launch.stopping import StopWish, stopped
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.monitor_files import read_rows
-from vitgraft.trainer.signals import signal_name
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAST_ROWS_BYTES = 1 << 16
+FRESH_S = 3.0
+"""A host whose agent was heard so lately lives: it says something every second."""
 
 
 @dataclass
@@ -48,15 +48,18 @@ class Supervisor:
     folder: str
     roster: Roster = field(init=False)
     record: list[Failure] = field(default_factory=list)
-    _asked: int | None = None
-    _training: bool = False
-    _over: bool = False
+    _told: bool = False
+    """Whether the events tell how the run ended."""
+    _stop: StopWish = field(init=False)
+    _replay: Replay = field(init=False)
     _deadlines: Deadlines = field(init=False)
     _policy: Policy = field(init=False)
 
     def __post_init__(self) -> None:
         launch = self.recipe.launch
         self.roster = Roster(self.backend, self.folder)
+        self._stop = StopWish(self.handle, self.screen)
+        self._replay = Replay(self.record)
         self._deadlines = Deadlines(launch.deadlines.by_phase(), launch.deadlines.silence)
         self._policy = Policy(
             max_restarts=launch.max_restarts,
@@ -72,25 +75,33 @@ class Supervisor:
             VitgraftError: why it ended before; one line and an exit code. No process of the run lives on any host that
                 answers, and those on the others end themselves.
         """
-        with self._signals():
+        with self._stop.heard():
             self.roster.keep_calling()
             code = VitgraftError.exit_code
             try:
                 self._attempts()
                 code = 0
             except VitgraftError as error:
-                code = error.exit_code
+                code = self._record_end(error)
                 raise
             except OSError as error:  # storage that fails under the supervisor is the run's failure
                 failure = TrainingError(f"{type(error).__name__}: {error}; mend it", cause=cause_of_error(error))
-                code = failure.exit_code
-                self.handle.event("end", code=code, reason=str(failure))
+                code = self._record_end(failure)
                 raise failure from error
             finally:
-                self._over = True
+                self._stop.patient = True
                 self.roster.dismiss(code)
 
+    def _record_end(self, error: VitgraftError) -> int:
+        """Let the events tell how the run ended, where they do not yet; returns the exit code."""
+        self._stop.patient = True
+        if not self._told:
+            self.handle.event("end", code=error.exit_code, reason=str(error))
+        return error.exit_code
+
     def _attempts(self) -> None:
+        if self.handle.resume is not None:
+            self._replay.earlier = earlier_fault(self.handle.path, self.handle.resume.step)
         ranks = self._first_ranks()
         while (cause := self._attempt(ranks)) is not None:
             ranks = self._go_on(cause)
@@ -118,29 +129,59 @@ class Supervisor:
             self.backend,
             self.screen,
             self._deadlines,
-            lambda: self._asked,
-            self._ask_to_stop,
+            lambda: self._stop.asked,
+            self._stop.ask,
+            lambda: self._meanwhile(attempt),
         )
-        self._training = True
+        self._stop.patient = True
         try:
             seen = attempt.run()
-        except VitgraftError as error:
-            handle.event("end", code=error.exit_code, reason=str(error))
-            raise
         finally:
-            self._training = False
+            self._stop.patient = False
         cause = cause_of(seen)
         if cause is None:
+            self._tell_verdict(self._replay.passed(math.inf))
+            self._see_evaluated(plan)
             handle.event("end", code=0, reason="done")
             return None
         text = self._words(cause, attempt)
         handle.event("end", code=cause.exit_code, reason=text, kind=cause.kind, rank=cause.rank, host=cause.host)
         self._remember(cause, ranks)
         if cause.kind in ("interrupt", "preemption"):
+            self._told = True
             # Ranks end with this code behind a barrier behind the commit.
             behind = all(end.code == PreemptedRun.exit_code for end in seen.ends)
-            raise _stopped(self._asked or signal.SIGTERM, behind=behind)
+            raise stopped(self._stop.asked or signal.SIGTERM, behind=behind)
         return cause
+
+    def _see_evaluated(self, plan: Plan) -> None:
+        """The run is done: tell where nobody was there to evaluate what is due."""
+        wanted = self.recipe.evaluator
+        host = plan.evaluator[0] if plan.evaluator is not None else wanted.host if wanted is not None else None
+        if host is not None and self.roster.is_lost(host) and (text := left_undone(self.handle.path, host)) is not None:
+            self.screen.note(f"WARNING {text}")
+            self.handle.event("evaluator_gave_up", host=host, text=text)
+
+    def _meanwhile(self, attempt: Attempt) -> None:
+        """While ranks train: hear the hosts that take no part, and see whether the replay gets past its step."""
+        self._hear_idle(attempt.hosts)
+        self._tell_verdict(self._replay.passed(attempt.step))
+
+    def _hear_idle(self, used: Collection[str] = ()) -> None:
+        asked, gone = self.roster.hear_idle(used)
+        for host, why in gone.items():
+            self._tell_lost(host, why)
+        for host, number in asked:
+            self._stop.ask(number, host)
+
+    def _tell_lost(self, host: str, why: str) -> None:
+        self.screen.note(f"{host} is lost: {why}")
+        self.handle.event("host_lost", host=host, text=why)
+
+    def _tell_verdict(self, found: Finding | None) -> None:
+        if found is not None:
+            self.screen.note(found.text)
+            self.handle.event(VERDICT, step=found.step, verdict=found.verdict, entries=found.entries)
 
     def _words(self, cause: Cause, attempt: Attempt) -> str:
         """The cause, what to do, and where to read more."""
@@ -159,14 +200,19 @@ class Supervisor:
         if found is not None:
             step, entries = found
         self.record.append(Failure(cause, newest, step, entries, dict(ranks)))
+        self._tell_verdict(self._replay.failed())
 
     def _go_on(self, cause: Cause) -> dict[str, int]:
         """After a failure: wait, find out who answers, and claim the next attempt; returns the ranks of each host."""
-        self._seek_lost_hosts()
+        if self._stop.asked is None:
+            self._settle()
+            self._seek_lost_hosts()
         decision = self._decide()
         if isinstance(decision, Stop):
             self.handle.event("give_up", code=decision.exit_code, text=decision.text)
+            self._told = True
             raise _error(decision.exit_code, decision.text)
+        self._stop.raise_if_asked()
         for note in decision.notes:
             self.screen.note(note)
         self.screen.note(f"{cause.text}; starting again from the newest checkpoint in {decision.delay_s:g} s")
@@ -184,6 +230,13 @@ class Supervisor:
         self.handle.next_attempt()
         return dict(decision.ranks)
 
+    def _settle(self) -> None:
+        """Until each host was heard a moment ago or counts as lost: hosts that die together fall silent one by one."""
+        self._hear_idle()
+        while self.roster.quiet(FRESH_S):
+            time.sleep(0.1)
+            self._hear_idle()
+
     def _seek_lost_hosts(self) -> None:
         lost = [host for host in self.backend.hosts if self.roster.is_lost(host.name)]
         if not lost:
@@ -192,12 +245,18 @@ class Supervisor:
         for host in lost:
             if host.name not in failures:
                 self.handle.event("host_back", host=host.name)
-        for name, why in self._leave_out_unfit().items():
+        unfit, gone = self._examine()
+        for name, why in unfit.items():
             self.screen.note(f"WARNING {name} is left out: {why}")
             self.handle.event("host_unfit", host=name, text=why)
+        for name, why in gone.items():
+            self._tell_lost(name, why)
 
     def _decide(self) -> Restart | Stop:
-        return recovery.decide(self.record, self.backend.hosts, self.roster.answering(), self._worlds(), self._policy)
+        hosts = self.backend.hosts
+        # Who is to stop needs no host any more.
+        answering = self.roster.answering() if self._stop.asked is None else [host.name for host in hosts]
+        return recovery.decide(self.record, hosts, answering, self._worlds(), self._policy, self._replay.earlier)
 
     def _worlds(self) -> list[int]:
         return possible_worlds(self.recipe.train.global_batch, self.recipe.train.accumulation)
@@ -206,14 +265,20 @@ class Supervisor:
         """Connect to all hosts; those that do not answer are left out where the others carry a world."""
         hosts = self.backend.hosts
         failures = self.roster.connect(hosts, again=False)
-        unfit = self._leave_out_unfit()
+        unfit, gone = self._examine()
         if unfit:
             raise ConfigError("; ".join(f"{host}: {reason}" for host, reason in unfit.items()))
+        failures |= gone
         ranks = recovery.place(hosts, self.roster.answering(), self._worlds())
         wanted = sum(host.slots for host in hosts if not host.spare)
-        if ranks is None or (failures and self._policy.max_restarts == 0):
-            why = "; ".join(f"{host}: {reason}" for host, reason in failures.items()) or "no world is possible"
+        why = "; ".join(f"{host}: {reason}" for host, reason in failures.items()) or "no world is possible"
+        if ranks is None:
             raise TrainingError(f"the hosts that answer can carry no world of this recipe; {why}")
+        if failures and self._policy.max_restarts == 0 and sum(ranks.values()) < wanted:
+            raise TrainingError(
+                f"the hosts that answer can carry {sum(ranks.values())} of {wanted} ranks only, and with "
+                f"launch.max_restarts: 0 no host may be missing; {why}"
+            )
         for host, reason in failures.items():
             self.screen.note(f"WARNING {host} does not answer: {reason}")
             self.handle.event("host_absent", host=host, text=reason)
@@ -221,18 +286,20 @@ class Supervisor:
             self.screen.note(f"WARNING going on with {sum(ranks.values())} ranks instead of {wanted}")
         return ranks
 
-    def _leave_out_unfit(self) -> dict[str, str]:
-        """See whether the hosts that answer fit together; those that do not are let go. Returns why."""
+    def _examine(self) -> tuple[dict[str, str], dict[str, str]]:
+        """See whether the hosts that answer fit together; those that do not are let go. Returns why, and why others do
+        not answer any more."""
         links = [self.roster.links[host] for host in self.roster.answering()]
         if self.backend.alone or not links:
-            return {}
+            return {}, {}
         slots = {host.name: host.slots for host in self.backend.hosts}
         unfit, warnings = preflight(links, self.recipe, Path(os.path.abspath(self.handle.path)), slots)
         for warning in warnings:
             self.screen.note(f"WARNING {warning}")
+        gone = {host: why for host in unfit if (why := self.roster.links[host].silent()) is not None}
         for host in unfit:
             self.roster.links[host].close()
-        return unfit
+        return {host: why for host, why in unfit.items() if host not in gone}, gone
 
     def _plan(self, ranks: dict[str, int]) -> Plan:
         launch = self.recipe.launch
@@ -260,7 +327,8 @@ class Supervisor:
             return None
         host = wanted.host or next(iter(ranks))
         if self.roster.is_lost(host):
-            self.screen.note(f"WARNING {host} does not answer; nothing is evaluated until it does")
+            self.screen.note(f"WARNING {absence(host)}")
+            self.handle.event("evaluator_absent", host=host, text=absence(host))
             return None
         facts = self.roster.links[host].facts
         chosen = evaluator_device(
@@ -273,48 +341,11 @@ class Supervisor:
         """Back off; somebody on another node may want to stop meanwhile."""
         until = time.monotonic() + seconds
         while True:
-            for link in self.roster.links.values():
-                for message in link.receive() if link.lost is None else ():
-                    if message.get("say") == "asked":
-                        self._ask_to_stop(int(message["signal"]))
-            if self._asked is not None:
-                raise _stopped(self._asked, behind=False)
+            self._hear_idle()
+            self._stop.raise_if_asked()
             if (left := until - time.monotonic()) <= 0:
                 return
             time.sleep(min(1.0, left))
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        # nohup has had the end of the terminal ignored.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        old = {number: signal.signal(number, self._on_signal) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and number == signal.SIGINT:
-            raise InterruptedRun("interrupted; the same command goes on from the last committed checkpoint")
-        self._ask_to_stop(number)
-        if not self._training and not self._over:
-            # No rank is there that could save: whatever is waited for, e.g. other nodes, is not needed any more.
-            raise _stopped(number, behind=False)
-
-    def _ask_to_stop(self, number: int) -> None:
-        if self._asked is None:
-            self._asked = number
-            self.handle.event("stop_asked", signal=signal_name(number))
-            self.screen.note("stopping behind a checkpoint at the end of this step; Ctrl-C again ends at once")
-
-
-def _stopped(asked: int, *, behind: bool) -> VitgraftError:
-    """What the command ends with when it was asked to."""
-    committed = " behind a committed checkpoint" if behind else ""
-    if asked == signal.SIGINT:
-        return InterruptedRun(f"interrupted{committed}; the same command goes on from the last committed checkpoint")
-    return PreemptedRun(f"stopped{committed}; the same command goes on from the last committed checkpoint")
 
 
 def _error(code: int, text: str) -> VitgraftError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.worlds import check_world
 from vitgraft.data_shards.manifest import Manifest, read_manifest
@@ -57,8 +59,13 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
     if resume == "never" or not all_step_names(run):
         check_start(recipe)
     handle = open_run(run, recipe, resume)
+    screen.keep(handle.path / "logs" / f"supervisor.{os.uname().nodename}.log")
     try:
         Supervisor(handle, recipe, open_backend(handle), screen, os.getcwd()).run()
+    except Exception as error:
+        known = isinstance(error, VitgraftError)
+        screen.record(str(error) if known else "".join(traceback.format_exception(error)))
+        raise
     finally:
         handle.close()
 
@@ -90,8 +97,16 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
         check_world(recipe.train.global_batch, recipe.train.accumulation, world)
         render(recipe, world)
         ssh_args = ssh_arguments(recipe.launch.ssh_args, os.environ)
-        deepspeed_launch.check_folder(Path.cwd())
-        return lambda handle: HostfileBackend(chosen, slots | spares, ssh_args)
+        pdsh = shutil.which("pdsh") is not None
+        if pdsh:
+            deepspeed_launch.check_folder(Path.cwd())
+
+        def over_ssh(handle: RunHandle) -> Backend:
+            if not pdsh:
+                handle.notes.append("pdsh is not installed here: the ranks start over plain ssh")
+            return HostfileBackend(chosen, slots | spares, ssh_args, pdsh, handle.path / "logs")
+
+        return over_ssh
     if where.include or where.exclude:
         raise ConfigError("--include and --exclude choose among the hosts of a --hostfile; name one")
     here = os.uname().nodename
@@ -104,7 +119,7 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
         render(recipe, world)
         return lambda handle: NodeBackend(node, placement.processes, handle.path, handle.lock.fileno())
     render(recipe, placement.processes)
-    return lambda handle: HereBackend(here, placement.processes, handle.lock.fileno())
+    return lambda handle: HereBackend(here, placement.processes, handle.lock.fileno(), handle.path / "logs")
 
 
 def _check_evaluator(recipe: Recipe, hosts: Sequence[str], which: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +36,7 @@ class Screen:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_plain: dict[str, float] = {}
+        self._log: Path | None = None
 
     def __enter__(self) -> Screen:
         if self._console.is_terminal:
@@ -68,8 +71,20 @@ class Screen:
         self._bars.update(self._tasks[label], completed=done, total=total, facts=text, visible=done < total)
 
     def note(self, text: str) -> None:
-        """Show one line."""
+        """Show one line, and record it."""
         self._console.print(f"{self._prefix}{text}", markup=False)
+        self.record(text)
+
+    def keep(self, log: Path) -> None:
+        """Record notes in this file from now on, behind what is there."""
+        self._log = log
+
+    def record(self, text: str) -> None:
+        """Write to the log, with the time, what need not be shown. What finds no room there is lost too."""
+        if self._log is not None:
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n"
+            with contextlib.suppress(OSError), self._log.open("ab") as stream:
+                stream.write(line.encode(errors="backslashreplace"))
 
     def callback(self, label: str) -> Callable[[int, int], None]:
         """A progress callback with a fixed label."""

@@ -29,6 +29,8 @@ from vitgraft.trainer.signals import DRAIN, OF_THE_JOB, ignore_job_signals
 
 ROLE = "evaluator"
 BEAT_S = 1.0
+LATE_S = 90.0
+"""NFS may hide for a minute what another host has committed."""
 NICENESS = 5
 """On a CPU the trainer's ranks come first."""
 SIGNALS = (DRAIN, *OF_THE_JOB)
@@ -122,7 +124,8 @@ def _follow(options: argparse.Namespace, pulse: Pulse, drain: threading.Event, c
     follower = Follower(options.run_dir, options.attempt, recipe, device, backlog, pulse)
     for step in options.give_up:
         follower.give_up(step, "the evaluator has died over it again and again")
-    follower.serve(drain)
+    # By hand a run may be drained that has not come to its last step.
+    follower.serve(drain, LATE_S if child else 0.0)
     if child and pulse.done:
         follower.retain()
 

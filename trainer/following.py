@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,14 @@ class Follower:
         self._evaluator: Evaluator | None = None
         self._board: SummaryWriter | None = None
 
-    def serve(self, drain: threading.Event) -> None:
-        """Work until asked to drain, then until nothing is due; or until another attempt owns the run."""
+    def serve(self, drain: threading.Event, patience: float = 0.0) -> None:
+        """Work until asked to drain, then until nothing is due; or until another attempt owns the run.
+
+        Args:
+            patience: seconds for which, once asked, the checkpoint of the run's last step is waited for. It is
+                committed by then, but storage that hosts share may show it late.
+        """
+        until: float | None = None
         while not self._stale():
             # Asked before looking: what was committed before the signal must be seen.
             drained = drain.is_set()
@@ -63,7 +70,14 @@ class Follower:
             if step is not None:
                 self.evaluate(step)
             elif drained:
-                break
+                until = time.monotonic() + patience if until is None else until
+                if self._last_step in self._settled or patience == 0:
+                    break
+                if time.monotonic() > until:
+                    text = f"the checkpoint of step {self._last_step} does not show within {patience:g} s"
+                    self.pulse.reporter.event("evaluator_gave_up", f"WARNING {text}; it is not evaluated")
+                    break
+                time.sleep(POLL_S)
             else:
                 drain.wait(POLL_S)
         if self._board is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from vitgraft.trainer.monitor_files import attempts, drop_torn_line, read_rows
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+MAX_RANK_CURVES = 16
+"""With more ranks than that, their own times are drawn as one histogram."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +119,20 @@ class Monitor:
         self._points: Any = self._board.file_writer
         self._board.add_text("run/attempts", attempts_table(read_rows(run / "events.jsonl")), first_step)
 
-    def step(self, row: StepRow) -> None:
-        """Write one optimizer step."""
+    def step(self, row: StepRow, own_s: Sequence[float] = ()) -> None:
+        """Write one optimizer step. ``own_s``: the own seconds of each rank (:mod:`vitgraft.trainer.own_time`)."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         self._rows.write(json.dumps(row.as_json()) + "\n")
         self._rows.flush()
         # One event with all points: as one call for each, they would cost several times as much.
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.curves().items()]
+        curves = row.curves()
+        if len(own_s) <= MAX_RANK_CURVES:
+            curves |= {f"ranks/own_s/{rank:02d}": seconds for rank, seconds in enumerate(own_s)}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in curves.items()]
         self._points.add_summary(Summary(value=values), row.step)
+        if len(own_s) > MAX_RANK_CURVES:
+            self._board.add_histogram("ranks/own_s", torch.tensor(own_s), row.step)
 
     def evaluation(self, step: int, figures: dict[str, float], pictures: list[Path]) -> None:
         """Write one evaluation's figures and pictures."""

@@ -95,6 +95,25 @@ def test_an_agent_that_was_left_behind_is_ended_by_its_successor(run: Path) -> N
         link.close()
 
 
+def test_what_it_says_is_kept_and_only_its_own_is_quoted(run: Path) -> None:
+    """Of a log that earlier agents have written to as well."""
+    dies = ["sh", "-c", "echo Traceback >&2; echo 'MemoryError: the last line' >&2; exit 1"]
+    (run / "logs" / "agent.node-1.log").write_text("of an earlier one\n")
+    link = start_agent("node-1", dies, os.environ, None, run / "logs")
+    link.facts = {"cores": 1}  # it has answered before
+    assert link._process is not None
+    assert link._process.wait(20) == 1
+    assert link.ended() == "its agent is gone: MemoryError: the last line"
+    link.close()
+    silent = start_agent("node-1", ["false"], os.environ, None, run / "logs")
+    silent.facts = {"cores": 1}
+    assert silent.ended() == "its agent is gone: ended with code 1"
+    silent.close()
+    log = (run / "logs" / "agent.node-1.log").read_text()
+    assert log.startswith("of an earlier one\nTraceback")
+    assert log.endswith("MemoryError: the last line\n")
+
+
 def test_a_process_that_only_has_the_number_of_an_earlier_agent_lives_on(run: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -200,6 +219,27 @@ def test_a_stop_before_a_rank_listens_is_not_lost(
     finally:
         signal.signal(signal.SIGTERM, old)
         gang.end()
+
+
+def test_roles_find_what_is_forwarded_and_not_what_is_the_ranks_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluator far away reads from the same store, and a checkpointer there copies to it."""
+    found: list[dict[str, str]] = []
+
+    def keeper(*facts: Any) -> Any:
+        found.append(facts[-1])
+        return SimpleNamespace(
+            start=lambda pipe: None, end=lambda: None, make_buffers=lambda ranks: None, for_rank=lambda local: {}
+        )
+
+    monkeypatch.setattr("vitgraft.launch.gang.CheckpointerKeeper", keeper)
+    monkeypatch.setattr("vitgraft.launch.gang.EvaluatorKeeper", keeper)
+    own = {"CUDA_VISIBLE_DEVICES": "3", "OMP_NUM_THREADS": "9", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    forwarded = {"AWS_PROFILE": "cluster", "VITGRAFT_CACHE": "/local"}
+    changes = {"silence": 1.0, "evaluator": {"device": "cpu", "threads": 1}, "ranks": [0], "tickets": "none"}
+    gang = HostGang(Orders.model_validate(orders(run, environment=own | forwarded, **changes)), lambda _: None, None)
+    gang.start()
+    gang.end()
+    assert found == [forwarded, forwarded]
 
 
 def test_a_checkpointer_that_cannot_be_started_again_is_told_of_once(run: Path) -> None:

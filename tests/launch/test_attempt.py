@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ class Played:
         self.handle = open_run(self.run, recipe, "auto")
         self.agents = {"a": PlayedAgent("a", reply), "b": PlayedAgent("b", other or reply)}
         self.asked: int | None = None
+        self.steps: list[int] = []
         links: Any = self.agents
         self.attempt = Attempt(
             self.handle,
@@ -43,8 +47,14 @@ class Played:
             Screen(),
             Deadlines({"start": 0.5}),
             lambda: self.asked,
-            lambda number: setattr(self, "asked", number),
+            lambda number, host: setattr(self, "asked", number),
+            lambda: self.steps.append(self.attempt.step),
         )
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        file = self.run / "events.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [row for row in rows if row["event"] == name]
 
     def orders(self, host: str) -> dict[str, Any]:
         found: dict[str, Any] = next(
@@ -101,6 +111,48 @@ def test_somebody_who_wants_to_stop_waits_for_no_copy(tmp_path: Path) -> None:
     assert [message["drop_copy"] for message in played.agents["a"].told if message["do"] == "drain"] == [False, True]
 
 
+@pytest.mark.parametrize(("asked", "limit", "within"), [(None, 0.5, "0"), (signal.SIGTERM, 3600.0, "1")])
+def test_roles_on_a_disk_that_hangs_are_not_waited_for_longer_than_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, limit: float, within: str
+) -> None:
+    """Nor for long once somebody wants to stop."""
+    monkeypatch.setattr("vitgraft.launch.attempt.ASKED_DRAIN_S", 0.6)
+    played: Played
+
+    def stuck(order: dict[str, Any]) -> list[dict[str, Any]]:
+        if order["do"] != "drain":
+            return obedient({1: -signal.SIGKILL})(order)
+        played.asked = asked
+        return []
+
+    played = Played(tmp_path, obedient({}), stuck)
+    played.attempt.deadlines = Deadlines({"save": limit})
+    started = time.monotonic()
+    cause = cause_of(played.attempt.run())
+    assert 0.5 <= time.monotonic() - started < 10.0
+    assert cause is not None
+    assert cause.kind == "crash"
+    assert played.agents["b"].orders()[-2:] == ["end", "ping"]
+    (event,) = played.events("roles_killed")
+    assert event["hosts"] == ["b"]
+    assert f"not finished within {within} s, its disk may hang" in event["text"]
+
+
+def test_the_last_copy_of_a_run_that_is_done_may_take_longer_than_a_save(tmp_path: Path) -> None:
+    played: Played
+
+    def slow(order: dict[str, Any]) -> list[dict[str, Any]]:
+        if order["do"] == "drain":
+            threading.Timer(0.5, played.agents["b"].say, [{"say": "drained"}]).start()
+            return []
+        return obedient({0: 0, 1: 0})(order)
+
+    played = Played(tmp_path, obedient({0: 0, 1: 0}), slow)
+    played.attempt.deadlines = Deadlines({"save": 0.1})
+    assert cause_of(played.attempt.run()) is None
+    assert played.events("roles_killed") == []
+
+
 def test_the_others_are_ended_after_a_moment(tmp_path: Path) -> None:
     played = Played(tmp_path, obedient({1: -signal.SIGKILL}))
     cause = cause_of(played.attempt.run())
@@ -152,6 +204,21 @@ def test_ranks_that_do_not_get_on_are_ended_and_the_slowest_is_blamed(tmp_path: 
     assert cause is not None
     assert (cause.kind, cause.rank, cause.host) == ("hang", 1, "b")
     assert "end_ranks" in played.agents["a"].orders()
+
+
+def test_meanwhile_it_is_known_at_which_step_the_ranks_are(tmp_path: Path) -> None:
+    def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
+        said = obedient({})(order)
+        if order["do"] == "begin":
+            rank = order["orders"]["ranks"][0]
+            state = {"phase": "step", "step": 8 - rank, "age": 0.0, "quiet": 0.0}
+            said += [{"say": "alive", "ranks": {str(rank): state}, "memory_kills": 0, "free": 1 << 40}]
+            said += ends(0, rank)
+        return said
+
+    played = Played(tmp_path, reply)
+    played.attempt.run()
+    assert played.steps[-1] == 8
 
 
 def test_ranks_that_nobody_has_started_yet_are_not_silent(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from vitgraft.configs.load import validate_recipe
 from vitgraft.launch import checkpointer as module
 from vitgraft.launch import role_process as role_module
 from vitgraft.launch.checkpointer import CheckpointerKeeper
-from vitgraft.launch.role_process import START_S
+from vitgraft.launch.gang import HostGang, Orders
+from vitgraft.launch.role_process import START_S, RoleProcess
 from vitgraft.launch.run_dir import RunHandle
 
 
@@ -72,6 +73,20 @@ def test_a_write_that_hangs_is_told_of_now_and_then(watched: Watched) -> None:
     assert [second for second, _ in told] == [70, 130, 250]
     assert told[0][1].startswith("WARNING checkpoint of step 7 is being written for 60 s")
     assert watched.beat(outstanding=8) is None
+
+
+@pytest.mark.parametrize(("ranks", "follows"), [([0, 1], False), ([2, 3], True)])
+def test_the_checkpointer_is_told_whether_rank_0_is_on_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: list[int], follows: bool
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(RoleProcess, "start", lambda self, pipe, arguments: started.append(arguments))
+    orders: dict[str, Any] = {"run": str(tmp_path), "attempt": 1, "world": 4, "ranks": ranks, "tickets": "t"}
+    orders |= {"arguments": [], "environment": {}, "silence": 30.0, "evaluator": None}
+    gang = HostGang(Orders.model_validate(orders), lambda _: None, None)
+    gang.start()
+    gang.end()
+    assert ["--follow" in arguments for arguments in started] == [follows]
 
 
 def test_a_silence_bound_that_nobody_can_keep_is_refused() -> None:

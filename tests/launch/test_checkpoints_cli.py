@@ -12,6 +12,7 @@ from model_checkpoints import model_of, save_model
 from support import tiny_recipe, vitgraft
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.load import validate_recipe
 from vitgraft.launch.inspection import list_checkpoints, verify_lines
 from vitgraft.launch.pruning import Wanted, prune
@@ -164,7 +165,8 @@ def test_a_blob_stays_while_anybody_may_want_it(run: Path) -> None:
         folder(run, step).rename(run / "set-aside-1" / f"step-{step:08d}")
     tree = json.loads(text)
     del tree["digest"]
-    manifest.write_text(json.dumps({**tree, "frozen": None}))
+    edited = {**tree, "frozen": None}
+    manifest.write_text(json.dumps({**edited, "digest": sha256_of(edited)}))
     list(prune(run, Wanted()))
     assert (steps(run), [path.name for path in (run / "blobs").iterdir()]) == ([8], [tree["frozen"]])
 

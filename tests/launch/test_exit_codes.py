@@ -70,6 +70,22 @@ TABLE: dict[Kind, Row] = {
 }
 
 
+SAVING = {"phase": "save", "step": 3, "age": 4000.0, "quiet": 0.0}
+OUTCOMES: dict[str, Row] = {
+    "a disk turns read-only": Row(error(5, "read_only"), 0, 5),
+    "ranks disagree": Row(error(5), 1, BUDGET_SPENT),
+    "three checkpointers died without a commit": Row(
+        [{"say": "relay", "rank": -1, "message": {"kind": "error", "code": 5, "text": "the checkpointer was killed"}}],
+        1,
+        BUDGET_SPENT,
+    ),
+    "a save waits for a disk that hangs": Row(
+        [{"say": "alive", "ranks": {"0": SAVING, "1": SAVING}, "memory_kills": 0, "free": 1 << 40}], 1, BUDGET_SPENT
+    ),
+}
+"""Rows of the table in docs/checkpoints.md that end an attempt with code 5 and are no kind of their own."""
+
+
 class Played:
     """Replaces what reaches hosts, in each backend."""
 
@@ -78,7 +94,7 @@ class Played:
     agent: PlayedAgent
     """That of the last rank's host."""
 
-    def connect(self, host: Host, *, again: bool) -> Any:
+    def connect(self, host: Host, *, again: bool, since: float) -> Any:
         mine: list[int] = []
 
         def reply(order: Order) -> list[Order]:
@@ -209,6 +225,30 @@ def test_cause_to_exit_code(tmp_path: Path, kind: Kind, backend: Callable[[RunHa
     assert len(events(run, "give_up")) == (kind not in ("preemption", "interrupt"))
     if isinstance(used, ByHostfile):
         assert [launcher.over for launcher in used.launched] == [True] * (1 + row.restarts)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_goes_wrong_with_checkpoints(tmp_path: Path, name: str) -> None:
+    row = OUTCOMES[name]
+    code, run, _ = supervise(tmp_path / "once", here, row, 0)
+    assert (code, len(events(run, "restart"))) == (5, 0)
+    code, run, _ = supervise(tmp_path / "again", here, row, 1)
+    assert (code, len(events(run, "restart"))) == (row.code, row.restarts)
+
+
+@pytest.mark.parametrize(("restarts", "expected"), [(0, 5), (1, 2)])
+def test_a_stale_run_leaves_the_folder_to_its_owner(tmp_path: Path, restarts: int, expected: int) -> None:
+    """Its commit is refused, which fails a rank; no restart takes the run back."""
+
+    class Overtaken(Here):
+        def fail(self) -> None:
+            (self.run / "attempt").write_text("7\n")
+            super().fail()
+
+    row = Row(error(5), 0, expected)
+    code, run, _ = supervise(tmp_path, lambda handle: Overtaken("a", 2, handle.lock.fileno()), row, restarts)
+    assert code == expected
+    assert (run / "attempt").read_text() == "7\n"
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.__name__)

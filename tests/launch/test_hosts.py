@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
-from deepspeed.launcher.multinode_runner import PDSHRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vitgraft.configs.errors import ConfigError
@@ -141,43 +140,7 @@ def test_ssh_arguments() -> None:
         ssh_arguments([], {"VITGRAFT_SSH_CONFIG": "/my files/x"})
 
 
-TEXT = st.text(st.characters(min_codepoint=32, exclude_characters="\x7f", exclude_categories=["Cs", "Cc"]), max_size=30)
-
-
-def through_runner_and_shell(exports: dict[str, str], words: list[str]) -> list[str]:
-    """What a shell makes of the line that DeepSpeed's pdsh backend builds, after pdsh has read its percent signs."""
-    backend = object.__new__(PDSHRunner)
-    backend.args = SimpleNamespace(user_args=words)
-    backend.exports = {}
-    for name, value in exports.items():
-        backend.add_export(name, value)
-    line = "".join(f"export {name}={value}; " for name, value in backend.exports.items())
-    line += " ".join(["printf", r"'%%s\0'", *[f'"${name}"' for name in exports], *backend.parse_user_args()])
-    assert "%" not in line.replace("%%", "")
-    done = subprocess.run(["sh", "-c", line.replace("%%", "%")], capture_output=True, text=True, check=True, env={})
-    return done.stdout.split("\0")[:-1]
-
-
-@settings(deadline=None, max_examples=60)  # each starts a shell
-@given(st.lists(TEXT, min_size=1, max_size=3), st.lists(TEXT.map(str.strip), min_size=1, max_size=3))
-def test_any_argument_and_value_passes_through_the_runner(words: list[str], values: list[str]) -> None:
-    environment = {f"NCCL_{number}": value for number, value in enumerate(values)}
-    lines = deepspeed_launch.environment_file(environment).splitlines(keepends=True)
-    exports = dict(line.split("=", maxsplit=1) for line in lines)
-    command = deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("10.0.0.1", 1), "stand_in", words)
-    given_to_ranks = command[command.index("stand_in") + 1 :]
-    assert through_runner_and_shell(exports, given_to_ranks) == [*values, *words]
-
-
-def test_what_no_line_carries_is_refused() -> None:
-    with pytest.raises(ConfigError, match="control characters"):
-        deepspeed_launch.environment_file({"NCCL_X": "a\nb"})
-    with pytest.raises(ConfigError, match="white space at an end"):
-        deepspeed_launch.environment_file({"NCCL_X": " a"})
-    with pytest.raises(ConfigError, match="no name"):
-        deepspeed_launch.environment_file({"NCCL-X": "a"})
-    with pytest.raises(ConfigError, match="control characters"):
-        deepspeed_launch.runner_command(Path("hosts"), {"a": (0,)}, Meeting("a", 1), "stand_in", ["a\nb"])
+def test_folders_that_no_line_carries_are_refused() -> None:
     for folder in ("/a b", "/a$b", "/a;b", "/a%b", ""):
         with pytest.raises(ConfigError, match="unusual characters"):
             deepspeed_launch.check_folder(folder)  # type: ignore[arg-type]
@@ -211,6 +174,7 @@ def test_what_ranks_and_runner_find_in_their_environment() -> None:
         "CUDA_VISIBLE_DEVICES": "3",
         "OMP_NUM_THREADS": "9",
         "AWS_SECRET_ACCESS_KEY": "secret",
+        "HF_TOKEN": "secret",
         "PYTHONPATH": "$(id)",
         "PDSH_RCMD_TYPE": "rsh",
         "HOME": "/home/me",
@@ -219,6 +183,8 @@ def test_what_ranks_and_runner_find_in_their_environment() -> None:
     assert ranks == {
         "NCCL_IB_HCA": "mlx5",
         "GLOO_SOCKET_IFNAME": "eth0",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "HF_TOKEN": "secret",
         "VITGRAFT_CACHE": "/cache",
         "OMP_NUM_THREADS": "2",
         "DS_ACCELERATOR": "cpu",
@@ -231,4 +197,14 @@ def test_what_ranks_and_runner_find_in_their_environment() -> None:
     alive = "-oServerAliveInterval=10 -oServerAliveCountMax=3"
     assert its_own["PDSH_RCMD_TYPE"] == "ssh"
     assert its_own["PDSH_SSH_ARGS"] == f"-a -x -oBatchMode=yes -p 2222 {alive} %h"
-    assert "PYTHONPATH" not in its_own
+
+
+def test_the_runner_finds_nothing_to_put_on_command_lines() -> None:
+    """What its own code exports on every host, by these beginnings of names, it must not find."""
+    exported = [*runner.EXPORT_ENVS, *CUDA_Accelerator().export_envs(), *CPU_Accelerator().export_envs()]
+    here = {"HOME": "/home/me", **{f"{name}_TOKEN": "secret $(id)" for name in exported}}
+    its_own = deepspeed_launch.runner_environment(here, Path("/runs/a/env"), [])
+    found = {name: value for name, value in its_own.items() if name.startswith(tuple(exported))}
+    assert found == {"PYTHONSAFEPATH": "1"}
+    assert its_own["HOME"] == "/home/me"
+    assert deepspeed_launch.launchers_variables("cuda") == "DS_ACCELERATOR=cuda\n"

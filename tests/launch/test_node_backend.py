@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun
+from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, VitgraftError
 from vitgraft.launch import node_backend as module
+from vitgraft.launch.agent import STOP_SIGNALS
 from vitgraft.launch.hosts import Host
-from vitgraft.launch.node_backend import SECRET, NodeBackend, _connect, _give_up, name_of
+from vitgraft.launch.links import AgentLink
+from vitgraft.launch.node_backend import SECRET, NodeBackend, _connect, _give_up, follow, name_of
 from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.roster import Roster
+from vitgraft.launch.run_state import RunEnd
+from vitgraft.launch.ui import Screen
 from vitgraft.launch.wire import Wire
 
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def connected(place: NodePlace, run: Path) -> int:
+    descriptor = _connect(place, run, None)
+    assert isinstance(descriptor, int)
+    return descriptor
 
 
 def is_closed(descriptor: int) -> bool:
@@ -50,10 +65,9 @@ def backend(places: list[NodePlace], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_node_is_known_by_its_number_and_heard(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:
     assert [host.name for host in backend.hosts] == ["node-0", "node-1", "node-2"]
-    descriptor = _connect(places[2], tmp_path, False)
-    assert descriptor is not None
+    descriptor = connected(places[2], tmp_path)
     wire = Wire(descriptor, descriptor)
-    link = backend.connect(Host(name_of(2), 2), again=False)
+    link = backend.connect(Host(name_of(2), 2), again=False, since=time.monotonic())
     wire.send({"say": "alive"})
     deadline = time.monotonic() + 10
     while not (said := link.receive()):
@@ -67,14 +81,12 @@ def test_a_node_is_known_by_its_number_and_heard(backend: NodeBackend, places: l
 def test_who_is_there_early_waits_and_who_comes_again_replaces_himself(
     backend: NodeBackend, places: list[NodePlace], tmp_path: Path
 ) -> None:
-    first, second = (_connect(places[1], tmp_path, False) for _ in range(2))
-    assert first is not None
-    assert second is not None
+    first, second = (connected(places[1], tmp_path) for _ in range(2))
     deadline = time.monotonic() + 10
     while not backend.waiting() or not is_closed(first):
         assert time.monotonic() < deadline
     assert [link.host for link in backend.waiting()] == ["node-1"]
-    backend.connect(Host("node-1", 2), again=False).close()
+    backend.connect(Host("node-1", 2), again=False, since=time.monotonic()).close()
     assert backend.waiting() == []
     for descriptor in (first, second):
         os.close(descriptor)
@@ -99,7 +111,7 @@ def test_strangers_are_let_go(backend: NodeBackend, places: list[NodePlace], tmp
     with pytest.raises(ValueError, match="does not speak our language"):
         module._introduce(places[1], b"another run's")
     assert backend.waiting() == []
-    assert _connect(places[1], tmp_path, False) is not None  # while one says nothing
+    os.close(connected(places[1], tmp_path))  # while one says nothing
     silent.close()
 
 
@@ -135,7 +147,7 @@ def test_the_secret_is_the_owners_alone_and_goes_with_the_leader(
 def test_a_node_that_does_not_come_is_given_up(backend: NodeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.2)
     with pytest.raises(NoAnswer, match="has not connected"):
-        backend.connect(Host("node-1", 2), again=False)
+        backend.connect(Host("node-1", 2), again=False, since=time.monotonic())
 
 
 def test_a_port_in_use_is_told_at_once(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:
@@ -148,17 +160,155 @@ def test_a_node_without_a_leader_says_what_it_misses(
 ) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.0)
     with pytest.raises(PreemptedRun, match="--run-dir must lie on storage that all nodes share"):
-        _connect(places[1], tmp_path, False)
+        _connect(places[1], tmp_path, None)
     (tmp_path / SECRET).write_bytes(b"secret")
     with pytest.raises(PreemptedRun, match="Connection refused"):
-        _connect(places[1], tmp_path, False)
-    # The run was finished while this node was cut off.
-    start = {"time": 1.0, "event": "start", "attempt": 1, "world": 2}
-    end = {"time": 2.0, "event": "end", "attempt": 1, "code": 0}
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (start, end)))
-    assert _connect(places[1], tmp_path, True) is None
-    with pytest.raises(PreemptedRun):
-        _connect(places[1], tmp_path, False)
+        _connect(places[1], tmp_path, None)
+
+
+START = {"time": 1.0, "event": "start", "attempt": 1, "world": 2}
+FAILED = {"time": 2.0, "event": "end", "attempt": 1, "code": 5, "kind": "crash"}
+
+
+def write_events(run: Path, *events: dict[str, Any]) -> None:
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+@pytest.mark.parametrize(
+    ("events", "code"),
+    [
+        *(([START, {**FAILED, "code": code}], code) for code in (0, 75, 130)),
+        *(([START, FAILED, {"time": 3.0, "event": "give_up", "code": code}], code) for code in (1, 2, 3, 4, 5, 6)),
+        # Not an attempt, but the command.
+        *(([{"time": 3.0, "event": "end", "attempt": 1, "code": code}], code) for code in (2, 4, 5)),
+    ],
+)
+def test_a_node_that_is_cut_off_leaves_as_the_run_did(
+    places: list[NodePlace],
+    tmp_path: Path,
+    events: list[dict[str, Any]],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    following: None,
+) -> None:
+    write_events(tmp_path, *events)
+    end = _connect(places[1], tmp_path, None)
+    assert isinstance(end, RunEnd)
+    assert end.code == code
+    # Its command knows it for an earlier one's, and waits for its own leader.
+    monkeypatch.setattr(module, "WAIT_S", 0.0)
+    with pytest.raises(PreemptedRun, match="no leader within 0 s"):
+        follow(places[1], tmp_path, Screen())
+
+
+def test_a_failure_that_another_attempt_may_follow_is_waited_out(
+    places: list[NodePlace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 0.0)
+    for events in ([START, FAILED], [START, FAILED, {"event": "restart"}], [START, FAILED, {**START, "attempt": 2}]):
+        write_events(tmp_path, *events)
+        with pytest.raises(PreemptedRun, match="no leader within 0 s"):
+            _connect(places[1], tmp_path, None)
+
+
+@pytest.fixture
+def following(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that follow: signals are heard as before when they are over, and nobody waits for long."""
+    monkeypatch.setattr(module, "WAIT_S", 5.0)
+    old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def leading(lead: Callable[[], None]) -> Iterator[None]:
+    """In a thread, as only the first one hears signals, and a node's command wants to."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(lead)
+        yield
+        done.result(30)
+
+
+def came(backend: NodeBackend) -> AgentLink:
+    deadline = time.monotonic() + 10
+    while not backend.waiting():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return backend.waiting()[0]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 6, 75, 130])
+def test_a_node_that_waits_to_take_part_again_leaves_as_the_others(
+    backend: NodeBackend, places: list[NodePlace], tmp_path: Path, code: int, following: None
+) -> None:
+    def lead() -> None:
+        came(backend)
+        Roster(backend, str(tmp_path)).dismiss(code)
+
+    with leading(lead):
+        if code == 0:
+            follow(places[1], tmp_path, Screen())
+        else:
+            with pytest.raises(VitgraftError, match=f"the run ended with code {code}; the leader says why") as end:
+                follow(places[1], tmp_path, Screen())
+            assert end.value.exit_code == code
+    # Whoever comes later finds nobody.
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", places[0].port), timeout=10)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, PreemptedRun), (signal.SIGINT, InterruptedRun)])
+def test_a_node_that_was_asked_to_stop_waits_for_no_other_leader(
+    backend: NodeBackend,
+    places: list[NodePlace],
+    tmp_path: Path,
+    number: signal.Signals,
+    error: type[Exception],
+    following: None,
+) -> None:
+    def lead() -> None:
+        link = came(backend)
+        asked: list[tuple[str, int]] = []
+        roster, deadline = Roster(backend, str(tmp_path)), time.monotonic() + 10
+        while not link.receive():  # from then on it passes signals on
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        while not asked:
+            assert time.monotonic() < deadline
+            asked, _ = roster.hear_idle(())
+        assert asked == [("node-1", number)]
+        backend.close()
+        link.close()  # without a word
+
+    with leading(lead), pytest.raises(error, match="the same command goes on"):
+        follow(places[1], tmp_path, Screen())
+
+
+def test_nodes_share_one_time_in_which_they_are_waited_for(
+    backend: NodeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 20.0)
+    begun = time.monotonic()
+    since = begun - 19.7
+    for node in ("node-1", "node-2"):
+        with pytest.raises(NoAnswer, match="has not connected"):
+            backend.connect(Host(node, 2), again=False, since=since)
+    assert time.monotonic() - begun < 20
+
+
+def test_who_came_and_went_is_not_there(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:
+    os.close(connected(places[1], tmp_path))
+    link, roster, deadline = came(backend), Roster(backend, str(tmp_path)), time.monotonic() + 10
+    while not link.wire.closed:
+        assert time.monotonic() < deadline
+        roster.hear_idle(())
+    with pytest.raises(NoAnswer, match="has not connected"):
+        backend.connect(Host("node-1", 2), again=True, since=time.monotonic())
+    again = connected(places[1], tmp_path)
+    backend.connect(Host("node-1", 2), again=True, since=time.monotonic()).close()
+    os.close(again)
 
 
 def test_a_signal_while_nobody_leads_ends_a_node() -> None:

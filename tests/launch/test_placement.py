@@ -1,7 +1,8 @@
-"""Which device and which GPUs an attempt uses, and what is refused about hosts and slots."""
+"""Which device and which GPUs an attempt uses, where its evaluator is, and what is refused about hosts and slots."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class ByHostfile(HostfileBackend):
 
     agents: dict[str, Any]
 
-    def connect(self, host: Host, *, again: bool) -> Any:
+    def connect(self, host: Host, *, again: bool, since: float) -> Any:
         return self.agents[host.name]
 
     def launcher(self) -> Any:
@@ -81,6 +82,42 @@ def test_the_evaluator_takes_a_gpu_that_no_rank_uses(tmp_path: Path) -> None:
     assert (plan.device, plan.evaluator[0], plan.evaluator[1].device) == ("cuda", "b", "cuda:0")
 
 
+@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_evaluators_host_that_is_gone_is_told_of(tmp_path: Path, when: str, evaluated: bool) -> None:
+    """And the run is done all the same."""
+    made = supervisor(tmp_path, {"a": (0, 1), "b": (0, 1)}, {"a": 0, "b": 0}, val="nowhere", evaluator__host="b")
+    run = made.handle.path
+    if evaluated:
+        # Runs that have no checkpoint are done at step 0.
+        (run / "results" / "step-00000000.json").touch()
+    if when == "before":
+        made.roster.links["b"].close()
+    else:
+        made.backend.agents["b"].gone = "nothing was heard of it"  # type: ignore[attr-defined]
+    assert made._attempt({"a": 2}) is None
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    told = [(event["event"], event.get("host")) for event in events if event["event"].startswith("evaluator")]
+    assert told == [("evaluator_absent", "b"), *([] if evaluated else [("evaluator_gave_up", "b")])]
+    assert events[-1]["code"] == 0
+
+
+def test_an_evaluators_host_needs_no_ranks(tmp_path: Path) -> None:
+    made = supervisor(tmp_path, {"a": (0, 1), "b": (0, 1)}, {"a": 0, "b": 0}, val="nowhere", evaluator__host="b")
+    made.roster.links["b"].facts["cores"] = 6
+    made.roster.links["a"].facts["cores"] = 6
+    plan = made._plan({"a": 2})
+    assert (plan.threads, plan.evaluator[1].threads if plan.evaluator else 0) == (1, 6)
+    beside = made._plan({"a": 2, "b": 2}).evaluator
+    assert beside is not None
+    assert beside[1].threads == 2
+    assert made._attempt({"a": 2}) is None
+    (begin,) = [order["orders"] for order in made.backend.agents["b"].told if order["do"] == "begin"]  # type: ignore[attr-defined]
+    assert (begin["ranks"], begin["evaluator"]) == ([], {"device": "cpu", "threads": 6})
+    events = [json.loads(line)["event"] for line in (made.handle.path / "events.jsonl").read_text().splitlines()]
+    assert events == ["start", "end"]
+
+
 def test_the_gpus_of_ranks(tmp_path: Path) -> None:
     assert list(HostfileBackend([], {"a": (1, 3, 5)}, []).used("a", 2)) == [1, 3]
     assert list(HereBackend("a", 3, 0).used("a", 3)) == [0, 1, 2]
@@ -92,10 +129,10 @@ def test_the_gpus_of_ranks(tmp_path: Path) -> None:
 def test_limits_of_another_world_are_forgotten(tmp_path: Path) -> None:
     slots = {"a": (0, 1)}
     made = supervisor(tmp_path, slots, {"a": 0})
-    for before, left in ({"a": 1, "b": 1}, 100.0), ({"a": 2, "b": 2}, 1800.0):
+    for before, left in ({"a": 1, "b": 1}, 500.0), ({"a": 2, "b": 2}, 1800.0):
         made._deadlines.forget()
         for _ in range(8):
-            made._deadlines.learn("step", 20.0)
+            made._deadlines.learn("step", 100.0)
         made.record.append(Failure(Cause("crash", 5, "it died", "mend it"), 0, hosts=before))
         assert made._attempt(ranks(slots)) is None
         assert made._deadlines.limits()["step"] == left

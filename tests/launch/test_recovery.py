@@ -22,6 +22,7 @@ from vitgraft.launch.recovery import (
     decide,
     left_out,
     non_finite_verdict,
+    open_fault,
     place,
     restarts_in_vain,
 )
@@ -154,10 +155,44 @@ def test_a_loss_that_is_not_finite_is_replayed_first() -> None:
     # It did not come back: a passing fault.
     other = failure("crash", "a", checkpoint=0, step=9)
     assert non_finite_verdict([first, other]) == "passing"
-    assert any("passing fault" in note for note in restart([first, other]).notes)
+    assert non_finite_verdict([first, failure("crash", "a", checkpoint=7)]) == "passing"
+    # That is known then, and not found again at every failure.
+    assert non_finite_verdict([first, other, other]) is None
+    # Newer checkpoints that do not reach its step say nothing.
+    assert non_finite_verdict([first, failure("crash", "a", checkpoint=6)]) is None
     # The replay has not got there: nothing is known.
     assert non_finite_verdict([first, failure("crash", "a", step=5)]) is None
     assert restart([first, failure("non_finite", step=8, entries=["q"])]).skip == frozenset()
+
+
+def test_what_ends_the_replay_before_its_step_does_not_hide_the_data() -> None:
+    first, again = (failure("non_finite", step=7, entries=["x"]) for _ in range(2))
+    early, late = failure("crash", "a", step=5), failure("crash", "a", step=9)
+    assert non_finite_verdict([first, early, again]) == "data"
+    assert "it is the data" in stop([first, early, again]).text
+    assert restart([first, early, again], policy=Policy(non_finite="skip")).skip == {"x"}
+    # It had passed in between, so the samples alone are not the reason.
+    assert non_finite_verdict([first, late, again]) is None
+    # What was found to be the data is over: that it does not come back is no news.
+    assert non_finite_verdict([first, again, late]) is None
+    assert open_fault([first, early]) is first
+    assert open_fault([first, late]) is None
+    assert open_fault([first, again]) is None
+
+
+def test_a_loss_that_was_not_finite_under_an_earlier_supervisor_counts() -> None:
+    earlier, again = (failure("non_finite", step=7, entries=["x"]) for _ in range(2))
+    assert non_finite_verdict([again], earlier) == "data"
+    skipping = Policy(non_finite="skip")
+    found = decide([again], HOSTS, ALL, WORLDS, skipping, earlier)
+    assert isinstance(found, Restart)
+    assert found.skip == {"x"}
+    assert isinstance(decide([again], HOSTS, ALL, WORLDS, Policy(), earlier), Stop)
+    assert non_finite_verdict([failure("crash", "a", step=9)], earlier) == "passing"
+    # Its restarts are not this supervisor's.
+    first = decide([failure("network")], HOSTS, ALL, WORLDS, Policy(max_restarts=1), earlier)
+    assert isinstance(first, Restart)
+    assert first.delay_s == 0.0
 
 
 def test_another_world_puts_others_beside_the_culprit() -> None:

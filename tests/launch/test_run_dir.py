@@ -12,9 +12,10 @@ import pytest
 from support_checkpoints import write
 from support_writers import make_run
 
-from vitgraft.configs.errors import ConfigError, TrainingError
+from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError
+from vitgraft.launch import run_dir
 from vitgraft.launch.run_dir import open_run
-from vitgraft.trainer.checkpoint.commit import set_aside
+from vitgraft.trainer.checkpoint.commit import set_aside, temporary_folder
 from vitgraft.trainer.checkpoint.retention import figures_of, result_path
 
 
@@ -57,6 +58,80 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path: Pa
     assert not path.exists()
 
 
+@pytest.mark.parametrize("look", ["sweep", "newest_valid"])
+@pytest.mark.parametrize("between", [False, True], ids=["a start", "between attempts"])
+def test_a_run_is_taken_before_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str, between: bool
+) -> None:
+    """A killed supervisor's ranks on other hosts live on for a while: what they commit while the newest checkpoint is
+    searched for would be found neither by this attempt nor by its own save of that step."""
+    run, recipe = make_run(tmp_path)
+    first = open_run(run, recipe, "auto")
+    write(run, 3, attempt=first.attempt)
+    if not between:
+        first.close()
+    real, refused = getattr(run_dir, look), []
+
+    def looking(path: Path) -> Any:
+        if not refused:
+            with pytest.raises(CheckpointError, match="attempt 1 is stale, attempt 2 owns the run"):
+                write(run, 6, attempt=1)
+            refused.append(look)
+        return real(path)
+
+    monkeypatch.setattr(run_dir, look, looking)
+    if between:
+        first.next_attempt()
+    handle = first if between else open_run(run, recipe, "auto")
+    handle.close()
+    assert refused
+    assert handle.resume is not None
+    assert (handle.resume.step, handle.attempt) == (3, 2)
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "a link to nowhere"])
+def test_a_run_that_has_lost_its_checkpoints_does_not_start_afresh_by_itself(tmp_path: Path, how: str) -> None:
+    """E.g. because the disk that they lie on is not mounted."""
+    run, recipe = make_run(tmp_path / "run")
+    write(run, 3)
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    if how == "emptied":
+        (run / "checkpoints").mkdir()
+    elif how == "a link to nowhere":
+        (run / "checkpoints").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"those in .*/checkpoints are gone\); restore.* --resume never"
+        ) as caught:
+            open_run(run, recipe, "auto")
+        assert caught.value.exit_code == 4
+    if how == "a link to nowhere":
+        (tmp_path / "elsewhere").rename(tmp_path / "disk")
+        handle = open_run(run, recipe, "auto")
+        assert handle.resume is not None
+    else:
+        handle = open_run(run, recipe, "never")
+        assert handle.resume is None
+        assert not (run / "metrics.jsonl").exists()
+        handle.close()
+        handle = open_run(run, recipe, "auto")
+        assert handle.resume is None
+    handle.close()
+
+
+def test_a_run_that_failed_before_its_first_commit_starts_afresh_by_itself(tmp_path: Path) -> None:
+    run, recipe = make_run(tmp_path)
+    open_run(run, recipe, "auto").close()
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "blobs").mkdir()
+    (run / "blobs" / ("a" * 64)).write_bytes(b"trunk")
+    temporary_folder(run, 3, 1).mkdir()
+    handle = open_run(run, recipe, "auto")
+    handle.close()
+    assert (handle.resume, handle.notes) == (None, [])
+
+
 def test_a_run_that_another_supervisor_has_taken_is_left_to_it(tmp_path: Path) -> None:
     """Where locks do not reach across hosts, two commands may both go on with a run."""
     run, recipe = make_run(tmp_path)
@@ -74,15 +149,17 @@ def test_a_run_that_another_supervisor_has_taken_is_left_to_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("number", "error", "text"),
+    ("number", "cause", "text"),
     [
-        (errno.ENOSPC, TrainingError, "no room for another attempt: No space left on device; make room"),
-        (errno.EDQUOT, TrainingError, "no room for another attempt: Disk quota exceeded; make room"),
-        (errno.EROFS, ConfigError, "cannot be written: Read-only file system"),
+        (errno.ENOSPC, "no_space", "No space left on device; make room"),
+        (errno.EDQUOT, "no_space", "Disk quota exceeded; make room"),
+        (errno.EROFS, "read_only", "Read-only file system; make it writable"),
+        (errno.EACCES, "read_only", "Permission denied; make it writable"),
+        (errno.EIO, None, "Input/output error"),
     ],
 )
-def test_a_full_disk_between_attempts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[ConfigError], text: str
+def test_a_disk_that_cannot_be_written_between_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, cause: str | None, text: str
 ) -> None:
     run, recipe = make_run(tmp_path)
     handle = open_run(run, recipe, "auto")
@@ -91,9 +168,11 @@ def test_a_full_disk_between_attempts(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("vitgraft.launch.run_dir.replace_text", full)
-    with pytest.raises(error, match=text) as caught:
+    with pytest.raises(
+        ConfigError if cause is None else TrainingError, match=rf"cannot be written.*: {text}"
+    ) as caught:
         handle.next_attempt()
-    assert caught.value.cause == ("no_space" if error is TrainingError else None)
+    assert caught.value.cause == cause
     handle.close()
     # At the start it is a matter of where to run.
     with pytest.raises(ConfigError, match=os.strerror(number)):

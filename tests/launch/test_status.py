@@ -31,8 +31,10 @@ def start(attempt: int, when: float, resume: int | None = None) -> dict[str, Any
     return {"time": when, "event": "start", "attempt": attempt, "resume": resume, "world": 4, "device": "cpu"}
 
 
-def end(attempt: int, when: float, code: int, reason: str = "why") -> dict[str, Any]:
-    return {"time": when, "event": "end", "attempt": attempt, "code": code, "reason": reason}
+def end(attempt: int, when: float, code: int, reason: str = "why", kind: str | None = "crash") -> dict[str, Any]:
+    """``kind``: that of an attempt's failure; ``None``: it is the run's end."""
+    facts = {"time": when, "event": "end", "attempt": attempt, "code": code, "reason": reason}
+    return facts if kind is None else facts | {"kind": kind}
 
 
 def row(step: int, attempt: int = 1, **facts: Any) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def run(tmp_path: Path) -> Path:
     (path / "results/step-00000030.json").write_text('{"step": 30, "met')
     for name in ("trainer-0.a.1", "trainer-1.a.1", "trainer-2.b.lan.1", "checkpointer.a.1", "trainer-0.a.7", "notes"):
         (path / f"logs/{name}.log").touch()
+    (path / "logs/agent.10.0.0.1.log").touch()
     return path
 
 
@@ -131,12 +134,11 @@ def event(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("after", "held", "elsewhere", "left"),
     [
-        # It connects again or examines hosts; it pauses; it has given up or was asked to stop meanwhile.
+        # It connects again or examines hosts; it pauses; it was asked to stop and will say so.
         ([], "running", "failed", "failed"),
         (["host_back", "host_unfit"], "running", "failed", "failed"),
         (["host_back", "restart"], "running", "running", "failed"),
-        (["give_up"], "failed", "failed", "failed"),
-        (["restart", "stop_asked"], "failed", "failed", "failed"),
+        (["restart", "stop_asked"], "running", "running", "failed"),
     ],
 )
 def test_between_two_attempts(run: Path, after: list[str], held: str, elsewhere: str, left: str) -> None:
@@ -154,6 +156,33 @@ def test_between_two_attempts(run: Path, after: list[str], held: str, elsewhere:
     status = read_status(run, NOW)
     assert status.state == elsewhere
     assert ("starting again, as far as" in (status.reason or "")) == (elsewhere == "running")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        # Asked to stop while it backed off: what ends the command is not what ended the attempt.
+        ([end(1, 2.0, 5), event("restart"), event("stop_asked"), end(1, 3.0, 75, "x", None)], ("stopped", "x", 75)),
+        # Nothing left to start from.
+        ([end(1, 2.0, 5), event("restart"), end(2, 3.0, 4, "no checkpoint", None)], ("failed", "no checkpoint", 4)),
+        ([end(1, 2.0, 5), {**event("give_up"), "code": 6, "text": "spent"}], ("failed", "spent", 6)),
+        ([end(1, 2.0, 5), {**event("give_up"), "code": 5}], ("failed", "why", 5)),
+    ],
+)
+def test_the_last_word_counts(run: Path, rows: list[dict[str, Any]], expected: tuple[str, str, int]) -> None:
+    write_rows(run / "events.jsonl", [start(1, 1.0), *rows])
+    os.utime(run / "lock", (1.0, 1.0))
+    with owned(run):
+        os.utime(run / "lock", (1.0, 1.0))
+        held = read_status(run, NOW)
+    left = read_status(run, NOW)
+    for status in (held, left):
+        assert (status.state, status.reason, status.exit_code) == expected
+
+
+def test_a_command_that_ended_before_its_first_attempt(run: Path) -> None:
+    write_rows(run / "events.jsonl", [event("stop_asked"), end(1, NOW - 5, 2, "b: another torch", None)])
+    assert (read_status(run, NOW).state, read_status(run, NOW).exit_code) == ("failed", 2)
 
 
 def test_a_run_is_running_while_its_owner_has_the_lock_open(run: Path) -> None:

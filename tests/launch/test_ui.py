@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support_writers import make_run
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.launch import training
+from vitgraft.launch.ui import Screen
 
 SHOWING = """
 import time
@@ -126,3 +133,43 @@ def test_a_broken_pipe_is_well_only_when_it_is_the_output(
         assert python(COMMAND.format(body=body), *arguments, cwd=tmp_path, out=write, err=said.fileno()) == code
     os.close(write)
     assert ("a defect of vitgraft" in (tmp_path / "said").read_text()) == (code == 1)
+
+
+def test_notes_are_kept_behind_earlier_ones(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("of an earlier start\n")
+    screen = Screen()
+    screen.note("before there is a log")
+    screen.keep(log)
+    screen.note("[bold]shown \udcff")
+    screen.record("not shown")
+    first, second, third = log.read_text().splitlines()
+    assert first == "of an earlier start"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[bold\]shown \\udcff", second)
+    assert third.endswith(" not shown")
+    screen.keep(tmp_path / "nowhere" / "log")
+    screen.note("nobody misses it")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("launch.port: taken"), "launch.port: taken\n"),
+        (KeyError("x"), "\n    raise error\nKeyError: 'x'\n"),
+    ],
+)
+def test_the_leaders_log_says_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    """What is shown may not be there to read later."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    for name in ("check_data", "check_model", "Supervisor"):
+        monkeypatch.setattr(training, name, fail if name == "Supervisor" else lambda *_: 1)
+    run, recipe = make_run(tmp_path / "run")
+    with pytest.raises(type(error)):
+        training.train(recipe, run, Screen())
+    (log,) = (run / "logs").glob("supervisor.*.log")
+    assert log.read_text().endswith(said)

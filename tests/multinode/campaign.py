@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -64,10 +65,17 @@ class SupervisedRun:
         self.environment = {**os.environ, **own}
         self.leader: HostProcess | None = None
 
-    def start(self, *arguments: str) -> None:
-        """Give the command on the first host."""
+    def start(self, *arguments: str, pdsh: bool = True) -> None:
+        """Give the command on the first host. ``pdsh``: whether that is installed there."""
         train = [executable(), "train", self.recipe, "--run-dir", self.run, "--hostfile", self.hostfile, *arguments]
         said = f'exec "$@" >>{self.log} 2>&1'  # a pipe that nobody reads would fill
+        if not pdsh:
+            tools = self.folder / "tools"
+            if not tools.exists():
+                tools.mkdir()
+                for name in ("sh", "ssh"):
+                    (tools / name).symlink_to(shutil.which(name) or name)
+            said = f"PATH={tools}; {said}"
         first = next(iter(self.hosts.values()))
         self.leader = first.start("sh", "-c", said, "sh", *train, environment=self.environment, cwd=self.folder)
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
+import psutil
 import pytest
-from multinode.namespaces import Network
-from support import executable, losses, tiny_recipe, train, write_recipe
+from multinode.campaign import RANK
+from multinode.namespaces import Network, wait_for
+from support import executable, losses, train
 
 from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.hosts import choose_slots, parse_hostfile, ssh_arguments
 
 # All that a shell and pdsh give meaning to.
-AWKWARD = "a $HOME `id` \\ \"quoted\" 'single' %n %% %h; echo & (x) * ~ # !"
-
-
-def start_everywhere(
-    hosts: Network, names: list[str], command: list[str], environment: dict[str, str], folder: Path
-) -> tuple[int, str, str]:
-    """Run DeepSpeed's runner on the first host, as a user would."""
-    env_file = folder / "environment"
-    env_file.write_text(deepspeed_launch.environment_file(environment))
-    ssh_args = ssh_arguments([], {"VITGRAFT_SSH_CONFIG": str(hosts.ssh_config)})
-    runner = deepspeed_launch.runner_environment({**os.environ, "PYTHONPATH": "$(id)"}, env_file, ssh_args)
-    return hosts.hosts[names[0]].run(*command, environment=runner, cwd=folder, timeout=200)
+TOKEN = "token $HOME `id` \\ \"quoted\" 'single' %n %% %h; echo & (x) * ~ # !"
 
 
 @pytest.fixture
@@ -35,8 +27,8 @@ def launch_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_arguments_and_environment_arrive_as_they_are(hosts: Network, launch_folder: Path) -> None:
-    """The runner's line passes through pdsh, ssh and a shell; a stand-in for the rank writes down what it got."""
+def test_every_slot_gets_its_ticket(hosts: Network, launch_folder: Path) -> None:
+    """The runner's line passes through pdsh, ssh and a shell; a stand-in for the ticket writes down what it got."""
     module = launch_folder / "stand_in.py"
     module.write_text(
         "import json, os, sys\n"
@@ -45,12 +37,14 @@ def test_arguments_and_environment_arrive_as_they_are(hosts: Network, launch_fol
     )
     (launch_folder / "hostfile").write_text("host1 slots=2\nhost2 slots=4\n")
     slots = choose_slots(parse_hostfile("host1 slots=2\nhost2 slots=4", "hostfile"), include="host1:1@host2:1,3")
-    arguments = ["--run-dir", f"/tmp/{AWKWARD}", "plain", "no'space$HOME%n", ""]
     meeting = Meeting(hosts.hosts["host1"].address, 29511)
+    arguments = ["--agent", "vitgraft-0123"]
     command = deepspeed_launch.runner_command(launch_folder / "hostfile", slots, meeting, "stand_in", arguments)
-    given = {"NCCL_SOMETHING": AWKWARD, "NCCL_OTHER": "plain", "NCCL_EMPTY": "", "GLOO_SOCKET_IFNAME": "eth0"}
-    environment = deepspeed_launch.rank_environment({**given, "HOSTS_OWN": "1"}, device="cpu", threads=3)
-    code, out, error = start_everywhere(hosts, ["host1", "host2"], command, environment, launch_folder)
+    (launch_folder / "environment").write_text(deepspeed_launch.launchers_variables("cpu"))
+    ssh_args = ssh_arguments([], {"VITGRAFT_SSH_CONFIG": str(hosts.ssh_config)})
+    here = {**os.environ, "PYTHONPATH": "$(id)", "NCCL_SOMETHING": TOKEN}
+    runner = deepspeed_launch.runner_environment(here, launch_folder / "environment", ssh_args)
+    code, out, error = hosts.hosts["host1"].run(*command, environment=runner, cwd=launch_folder, timeout=200)
     assert code == 0, error + out
     ranks = [json.loads((launch_folder / f"rank-{rank}").read_text()) for rank in range(3)]
     assert [rank["host"] for rank in ranks] == ["host1", "host2", "host2"]
@@ -58,9 +52,10 @@ def test_arguments_and_environment_arrive_as_they_are(hosts: Network, launch_fol
         local, *rest = rank["arguments"]
         assert local.startswith("--local_rank=")
         assert rest == arguments
-        expected = {**environment, "RANK": str(number), "WORLD_SIZE": "3", "MASTER_ADDR": meeting.address}
+        expected = {"RANK": str(number), "WORLD_SIZE": "3", "MASTER_ADDR": meeting.address, "DS_ACCELERATOR": "cpu"}
+        expected["CUDA_VISIBLE_DEVICES"] = "1" if number == 0 else "1,3"
         assert {name: rank["environment"].get(name) for name in expected} == expected
-        assert "HOSTS_OWN" not in rank["environment"]
+        assert "NCCL_SOMETHING" not in rank["environment"]
         assert "$(id)" not in rank["environment"]["PYTHONPATH"]
 
 
@@ -69,24 +64,52 @@ def test_arguments_and_environment_arrive_as_they_are(hosts: Network, launch_fol
 def test_hosts_give_the_losses_of_one_host(
     hosts: Network, launch_folder: Path, detection_data: Path, count: int
 ) -> None:
-    """22 samples at 6 a step: the fourth batch is short, the fifth of the next epoch."""
-    settings = {"train__steps": 5, "train__global_batch": 6, "train__ema": 0.9}
-    tree = tiny_recipe("detection", detection_data, **settings)
-    recipe = write_recipe(launch_folder / "recipe.yaml", tree)
-    train(recipe, launch_folder / "one", "--processes", str(count))
+    """The quick start's detector, on 22 samples at 6 a step: the fourth batch is short, the fifth of the next epoch.
+
+    What is forwarded reaches every rank as it is, and no command line or file shows it."""
+    recipe = Path("quickstart/detection")
+    settings = [f"data.train.path={detection_data}", "data.val=null", "data.workers=0", "train.epochs=null"]
+    settings += ["train.steps=5", "train.global_batch=6", "train.ema=0.9", "launch.threads=1", "launch.device=cpu"]
+    changes = [word for setting in [*settings, "launch.max_restarts=0"] for word in ("--set", setting)]
+    train(recipe, launch_folder / "one", *changes, "--processes", str(count))
 
     names = list(hosts.hosts)[:count]
     run = launch_folder / "several"
     hostfile = launch_folder / "hostfile"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
     environment = {**os.environ, "VITGRAFT_SSH_CONFIG": str(hosts.ssh_config), "GLOO_SOCKET_IFNAME": "eth0"}
-    command = [executable(), "train", recipe, "--run-dir", run, "--hostfile", hostfile]
-    code, out, error = hosts.hosts[names[0]].run(*command, environment=environment, cwd=launch_folder, timeout=200)
+    command = [executable(), "train", recipe, "--run-dir", run, "--hostfile", hostfile, *changes]
+    leader = hosts.hosts[names[0]].start(*command, environment={**environment, "HF_TOKEN": TOKEN}, cwd=launch_folder)
+    try:
+        for name in names:
+            wait_for(lambda host=hosts.hosts[name]: has_rank(host.running(RANK)), f"a rank on {name}", 120)
+        words = {name: command_lines(host.processes()) for name, host in hosts.hosts.items()}
+        code, out, error = leader.finish(200)
+    finally:
+        leader.shell.kill()
     assert code == 0, error + out
     assert len(losses(run)) == 5
     assert losses(run) == losses(launch_folder / "one")
     assert [p.name for p in (run / "checkpoints").glob("step-*")] != []
+    assert "pdsh" in words[names[0]]
+    assert not [name for name in names if "token $HOME" in words[name]]
+    assert not [file for file in run.rglob("*") if file.is_file() and b"token $HOME" in file.read_bytes()]
     launcher = (run / "logs" / f"deepspeed.{names[0]}.1.log").read_text()
     for name in names:
         assert f"{name}: " in launcher
         assert hosts.hosts[name].running(str(run)) == []
+        assert (run / "logs" / f"agent.{name}.log").exists()
+
+
+def command_lines(processes: list[psutil.Process]) -> str:
+    """What anybody on a host can read of these."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(" ".join(process.cmdline()))
+    return "\n".join(found)
+
+
+def has_rank(processes: list[psutil.Process]) -> bool:
+    """Whether one of them is a rank that was given the token."""
+    return any(process.environ().get("HF_TOKEN") == TOKEN for process in processes)

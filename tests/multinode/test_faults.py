@@ -15,6 +15,8 @@ from multinode.campaign import (
     MANY_S,
     ORPHANS_S,
     OUTCOME_S,
+    RUNNER,
+    SAMPLES,
     SILENCE_S,
     STEPS,
     SupervisedRun,
@@ -47,9 +49,17 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_rank_the_job_and_the_launcher_end(hosts: Network, tmp_path: Path, data: Path, unbroken: Path) -> None:
-    run = SupervisedRun(hosts, tmp_path, write_recipe(tmp_path / "recipe.yaml", recipe_of(data)), TWO)
+def test_ranks_jobs_leaders_and_launchers_end(hosts: Network, tmp_path: Path, data: Path, unbroken: Path) -> None:
+    """With an evaluator on a host of its own, and once without DeepSpeed's launcher."""
+    recipe = recipe_of(data, data__val={"path": str(data)}, evaluator={"host": "host3", "threads": 1})
+    run = SupervisedRun(hosts, tmp_path, write_recipe(tmp_path / "recipe.yaml", recipe), SPARE)
     run.start()
+    run.wait_step(6)
+    at = time.time()
+    hosts.hosts["host3"].kill_processes()
+    assert run.event("evaluator_absent", at, DEATH_S)["host"] == "host3"
+    assert run.event("host_lost", at, DEATH_S)["host"] == "host3"
+
     run.wait_step(8)
     process, host = run.rank(1)
     at = time.time()
@@ -60,8 +70,9 @@ def test_a_rank_the_job_and_the_launcher_end(hosts: Network, tmp_path: Path, dat
     assert run.event("restart", at)["kind"] == "crash"
     begun = run.wait_attempt(2)
     assert begun["resume"] >= 4
+    assert run.event("host_back", at)["host"] == "host3"
 
-    run.wait_step(begun["resume"] + 6)
+    run.wait_step(begun["resume"] + 4)
     at = run.signal(signal.SIGTERM)
     assert run.finish() == 75, run.said()
     assert run.event("stop_asked", at, DEATH_S)["signal"] == "SIGTERM"
@@ -70,9 +81,19 @@ def test_a_rank_the_job_and_the_launcher_end(hosts: Network, tmp_path: Path, dat
     run.assert_nothing_left()
     stopped = run.step()
 
+    run.start(pdsh=False)
+    begun = run.wait_attempt(3)
+    assert begun["resume"] == stopped
+    assert "pdsh is not installed here: the ranks start over plain ssh" in begun["notes"]
+    run.wait_step(stopped + 4)
+    assert hosts.hosts["host1"].running(RUNNER) == []
+    run.signal(signal.SIGKILL)
+    run.finish()
+    run.assert_nothing_left(ORPHANS_S)
+
     run.start()
-    assert run.wait_attempt(3)["resume"] == stopped
-    run.wait_step(stopped + 6)
+    begun = run.wait_attempt(4)
+    run.wait_step(begun["resume"] + 4)
     # The ranks train on until they are ended, perhaps to the last step.
     at = time.time()
     run.runner().kill()
@@ -85,6 +106,10 @@ def test_a_rank_the_job_and_the_launcher_end(hosts: Network, tmp_path: Path, dat
     run.assert_nothing_left()
     run.audit(unbroken, STEPS)
     assert [event["code"] for event in run.events("end")] == [5, 75, 5, 0]
+    result = json.loads((run.view / "results" / f"step-{STEPS:08d}.json").read_text())
+    assert result["samples"] == SAMPLES
+    where = {log.name.split(".")[1] for log in (run.view / "logs").glob("evaluator.*.log")}
+    assert where == {"host3"}
 
 
 @pytest.mark.soak

@@ -81,8 +81,11 @@ def test_a_sample_that_breaks_the_loss_is_named_and_left_out(data: Path, tmp_pat
     left_out = sorted([epoch, position] for epoch, position, _, _ in named)
     assert rows(run / "left_out.jsonl")[1:] == [{"attempt": 2, "step": 3, "entries": left_out}]
     # Its cause, for programs.
-    restarts = [row for row in rows(run / "events.jsonl") if row["event"] == "restart"]
-    assert [row["kind"] for row in restarts] == ["non_finite", "non_finite"]
+    events = rows(run / "events.jsonl")
+    assert [row["kind"] for row in events if row["event"] == "restart"] == ["non_finite", "non_finite"]
+    # The second attempt was the replay: it is the data, and no passing fault because it is left out from then on.
+    (found,) = [row for row in events if row["event"] == "non_finite_verdict"]
+    assert (found["attempt"], found["step"], found["verdict"], found["entries"]) == (2, 3, "data", left_out)
 
     # There was no checkpoint: each attempt made the steps before it again, the same to the last bit.
     losses = {(row["attempt"], row["step"]): row["loss_hex"] for row in rows(run / "metrics.jsonl")}

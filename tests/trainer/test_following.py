@@ -286,6 +286,36 @@ def test_it_follows_until_it_is_asked_to_drain(tmp_path: Path, data: Path) -> No
     assert evaluated(run) == [3, 6, 9]
 
 
+def test_the_last_checkpoint_is_waited_for_where_it_shows_late(tmp_path: Path, data: Path) -> None:
+    """As on NFS, to a host that has not committed it."""
+    run, _ = make_evaluated_run(tmp_path / "run", data, [3], train__steps=6)
+    role = follower(run)
+    thread = threading.Thread(target=role.serve, args=(drained(), 60.0))
+    thread.start()
+    try:
+        while evaluated(run) != [3]:
+            thread.join(0.02)
+        thread.join(2 * following.POLL_S)
+        assert thread.is_alive()
+        add_checkpoint(run, 6)
+    finally:
+        thread.join(30)
+    assert not thread.is_alive()
+    assert evaluated(run) == [3, 6]
+
+
+def test_a_last_checkpoint_that_never_shows_is_given_up(tmp_path: Path, data: Path) -> None:
+    run, _ = make_evaluated_run(tmp_path / "run", data, [3], train__steps=6)
+    role = follower(run)
+    role.serve(drained(), 0.1)
+    assert evaluated(run) == [3]
+    assert texts(role)[-1] == "WARNING the checkpoint of step 6 does not show within 0.1 s; it is not evaluated"
+    assert role.pulse.reporter.messages[-1]["name"] == "evaluator_gave_up"  # type: ignore[attr-defined]
+    by_hand = follower(run)
+    by_hand.serve(drained())
+    assert texts(by_hand) == []
+
+
 def test_what_waited_for_its_evaluation_goes_at_the_end(tmp_path: Path, data: Path) -> None:
     settings = {"train__checkpoint__keep_last": 1, "train__checkpoint__keep_best": "mIoU"}
     run, recipe = make_evaluated_run(tmp_path / "run", data, [3, 6, 9], **settings, evaluator={"backlog": "all"})

@@ -128,6 +128,29 @@ def test_the_curves_of_a_restarted_run(tmp_path: Path) -> None:
     assert "exit 5: full disk" not in texts[0]
 
 
+def test_every_rank_has_a_curve_of_its_own_time(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, 0)
+    for step in (1, 2):
+        monitor.step(row_of(step, 1), [0.25, 0.5 * step])
+    monitor.close()
+    shown = board(tmp_path)
+    assert [tag for tag in shown.Tags()["scalars"] if "own_s/" in tag] == ["ranks/own_s/00", "ranks/own_s/01"]
+    assert [(point.step, point.value) for point in shown.Scalars("ranks/own_s/01")] == [(1, 0.5), (2, 1.0)]
+    assert shown.Tags()["histograms"] == []
+    assert "own_s" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_many_ranks_share_a_histogram(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, 0)
+    monitor.step(row_of(1, 1), [0.25] * 64 + [2.0])
+    monitor.close()
+    shown = board(tmp_path)
+    assert [tag for tag in shown.Tags()["scalars"] if "own_s/" in tag] == []
+    (point,) = shown.Histograms("ranks/own_s")
+    found = point.histogram_value
+    assert (point.step, found.num, found.min, found.max) == (1, 65, 0.25, 2.0)
+
+
 START = {"time": 1.0, "event": "start", "resume": None, "world": 2}
 END = {"time": 9.0, "event": "end", "code": 5, "reason": "full disk"}
 

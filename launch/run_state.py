@@ -1,0 +1,71 @@
+"""Whether a run goes on, and how it ended, from its events alone. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vitgraft.configs.errors import InterruptedRun, PreemptedRun
+
+State = Literal["running", "finished", "stopped", "failed", "dead"]
+_STOPS = (PreemptedRun.exit_code, InterruptedRun.exit_code)
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """The last word about how a run ended. ``when``: seconds since 1970. ``over``: the command left with this code, and
+    not only an attempt, which another one may follow. ``restarting``: one was announced."""
+
+    code: int
+    reason: str | None
+    when: float
+    over: bool
+    restarting: bool = False
+
+
+def run_end(events: Iterable[dict[str, Any]]) -> RunEnd | None:
+    """How a run has ended since it was started last; ``None``: it has not, as far as its events tell.
+
+    What is no proper event is passed over.
+    """
+    end: RunEnd | None = None
+    for event in events:
+        name = event.get("event")
+        if name == "start":
+            end = None
+        elif name == "restart" and end is not None:
+            end = replace(end, restarting=True)
+        elif name in ("end", "give_up"):
+            try:
+                code, when = int(event["code"]), float(event["time"])
+            except (KeyError, TypeError, ValueError):
+                continue
+            reason = event.get("reason", event.get("text"))
+            # A failure of an attempt has a kind; what ends the command for another reason has none.
+            over = name == "give_up" or code in (0, *_STOPS) or "kind" not in event
+            end = RunEnd(code, reason if isinstance(reason, str) else end.reason if end else None, when, over)
+    return end
+
+
+def judge(end: RunEnd | None, started: bool, held: bool | None, claimed: float) -> tuple[State, str | None, int | None]:
+    """State, its reason and the exit code.
+
+    Args:
+        started: whether it ever was.
+        held: whether a process owns the run; ``None``: that cannot be told from here.
+        claimed: when the lock was taken last (seconds since 1970).
+    """
+    if end is not None and not (held and claimed > end.when):
+        if not end.over:
+            # The supervisor that saw this end pauses, connects to the hosts again or examines them.
+            if held:
+                return "running", "starting again", None
+            if held is None and end.restarting:
+                return "running", "starting again, as far as its files tell: it is owned from another host", None
+        return "finished" if end.code == 0 else "stopped" if end.code in _STOPS else "failed", end.reason, end.code
+    if held is None:
+        return "running", "as far as its files tell: it is owned by a process on another host", None
+    if held:
+        return "running", None if started and end is None else "starting", None
+    return "dead", "nobody owns the run, though no end of it is recorded; the same command goes on", None

@@ -1,0 +1,80 @@
+"""Who wants the run to stop, and what the command ends with then."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from vitgraft.configs.errors import InterruptedRun, PreemptedRun, VitgraftError
+from vitgraft.launch.run_dir import RunHandle
+from vitgraft.launch.ui import Screen
+from vitgraft.trainer.signals import signal_name
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@dataclass
+class StopWish:
+    """The wish to stop. ``asked``: the first signal by which it was uttered, here or on another host. ``patient``: a
+    signal is only noted, as ranks train that save first, or as the run is over anyway."""
+
+    handle: RunHandle
+    screen: Screen
+    asked: int | None = None
+    patient: bool = False
+    _hosts: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Signals of this process are heard meanwhile; :meth:`raise_if_asked` in the middle of whatever it does unless
+        patient."""
+        # nohup has had the end of the terminal ignored.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        old = {number: signal.signal(number, self._on_signal) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def ask(self, number: int, host: str = "") -> None:
+        """A signal has come on a host; empty: here. What a scheduler sends comes to all, and is one Ctrl-C.
+
+        Raises:
+            InterruptedRun: Ctrl-C where somebody has asked before.
+        """
+        if host in self._hosts and number == signal.SIGINT:
+            raise InterruptedRun("interrupted; the same command goes on from the last committed checkpoint")
+        self._hosts.add(host)
+        if self.asked is None:
+            self.asked = number
+            self.handle.event("stop_asked", signal=signal_name(number))
+        elif host:
+            return
+        self.screen.note("stopping behind a checkpoint at the end of this step; Ctrl-C again ends at once")
+
+    def raise_if_asked(self) -> None:
+        """Where no rank is there that could save.
+
+        Raises:
+            PreemptedRun, InterruptedRun: somebody has.
+        """
+        if self.asked is not None:
+            raise stopped(self.asked, behind=False)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.ask(number)
+        if not self.patient:
+            # Whatever is waited for, e.g. other nodes, is not needed any more.
+            raise stopped(number, behind=False)
+
+
+def stopped(asked: int, *, behind: bool) -> VitgraftError:
+    """What the command ends with when it was asked to, ``behind`` a committed checkpoint or not."""
+    committed = " behind a committed checkpoint" if behind else ""
+    if asked == signal.SIGINT:
+        return InterruptedRun(f"interrupted{committed}; the same command goes on from the last committed checkpoint")
+    return PreemptedRun(f"stopped{committed}; the same command goes on from the last committed checkpoint")

@@ -1,0 +1,87 @@
+"""The hosts of a run: who is heard, who is gone, who is told."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_agents import PlayedAgent, obedient
+
+from vitgraft.launch.backends import HereBackend
+from vitgraft.launch.hosts import Host
+from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.roster import Roster
+
+ASKED = {"say": "asked", "signal": int(signal.SIGTERM)}
+
+
+class Backend(HereBackend):
+    """Hosts that are played. ``came``: those that wait to take part again."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__("a", 1, 0)
+        self.hosts = [Host(name, 1) for name in names]
+        self.agents = {name: PlayedAgent(name, obedient({})) for name in names}
+        self.came: list[Any] = []
+        self.since: list[float] = []
+
+    def connect(self, host: Host, *, again: bool, since: float) -> Any:
+        self.since.append(since)
+        if self.agents[host.name].gone is not None:
+            raise NoAnswer("gone")
+        return self.agents[host.name]
+
+    def waiting(self) -> list[Any]:
+        return self.came
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend("abc")
+
+
+@pytest.fixture
+def roster(backend: Backend, tmp_path: Path) -> Roster:
+    made = Roster(backend, str(tmp_path))
+    assert made.connect(backend.hosts, again=False) == {}
+    return made
+
+
+def test_hosts_without_work_are_heard_and_missed(backend: Backend, roster: Roster) -> None:
+    waiting = PlayedAgent("d", obedient({}))
+    backend.came.append(waiting)
+    for agent in (*backend.agents.values(), waiting):
+        agent.say({"say": "alive"}, ASKED)
+        agent.gone = "its connection closed"
+    asked, gone = roster.hear_idle({"a"})
+    assert asked == [(host, signal.SIGTERM) for host in "bcd"]
+    assert gone == dict.fromkeys("bc", "its connection closed")
+    assert roster.answering() == ["a"]
+    # What is known is no news, and whoever has work says his to others.
+    assert roster.hear_idle({"a"}) == ([], {})
+    assert len(backend.agents["a"].receive()) == 2
+
+
+def test_quiet_hosts(backend: Backend, roster: Roster) -> None:
+    backend.agents["b"].quiet = backend.agents["c"].quiet = 10.0
+    backend.agents["c"].lost = "let go"
+    assert roster.quiet(3.0) == ["b"]
+
+
+def test_all_are_told_how_the_run_ended(backend: Backend, roster: Roster) -> None:
+    waiting = PlayedAgent("d", obedient({}))
+    backend.came.append(waiting)
+    roster.dismiss(6)
+    for agent in (*backend.agents.values(), waiting):
+        assert {"do": "leave", "code": 6} in agent.told
+        assert agent.lost == "let go"
+
+
+def test_hosts_are_waited_for_together(backend: Backend, roster: Roster) -> None:
+    backend.agents["b"].gone = backend.agents["c"].gone = "gone"
+    backend.since.clear()
+    assert roster.connect(backend.hosts, again=True) == {"b": "gone", "c": "gone"}
+    assert len(backend.since) == 3
+    assert len(set(backend.since)) == 1
