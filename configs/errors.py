@@ -8,10 +8,17 @@ from __future__ import annotations
 import errno
 from typing import Literal
 
-ErrorCause = Literal["lost_peers", "non_finite", "device_memory", "host_memory", "no_space"]
-"""What a supervisor must tell apart, and an exit code does not. ``lost_peers``: another rank went first."""
+ErrorCause = Literal["lost_peers", "non_finite", "device_memory", "host_memory", "no_space", "read_only"]
+"""What a supervisor must tell apart, and an exit code does not. ``lost_peers``: another rank went first.
+``read_only``: a disk or folder that may not be written."""
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_BY_NUMBER: dict[int | None, ErrorCause] = {
+    errno.ENOSPC: "no_space",
+    errno.EDQUOT: "no_space",
+    errno.EROFS: "read_only",
+    errno.EACCES: "read_only",
+    errno.ENOMEM: "host_memory",
+}
 
 
 class VitgraftError(Exception):
@@ -65,11 +72,10 @@ class PreemptedRun(VitgraftError):
 
 
 def cause_of(error: BaseException) -> ErrorCause | None:
-    """What the system said by an error of its own: no space, no memory, nobody at the other end of a connection."""
+    """What the system said by an error of its own: no space, no writing, no memory, nobody at the other end of a
+    connection."""
     if isinstance(error, MemoryError):
         return "host_memory"
     if isinstance(error, ConnectionError):
         return "lost_peers"
-    if isinstance(error, OSError):
-        return "no_space" if error.errno in _NO_SPACE else "host_memory" if error.errno == errno.ENOMEM else None
-    return None
+    return _BY_NUMBER.get(error.errno) if isinstance(error, OSError) else None

@@ -131,7 +131,7 @@ class Keeping:
         os.set_blocking(self.read_end, False)
         self.messages: list[dict[str, Any]] = []
         self.keeper.make_buffers(world)
-        paths = [self.keeper.environment(rank)[BUFFER_VARIABLE] for rank in range(world)]
+        paths = [self.keeper.for_rank(rank)[BUFFER_VARIABLE] for rank in range(world)]
         self.keeper.start(self.write_end)
         self.ranks = [FakeRank(run, path, rank, world, numel) for rank, path in enumerate(paths)]
 

@@ -88,6 +88,8 @@ class Checkpointer:
     recipe: Recipe
     lanes: list[Lane]
     reporter: Reporter
+    leads: bool = True
+    """Whether this is the host of rank 0, the only one that deletes old checkpoints and copies new ones."""
     commits: int = 0
     draining: float | None = None
     outstanding: int | None = None
@@ -98,7 +100,7 @@ class Checkpointer:
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(len(self.lanes), thread_name_prefix="writer")
         url = self.recipe.train.checkpoint.copy_to
-        if url is not None:
+        if url is not None and self.leads:
             self._copy = StoreCopy(self.run, url, lambda text: self.reporter.event("copy_failed", text))
             # A predecessor may have been killed in the middle of it.
             for checkpoint in complete_checkpoints(self.run)[-1:]:
@@ -113,7 +115,7 @@ class Checkpointer:
             if not self.poll() and self.draining is not None:
                 break
             time.sleep(POLL_S)
-        if self.commits:
+        if self.leads:  # evaluations have ended meanwhile, and a predecessor may have died while it deleted
             self._retain(None)
         if self._copy is not None:
             self._copy.close(drop_copy)
@@ -203,7 +205,7 @@ class Checkpointer:
         """Commit if all ranks' shards are there; returns whether the checkpoint is."""
         run, attempt, step = self.run, self.attempt, leader.step
         if commit.is_committed(run, attempt, step):
-            commit.point_to(commit.final_folder(run, step))
+            commit.point_to(commit.final_folder(run, step), attempt)
             return True
         manifest = commit.interrupted_commit(run, attempt, step)
         if manifest is not None:
@@ -273,7 +275,10 @@ class Checkpointer:
 
     def _retain(self, step: int | None) -> None:
         try:
+            commit.check_owner(self.run, self.attempt)
             deleted = retain(self.run, self.recipe, step)
+        except CheckpointError as stale:
+            _log.warning("%s", stale)
         except OSError as error:
             self.reporter.note(f"WARNING an old checkpoint could not be deleted: {error}")
         else:
@@ -287,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory with its config.yaml")
     parser.add_argument("--attempt", type=int, required=True, help="number of this start of the run")
     parser.add_argument("--buffers", nargs="+", required=True, help="hand-over buffers of this host's ranks")
+    parser.add_argument("--follow", action="store_true", help="leave retention and copies to the host of rank 0")
     parser.add_argument("--drain", action="store_true", help="finish what was handed over, then end")
     parser.add_argument("--drop-copy", action="store_true", help="do not wait for the copy to a store then")
     options = parser.parse_args(arguments)
@@ -302,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(str(options.run_dir / "config.yaml"))
         lanes = [Lane(path) for path in options.buffers]
-        checkpointer = Checkpointer(options.run_dir, options.attempt, recipe, lanes, reporter)
+        checkpointer = Checkpointer(options.run_dir, options.attempt, recipe, lanes, reporter, leads=not options.follow)
         threading.Thread(target=_beat, args=(checkpointer,), name="beat", daemon=True).start()
         checkpointer.serve(drain, drop_copy)
     except Exception:  # the launcher starts a successor; this log says why it had to

@@ -13,6 +13,8 @@ class Ema:
         self.decay = decay
         self._flats = flats
         self._averages = [flat.detach().clone() for flat in flats]
+        # By identity: tensors compare by value. Asked for each of thousands at every save.
+        self._of = {id(flat): average for flat, average in zip(flats, self._averages, strict=True)}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -22,4 +24,4 @@ class Ema:
 
     def of(self, flat: Tensor) -> Tensor:
         """The average laid out like ``flat``."""
-        return next(average for average, own in zip(self._averages, self._flats, strict=True) if own is flat)
+        return self._of[id(flat)]

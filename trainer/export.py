@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema import Recipe
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.official_names import trunk_tensors
@@ -53,9 +53,9 @@ def export(
         What the file holds, in one line.
 
     Raises:
-        ConfigError: ``out`` exists or has another suffix; no average; a model that cannot be captured.
+        ConfigError: ``out`` exists, has another suffix or cannot be written; no average; a model that cannot be
+            captured.
         CheckpointError: damaged, or of another model than the recipe's.
-        DataError: ``out`` cannot be written.
     """
     _check_out(out, format, overwrite)
     averaged = EMA in checkpoint.manifest.kinds
@@ -131,7 +131,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         sync_folder(out.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # the writers pass on a full disk in their own way
         why = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise DataError(f"--out {out}: cannot be written: {why}; make room or choose another") from None
+        raise ConfigError(f"--out {out}: cannot be written: {why}; make room or choose another") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -99,7 +99,8 @@ def as_known(error: Exception) -> VitgraftError:
     if cause == "no_space":
         return TrainingError(f"no space left: {first}; free some and start again with the same command", cause=cause)
     if isinstance(error, OSError):
-        return TrainingError(f"{type(error).__name__}: {error}")
+        remedy = "; make it writable and start again with the same command" if cause == "read_only" else ""
+        return TrainingError(f"{type(error).__name__}: {error}{remedy}", cause=cause)
     return VitgraftError(f"a defect of vitgraft: {type(error).__name__}: {error}; the log has the traceback")
 
 

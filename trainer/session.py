@@ -24,8 +24,8 @@ from vitgraft.models.recompute import apply_recompute
 from vitgraft.models.tuning import tuning_report
 from vitgraft.trainer import comm, param_groups
 from vitgraft.trainer.checkpoint.layout import DataState, Normalisation
-from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint, read_weights
-from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, load_model, store_frozen
+from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
+from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, load_checkpoint, store_frozen
 from vitgraft.trainer.checkpoint.savers import Saver, make_saver
 from vitgraft.trainer.deepspeed_config import render
 from vitgraft.trainer.init_from import start_from
@@ -193,7 +193,7 @@ def _load_or_store(model: GraftedModel, run: Path, checkpoint: Checkpoint | None
     """Load all weights before DeepSpeed partitions them, or store what a new run freezes; returns the blob's hash."""
     if checkpoint is not None:
         with checkpoint.reading():
-            load_model(model, read_weights(checkpoint, ema=False), str(checkpoint.path))
+            load_checkpoint(model, checkpoint)
         return checkpoint.manifest.frozen
     digest = store_frozen(run, model) if comm.rank() == 0 else None
     return comm.gather(digest)[0]

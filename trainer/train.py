@@ -287,7 +287,7 @@ class TrainLoop:
             loader_memory=batches.memory(),
             attempt=session.assignment.attempt,
         )
-        self._monitor.step(row)
+        self._monitor.step(row, by_rank)
         session.reporter.progress("train", step, session.last_step, loss=loss, lr=facts.lr, rate=row.images_per_second)
 
     def _checkpoint(self, step: int, *, wait: bool, evaluate: bool) -> None:

@@ -85,7 +85,7 @@ class EvaluatorConfig(Section):
     """What happens when checkpoints come faster than evaluations: ``latest`` evaluates the newest and gives up those
     that it has overtaken; ``all`` evaluates every one, oldest first, and keeps them until then."""
     threads: Positive | None = None
-    """Its CPU threads; ``null``: as many as a rank has."""
+    """Its CPU threads; ``null``: the cores of its host divided by the ranks there and itself."""
 
 
 class DeadlinesConfig(Section):
@@ -169,6 +169,15 @@ class Recipe(Section):
             )
         if self.evaluator is not None and self.data.val is None:
             raise ValueError("evaluator: there is nothing to evaluate on; set data.val, or evaluator to null")
+        return self
+
+    @model_validator(mode="after")
+    def _copies_have_a_role(self) -> Recipe:
+        if self.train.checkpoint.copy_to is not None and self.train.roles == "inline":
+            raise ValueError(
+                "train.checkpoint.copy_to: train.roles inline leaves no role to copy; set copy_to to null, or roles to "
+                "separate"
+            )
         return self
 
     @model_validator(mode="after")

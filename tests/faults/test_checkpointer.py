@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support_checkpoints import write
-from support_writers import FakeRank, Keeping, Told, checkpointer, make_ranks, make_run, poll_until_idle
+from support_kills import Fork
+from support_writers import FakeRank, Keeping, Told, checkpointer, make_ranks, make_run, memfd, poll_until_idle
 
 from vitgraft.configs.errors import CheckpointError, TrainingError
 from vitgraft.trainer import checkpointer as role_module
@@ -135,6 +136,8 @@ def test_killed_at_any_file_operation_a_successor_finishes(
 ) -> None:
     """Retention included: two checkpoints are there, the third is committed, one goes. (The kill of real processes at
     every operation is test_kill_matrix's.)"""
+    drain = threading.Event()
+    drain.set()
 
     def save(folder: Path, number: int | None) -> tuple[Path, list[str]]:
         monkeypatch.undo()
@@ -157,10 +160,10 @@ def test_killed_at_any_file_operation_a_successor_finishes(
             assert found is not None
             assert found.step in (2, 3)
             assert invalid == []
-            poll_until_idle(checkpointer(run, recipe, paths))
+            checkpointer(run, recipe, paths).serve(drain)
         assert all(answer is not None and answer.error is None for answer in map(FakeRank.answer, ranks))
-        commit.sweep(run)  # a killed deletion is finished by the next start
         assert_valid(run, 3)
+        assert {path.name for path in (run / "checkpoints").glob("step-*")} == {"step-00000002", "step-00000003"}
         return run, done
 
     _, operations = save(tmp_path / "whole", None)
@@ -259,6 +262,20 @@ def test_a_beat_says_what_is_outstanding_and_comes_several_times_within_the_sile
     poll_until_idle(role)
     assert beat() is None
     assert pauses == [0.4] * 3
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_the_host_of_rank_0_alone_deletes_and_copies(tmp_path: Path, follows: bool) -> None:
+    store = tmp_path / "store"
+    settings = {"every_steps": 1, "keep_last": 1, "copy_to": f"file://{store}"}
+    run, _ = make_run(tmp_path / "run", train__checkpoint=settings)
+    for step in (1, 2):
+        write(run, step)
+    arguments = ["--run-dir", str(run), "--attempt", "1", "--drain", "--buffers", memfd()[1]]
+    fork = Fork(lambda: role_module.main([*arguments, *(["--follow"] if follows else [])]), run)
+    assert fork.wait() == 0
+    assert len(list((run / "checkpoints").glob("step-*"))) == (2 if follows else 1)
+    assert (newest_valid(store)[0] is None) == follows
 
 
 def test_a_failure_half_answered_is_the_successors_answer_too(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support_checkpoints import manifest_of, write
 from support_kills import Fork, all_ended, until
-from support_writers import FakeRank, make_run, memfd
+from support_writers import FakeRank, Told, make_run, memfd
 
 from vitgraft.launch.run_dir import open_run
 from vitgraft.trainer import checkpointer as role
@@ -19,13 +19,20 @@ from vitgraft.trainer.checkpoint import commit, layout
 from vitgraft.trainer.checkpoint.files import write_safetensors
 from vitgraft.trainer.checkpoint.read import VectorReader, newest_valid
 from vitgraft.trainer.checkpoint.retention import retain
+from vitgraft.trainer.checkpoint.save import RunFacts
+from vitgraft.trainer.checkpoint.savers import InlineSaver
 
 WORLD = 2
 NUMBERS = np.arange(10, dtype=np.float32)
 
 
-def stale_writer(folder: Path, at: int | None) -> tuple[Fork, Path, list[str]]:
-    """Attempt 1 stops at an operation of its save of step 3; attempt 2 writes that step, or the next, when it wakes."""
+def stale_writer(folder: Path, at: int | None, *, late: bool = False, spares: bool = True) -> tuple[Fork, list[str]]:
+    """Attempt 1 stops at an operation of its save of step 3; attempt 2 writes that step, or the next, when it wakes.
+
+    Args:
+        late: it wakes only when attempt 2 has committed.
+        spares: it had not begun to delete, so it deletes nothing.
+    """
     run, recipe = make_run(folder, train__checkpoint={"every_steps": 1, "keep_last": 1})
     open_run(run, recipe, "auto").close()
     write(run, 2)
@@ -58,15 +65,22 @@ def stale_writer(folder: Path, at: int | None) -> tuple[Fork, Path, list[str]]:
                 key = layout.range_key(layout.MASTER, "w", start)
                 values = 0.5 + NUMBERS[start:stop]  # not what the stale attempt has
                 records.append(write_safetensors(target / layout.shard_name(rank), {key: values}))
+            manifest = manifest_of(run, step, records, WORLD, handle.attempt)
+            if late:
+                commit.commit(run, manifest)
+            there = folders(run)
             os.kill(stale.pid, signal.SIGCONT)
             assert stale.wait() == 0
-            commit.commit(run, manifest_of(run, step, records, WORLD, handle.attempt))
+            assert not spares or folders(run) == there
+            if not late:
+                commit.commit(run, manifest)
             found, invalid = newest_valid(run)
             assert found is not None
             assert (found.step, found.manifest.attempt, invalid) == (step, 2, [])
             assert np.array_equal(VectorReader(found).read(layout.MASTER, "w", 0, 10), 0.5 + NUMBERS)
+            assert (run / "checkpoints" / layout.POINTER).read_text() == f"{found.path.name}\n"
             retain(run, recipe, step)
-            assert [path.name for path in (run / "checkpoints").glob("step-*")] == [found.path.name]
+            assert folders(run) == [found.path.name]
     for descriptor, path in buffers:
         buffer = role.HandoverBuffer.attach(path)
         assert buffer is not None
@@ -74,20 +88,48 @@ def stale_writer(folder: Path, at: int | None) -> tuple[Fork, Path, list[str]]:
         assert answer is not None
         errors += [answer.error] if answer.error else []
         os.close(descriptor)
-    return stale, run, errors
+    return stale, errors
 
 
-def test_a_writer_that_wakes_in_a_newer_attempt_touches_nothing(tmp_path: Path) -> None:
-    """Stopped at each operation on the disk; what it is told, where it had not committed, names both attempts."""
-    whole, _, errors = stale_writer(tmp_path / "whole", None)
+def folders(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the newer commit", "after it"])
+def test_a_writer_that_wakes_in_a_newer_attempt_touches_nothing(tmp_path: Path, late: bool) -> None:
+    """Stopped at each operation on the disk; what it is told, where it had not committed, names both attempts. Of a
+    deletion that it had begun it may do the rest."""
+    whole, errors = stale_writer(tmp_path / "whole", None)
     assert errors == []
+    told = max(at for at, operation in enumerate(whole.operations) if operation.endswith("pwrite"))
+    assert told < len(whole.operations) - 1, "it deletes after it has answered"
     refused = 0
-    for at, operation in enumerate(whole.operations):
-        _, _, errors = stale_writer(tmp_path / f"stopped-{at}", at)
+    # What it did not rename before the newer one's start it finds swept, whenever it wakes.
+    first = whole.operations.index("os.rename") - 1 if late else 0
+    for at, operation in enumerate(whole.operations[first:], first):
+        _, errors = stale_writer(tmp_path / f"stopped-{at}", at, late=late, spares=at <= told)
         assert len(errors) in (0, WORLD), operation
         assert all("attempt 1 is stale, attempt 2 owns the run" in error for error in errors), (operation, errors)
         refused += bool(errors)
     assert 0 < refused < len(whole.operations)
+
+
+def test_a_rank_of_an_earlier_attempt_deletes_nothing(tmp_path: Path) -> None:
+    """Of ``train.roles: inline``, where the ranks carry retention out."""
+    run, recipe = make_run(tmp_path, train__roles="inline", train__checkpoint={"every_steps": 1, "keep_last": 1})
+    for step in (1, 2):
+        write(run, step)
+    facts = RunFacts(run, 1, "h", ["a"], layout.Normalisation(mean=[0], std=[1], image_size=[8, 8]), None)
+    told = Told()
+    saver = InlineSaver(recipe, None, facts, 100, told)  # type: ignore[arg-type]
+    saver._checkpoint = newest_valid(run)[0]
+    (run / commit.ATTEMPT).write_text("2\n")
+    saver.tidy()
+    assert len(folders(run)) == 2
+    assert "attempt 1 is stale, attempt 2 owns the run" in told.texts()[0]
+    (run / commit.ATTEMPT).write_text("1\n")
+    saver.tidy()
+    assert folders(run) == ["step-00000002"]
 
 
 @pytest.mark.parametrize("count", range(1, 6))

@@ -31,7 +31,7 @@ def test_each_tensor_has_its_own_average_though_their_values_are_equal() -> None
     ema.update()
     assert ema.of(first).tolist() == [0, 0, 0]
     assert ema.of(second).tolist() == [2, 2, 2]
-    with pytest.raises(StopIteration):
+    with pytest.raises(KeyError):
         ema.of(torch.zeros(3))
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support import tiny_recipe
 
-from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.load import validate_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.models.build import GraftedModel, build_model
@@ -254,6 +254,6 @@ def test_nothing_is_overwritten_or_half_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no average"):
         export(recipe, checkpoint, tmp_path / "b.safetensors", "safetensors", weights="ema")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         export(recipe, checkpoint, tmp_path / "file" / "b.safetensors", "safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.safetensors", "run"]

@@ -37,6 +37,8 @@ FAILURES: dict[str, tuple[Exception, int, ErrorCause | None]] = {
     "NCCL": (torch.distributed.DistBackendError("NCCL error: remote process exited"), 5, "lost_peers"),
     "full": (OSError(errno.ENOSPC, "No space left on device"), 5, "no_space"),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "no_space"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system"), 5, "read_only"),
+    "forbidden": (PermissionError(errno.EACCES, "Permission denied"), 5, "read_only"),
     "host": (MemoryError(), 5, "host_memory"),
     "fork": (OSError(errno.ENOMEM, "Cannot allocate memory"), 5, "host_memory"),
     "torch on a host": (too_much(), 5, "host_memory"),
@@ -80,12 +82,20 @@ def test_they_survive_the_way_out_of_a_loader_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "cause"), [(errno.ENOSPC, "no_space"), (errno.EDQUOT, "no_space"), (errno.EROFS, None)]
+    ("number", "cause"),
+    [
+        (errno.ENOSPC, "no_space"),
+        (errno.EDQUOT, "no_space"),
+        (errno.EROFS, "read_only"),
+        (errno.EACCES, "read_only"),
+        (errno.EIO, None),
+    ],
 )
-def test_a_checkpoint_that_found_no_space(tmp_path: Path, number: int, cause: ErrorCause | None) -> None:
+def test_a_checkpoint_that_could_not_be_written(tmp_path: Path, number: int, cause: ErrorCause | None) -> None:
     """Between the checkpointer and a rank only one line travels."""
     reason = commit.why(OSError(number, os.strerror(number)), tmp_path / "step")
     assert _not_written(3, reason).cause == cause
+    assert (str(tmp_path) in reason) == (cause is not None)
 
 
 def test_a_cache_that_found_no_space(tmp_path: Path) -> None:

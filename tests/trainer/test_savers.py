@@ -13,7 +13,7 @@ import pytest
 import torch
 from support_writers import Told, checkpointer, make_run, memfd, poll_until_idle
 
-from vitgraft.configs.errors import TrainingError
+from vitgraft.configs.errors import CheckpointError, TrainingError
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint import commit, layout, savers
 from vitgraft.trainer.checkpoint.handover import BUFFER_VARIABLE
@@ -183,6 +183,41 @@ def test_the_role_and_the_launcher_decide(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(BUFFER_VARIABLE, memfd()[1])
     assert made(separate) is HandoverSaver
     assert made(inline) is InlineSaver
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_saved_is_restored(tmp_path: Path, optimizer: str, dtype: torch.dtype) -> None:
+    """Read straight to its place, or, where that is no plain memory (a GPU's, another type's), by way of the host."""
+    rank = Rank(tmp_path, optimizer)
+    for _ in range(2):
+        step(rank.engine)
+    rank.saver.begin(3, 12, DATA)
+    poll_until_idle(rank.role)
+    engine = engine_of(optimizer)
+    engine.module.to(dtype)
+    state = TrainerState(engine, ema_decay=0.9)
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.zero_()
+    state.restore(rank.saver.finish())
+    expected, found = rank.state.tensors(), state.tensors()
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert value.dtype == dtype
+        assert (value == expected[key]).all(), key
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("momentum", "adamw"), ("adamw", "momentum"), ("plain", "momentum")])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, wrote: str, reads: str) -> None:
+    rank = Rank(tmp_path, wrote)
+    step(rank.engine)
+    rank.saver.begin(3, 12, DATA)
+    poll_until_idle(rank.role)
+    state = TrainerState(engine_of(reads), ema_decay=0.9)
+    with pytest.raises(CheckpointError, match=r"step-00000003: of another optimizer: it holds the states \["):
+        state.restore(rank.saver.finish())
+    assert not state.engine.optimizer.state
 
 
 def test_an_optimizer_of_unknown_states_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 
 import fsspec
 import pytest
+from support import tiny_recipe
 from support_checkpoints import write
 from support_writers import Told, checkpointer, make_ranks, make_run, poll_until_idle
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.hashing import sha256_of
+from vitgraft.configs.load import validate_recipe
 from vitgraft.trainer.checkpoint import store_copy
+from vitgraft.trainer.checkpoint.handover import BUFFER_VARIABLE
 from vitgraft.trainer.checkpoint.layout import MANIFEST
 from vitgraft.trainer.checkpoint.read import newest_valid, open_checkpoint
 from vitgraft.trainer.checkpoint.retention import delete
+from vitgraft.trainer.checkpoint.savers import make_saver
 from vitgraft.trainer.checkpoint.store_copy import StoreCopy, check_store, copy_checkpoint
 
 
@@ -59,9 +65,9 @@ def _fresh() -> None:
 def frozen(run: Path, step: int) -> Path:
     """A checkpoint with a frozen blob (its content is not looked at here)."""
     path = write(run, step)
-    text = (path / MANIFEST).read_text().replace('"frozen": null', f'"frozen": "{"a" * 64}"')
-    lines = [line for line in text.splitlines() if '"digest"' not in line]
-    (path / MANIFEST).write_text("\n".join(lines).replace("],\n}", "]\n}"))
+    tree = json.loads((path / MANIFEST).read_text()) | {"frozen": "a" * 64}
+    del tree["digest"]
+    (path / MANIFEST).write_text(json.dumps({**tree, "digest": sha256_of(tree)}))
     (run / "blobs").mkdir(exist_ok=True)
     (run / "blobs" / ("a" * 64)).write_bytes(b"trunk")
     return path
@@ -107,6 +113,23 @@ def test_an_earlier_attempts_copy_is_replaced_and_never_mixed(tmp_path: Path) ->
         assert "/b/checkpoints/step-00000001/manifest.json" not in Flaky.store
     copy_checkpoint(open_checkpoint(path), "flaky://b")
     assert Flaky.store["/b/checkpoints/step-00000001/manifest.json"].getvalue() == (path / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize("damaged", ["checkpoints/step-00000001/rank-00001.safetensors", "blobs/" + "a" * 64])
+@pytest.mark.parametrize("lost", [False, True], ids=["cut short", "lost"])
+def test_a_copy_that_is_not_whole_is_made_again_though_its_manifest_is_there(
+    tmp_path: Path, damaged: str, lost: bool
+) -> None:
+    """E.g. because two writers met."""
+    run, _ = make_run(tmp_path / "run")
+    checkpoint, store = open_checkpoint(frozen(run, 1)), tmp_path / "store"
+    copy_checkpoint(checkpoint, f"file://{store}")
+    (store / damaged).write_bytes(b"x")
+    if lost:
+        (store / damaged).unlink()
+    copy_checkpoint(checkpoint, f"file://{store}")
+    assert (store / damaged).read_bytes() == (run / damaged).read_bytes()
+    assert open_checkpoint(store / "checkpoints" / "step-00000001").manifest == checkpoint.manifest
 
 
 def test_a_store_with_hiccups_is_tried_again(tmp_path: Path) -> None:
@@ -209,6 +232,20 @@ def test_a_successor_finishes_an_interrupted_copy(tmp_path: Path) -> None:
     drain.set()
     checkpointer(run, recipe, make_ranks(run, 1)[1]).serve(drain)
     assert newest_valid(tmp_path / "store")[0] is not None
+
+
+def test_copies_that_no_role_would_make_are_refused_or_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = {"copy_to": "file:///store"}
+    with pytest.raises(ConfigError, match=r"train\.checkpoint\.copy_to: train\.roles inline .* or roles to separate"):
+        validate_recipe(tiny_recipe("semantic", "t", train__roles="inline", train__checkpoint=checkpoint), "test")
+    monkeypatch.delenv(BUFFER_VARIABLE, raising=False)
+    told: list[str] = []
+    for settings in ({}, checkpoint):
+        _, recipe = make_run(tmp_path, train__checkpoint=settings)
+        reporter = Told()
+        make_saver(recipe, None, None, 1, reporter)  # type: ignore[arg-type]
+        told += reporter.texts()
+    assert ["not copied to train.checkpoint.copy_to" in text for text in told] == [False, True]
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket", "a::b://c"])

@@ -17,6 +17,7 @@ from vitgraft.trainer.checkpoint.files import (
     remove_tree,
     rename_durably,
     replace_text,
+    sync_file,
     sync_folder,
     write_text_durably,
 )
@@ -36,8 +37,12 @@ from vitgraft.trainer.checkpoint.manifest import read_manifest
 
 TEMPORARY = ".tmp"
 _NO_SPACE = "no space left on the disk of"
+_READ_ONLY = "cannot write to the folder"
 ATTEMPT = "attempt"
 """RUN/attempt: the number of the attempt that owns the run. Another one may not commit."""
+COMMITTED = "committed"
+"""RUN/committed: the first checkpoint's name. While it is there the run does not start afresh by itself, even when
+RUN/checkpoints is lost."""
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -67,13 +72,18 @@ def sweep(run: Path) -> None:
 
 def why(error: BaseException, folder: Path) -> str:
     """One line on why a checkpoint was not written."""
-    if cause_of(error) == "no_space":
+    cause, text = cause_of(error), " ".join(str(error).split())
+    if cause == "no_space":
         return f"{_NO_SPACE} {folder.parent}; free some and start again with the same command"
-    return " ".join(str(error).split())
+    if cause == "read_only":
+        return f"{_READ_ONLY} {folder.parent} ({text}); make it writable and start again with the same command"
+    return text
 
 
 def cause_in(reason: str) -> ErrorCause | None:
     """What a line of :func:`why` says to programs: between roles only the line travels."""
+    if reason.startswith(_READ_ONLY):
+        return "read_only"
     return "no_space" if reason.startswith(_NO_SPACE) else None
 
 
@@ -129,7 +139,7 @@ def commit(run: Path, manifest: Manifest) -> Path:
     expected, written = sorted(expected_files(manifest.world)), sorted(record.path for record in manifest.files)
     if expected != written:
         raise CheckpointError(f"{temporary}: expected the files {expected}, the ranks wrote {written}")
-    write_text_durably(temporary / MANIFEST, seal(manifest).model_dump_json(indent=1))
+    (temporary / MANIFEST).write_text(seal(manifest).model_dump_json(indent=1), encoding="utf-8")
     return publish(run, manifest)
 
 
@@ -138,7 +148,7 @@ def publish(run: Path, manifest: Manifest) -> Path:
 
     Raises:
         CheckpointError: a newer attempt owns the run, or there is a checkpoint of this step.
-        OSError: nothing is committed.
+        OSError: nothing is committed, or the pointer could not be written.
     """
     temporary = temporary_folder(run, manifest.step, manifest.attempt)
     final = final_folder(run, manifest.step)
@@ -146,12 +156,14 @@ def publish(run: Path, manifest: Manifest) -> Path:
     for entry in sorted(temporary.iterdir()):
         if entry.name not in expected:
             remove_file(entry)
+    # Here, because a predecessor may have been killed between writing the manifest and this.
+    sync_file(temporary / MANIFEST)
     sync_folder(temporary)
     if final.exists():
         raise CheckpointError(f"{final}: exists already; a checkpoint is never overwritten")
     check_owner(run, manifest.attempt)
     rename_durably(temporary, final)
-    point_to(final)
+    point_to(final, manifest.attempt)
     return final
 
 
@@ -175,13 +187,27 @@ def owning_attempt(run: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def point_to(final: Path) -> None:
-    """Let the pointer name this checkpoint, unless it does."""
-    pointer, line = final.parent / POINTER, final.name + "\n"
+def point_to(final: Path, attempt: int) -> None:
+    """Let the pointer name this checkpoint, unless it does; and the run say that it has one.
+
+    Raises:
+        CheckpointError: a newer attempt owns the run; the pointer is its own.
+    """
+    pointer, line, run = final.parent / POINTER, final.name + "\n", final.parent.parent
+    if not (run / COMMITTED).exists():
+        replace_text(run / COMMITTED, line)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if pointer.read_text() == line:
             return
-    replace_text(pointer, line)
+    # Of this attempt alone, and swept by the next, like its shards: whenever this one sleeps, it does no harm.
+    temporary = pointer.with_name(f"{POINTER}.{attempt}{TEMPORARY}")
+    write_text_durably(temporary, line)
+    try:
+        check_owner(run, attempt)
+    except CheckpointError:
+        remove_file(temporary)
+        raise
+    rename_durably(temporary, pointer)
 
 
 def set_aside(run: Path, names: list[str], reason: str) -> Path:

@@ -96,6 +96,14 @@ def write_text_durably(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that their names outlive a power failure."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new text, never a part."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -125,9 +133,18 @@ def _unless_gone(function: object, path: object, information: tuple[object, Base
         raise information[1]
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to a file durable, whoever wrote it."""
+    _sync(path, os.O_RDONLY)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -99,14 +99,15 @@ class Manifest(BaseModel):
     scalars: dict[str, FiniteFloat]
     """Scalar states of the optimizer, e.g. its step count."""
     groups: list[dict[str, Any]]
-    """Hyper-parameters of each parameter group, with the names of its parameters."""
+    """Hyper-parameters of each parameter group at this step, in the optimizer's order: for people. A resume takes
+    them, and which parameter is in which group, from the recipe, which must have the same hash."""
     frozen: Sha256 | None
     """SHA-256 of the blob with the frozen parameters, if any."""
     code_version: str
     created: FiniteFloat
     files: list[FileRecord]
     digest: Sha256 | None = None
-    """SHA-256 of everything else in the manifest (:func:`seal`); checkpoints of before there was one lack it."""
+    """SHA-256 of everything else in the manifest (:func:`seal`); ``None`` until it is written."""
 
 
 def seal(manifest: Manifest) -> Manifest:

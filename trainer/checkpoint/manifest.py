@@ -32,8 +32,7 @@ def read_manifest(file: Path) -> Manifest:
         if version != SCHEMA:
             raise CheckpointError(f"{file}: schema {version!r}, this vitgraft reads {SCHEMA}; use a matching one")
         digest = sha256_of({key: value for key, value in tree.items() if key != "digest"})
-        # Absent in checkpoints of before there was one; nobody ever wrote null.
-        if tree.get("digest", digest) != digest:
+        if tree.get("digest") != digest:
             raise CheckpointError(f"{file}: was edited or damaged: its content does not have the digest it states")
         return Manifest.model_validate(tree)
     except OSError as error:

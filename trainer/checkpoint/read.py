@@ -6,17 +6,16 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vitgraft.configs.errors import CheckpointError
 from vitgraft.configs.hashing import sha256_file
@@ -30,10 +29,14 @@ from vitgraft.trainer.checkpoint.layout import (
     intersections,
     parse_range_key,
     parse_step,
+    range_key,
 )
 from vitgraft.trainer.checkpoint.manifest import read_manifest
+from vitgraft.trainer.checkpoint.shard_file import ShardFile, open_safetensors
 
 MAX_HASH_THREADS = 16
+READ_THREADS = 4
+"""Of each rank: reading is the kernel's work, and ranks share a host."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{path / record.path}: {state}, the manifest says {record.bytes} bytes")
     if parse_step(path.name) not in (None, manifest.step):
-        raise CheckpointError(f"{path}: the manifest is of step {manifest.step}")
+        raise CheckpointError(f"{file}: the manifest is of step {manifest.step}")
     return Checkpoint(path, manifest)
 
 
@@ -227,18 +230,16 @@ class VectorReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.path
-        self._handles: list[Any] = []
+        self._files: list[ShardFile] = []
         self._index: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
         manifest = checkpoint.manifest
         sizes = {name: math.prod(shape) for name, shape in manifest.parameters.items()}
         for number, record in enumerate(r for r in manifest.files if r.path != BUFFERS):
             file = checkpoint.path / record.path
-            handle = open_safetensors(file)
-            self._handles.append(handle)
-            for key in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+            self._files.append(ShardFile(file))
+            for key, stored in self._files[-1].tensors.items():
                 kind, name, start = parse_range_key(key)
-                piece = handle.get_slice(key)
-                shape, dtype = piece.get_shape(), piece.get_dtype()
+                shape, dtype = list(stored.shape), stored.dtype
                 if kind not in manifest.kinds or name not in sizes:
                     raise CheckpointError(f"{file}: {key}: the manifest knows no such vector")
                 if dtype != "F32" or len(shape) != 1:
@@ -253,42 +254,38 @@ class VectorReader:
                 if start < end:
                     raise CheckpointError(f"{self.path}: two shards hold element {start} of {kind} of {name}")
 
-    def read(
-        self, kind: str, name: str, start: int, stop: int, out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
+    def read(self, kind: str, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Elements [start, stop) of a vector, float32.
 
-        Args:
-            out: where they go, of that length; ``None``: into a new array.
-
         Raises:
-            CheckpointError: the vector is absent or has a gap.
+            CheckpointError: as in :meth:`fill`.
         """
-        ranges = self._index.get((kind, name), [])
-        if not ranges and start < stop:
-            raise CheckpointError(
-                f"{self.path}: holds no {kind} of parameter {name}: it is of another model or optimizer"
-            )
-        out = np.empty(stop - start, np.float32) if out is None else out
-        where = f"{self.path}: {kind} of {name}"
-        for index, low, high in intersections([(a, b) for a, b, _ in ranges], start, stop, where):
-            first, _, number = ranges[index]
-            piece = self._handles[number].get_slice(f"{kind}|{name}|{first}")[low - first : high - first]
-            out[low - start : high - start] = piece
+        out = np.empty(stop - start, np.float32)
+        self.fill([(kind, name, start, out)])
         return out
 
+    def fill(self, wanted: Iterable[tuple[str, str, int, NDArray[np.float32]]]) -> None:
+        """Read ranges into contiguous arrays, several at a time: (kind, parameter, first element, array), each of as
+        many elements as its array has.
 
-def open_safetensors(path: Path) -> Any:
-    """A safetensors file as numpy arrays. The library bounds the header (100 MB) and refuses tensors that overlap,
-    leave gaps or reach beyond the file.
-
-    Raises:
-        CheckpointError: not a readable safetensors file.
-    """
-    try:
-        return safe_open(str(path), framework="np")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+        Raises:
+            CheckpointError: a vector is absent or has a gap, or its file cannot be read.
+        """
+        pieces: dict[int, list[tuple[int, NDArray[np.float32]]]] = {}
+        for kind, name, start, out in wanted:
+            ranges, stop = self._index.get((kind, name), []), start + len(out)
+            if not ranges and start < stop:
+                raise CheckpointError(
+                    f"{self.path}: holds no {kind} of parameter {name}: it is of another model or optimizer"
+                )
+            where = f"{self.path}: {kind} of {name}"
+            for index, low, high in intersections([(a, b) for a, b, _ in ranges], start, stop, where):
+                first, _, number = ranges[index]
+                offset = self._files[number].tensors[range_key(kind, name, first)].offset + 4 * (low - first)
+                pieces.setdefault(number, []).append((offset, out[low - start : high - start]))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for number, of_file in pieces.items():
+                self._files[number].read(of_file, pool)
 
 
 def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -304,8 +301,13 @@ def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
         raise CheckpointError(f"{path}: holds a tensor that cannot be read: {error}") from None
 
 
-def read_weights(checkpoint: Checkpoint, *, ema: bool = True) -> dict[str, NDArray[np.generic]]:
+def read_weights(
+    checkpoint: Checkpoint, *, ema: bool = True, places: Mapping[str, NDArray[np.float32]] | None = None
+) -> dict[str, NDArray[np.generic]]:
     """The whole state of the model: trained weights (the average where there is one), frozen weights and buffers.
+
+    Args:
+        places: contiguous arrays, of the right shapes, for trained weights to be read into instead of into new ones.
 
     Raises:
         CheckpointError: incomplete or damaged.
@@ -313,9 +315,9 @@ def read_weights(checkpoint: Checkpoint, *, ema: bool = True) -> dict[str, NDArr
     manifest = checkpoint.manifest
     kind = EMA if ema and EMA in manifest.kinds else MASTER
     reader = VectorReader(checkpoint)
-    state: dict[str, NDArray[np.generic]] = {}
-    for name, shape in manifest.parameters.items():
-        state[name] = reader.read(kind, name, 0, math.prod(shape)).reshape(shape)
+    weights = {name: np.empty(shape, np.float32) for name, shape in manifest.parameters.items()} | dict(places or {})
+    reader.fill((kind, name, 0, weight.reshape(-1)) for name, weight in weights.items())
+    state: dict[str, NDArray[np.generic]] = {**weights}
     if manifest.frozen is not None:
         state.update(read_all(blob_path(checkpoint.run, manifest.frozen)))
     state.update(read_all(checkpoint.path / BUFFERS))

@@ -18,6 +18,7 @@ from vitgraft.trainer.checkpoint.layout import MANIFEST, step_name
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 
 MAX_RESULT_BYTES = 64 << 20
+_DELETED = f".deleted{TEMPORARY}"
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,18 @@ def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list
 
 def delete(run: Path, steps: Collection[int]) -> list[str]:
     """Delete checkpoints, but none that somebody reads (it holds a shared lock on the manifest); returns the names.
+    What an interrupted deletion has left goes too.
 
     Raises:
         OSError: one could not be deleted; the others are.
     """
     deleted: list[str] = []
     failure: OSError | None = None
+    for half in sorted((run / "checkpoints").glob(f"*{_DELETED}")):
+        try:
+            remove_tree(half)
+        except OSError as error:
+            failure = failure or error
     for step in sorted(steps):
         path = run / "checkpoints" / step_name(step)
         try:
@@ -151,7 +158,7 @@ def delete(run: Path, steps: Collection[int]) -> list[str]:
 
 
 def _delete(path: Path) -> bool:
-    doomed = path.with_name(f"{path.name}.deleted{TEMPORARY}")
+    doomed = path.with_name(f"{path.name}{_DELETED}")
     try:
         # Not to write: over NFS and SMB only a file that is open for writing can be locked for one alone.
         with (path / MANIFEST).open("r+b") as stream:

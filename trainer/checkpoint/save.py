@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from vitgraft.configs.errors import CheckpointError, TrainingError
 from vitgraft.trainer import comm
+from vitgraft.trainer.checkpoint.code_version import code_version
 from vitgraft.trainer.checkpoint.commit import why
-from vitgraft.trainer.checkpoint.files import sync_folder, write_safetensors
+from vitgraft.trainer.checkpoint.files import make_folders, sync_folder, write_safetensors
 from vitgraft.trainer.checkpoint.layout import EMA, MASTER, DataState, Manifest, Normalisation, range_key
-from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path
+from vitgraft.trainer.checkpoint.read import Checkpoint, VectorReader, blob_path, read_weights
 from vitgraft.trainer.deepspeed_state import (
     Fragment,
     fragments,
@@ -103,7 +104,7 @@ class TrainerState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Read this rank's ranges, whatever world and stage wrote them. The model's own weights were loaded before
-        ``deepspeed.initialize`` (see :func:`load_model`).
+        ``deepspeed.initialize`` (see :func:`load_checkpoint`).
 
         Raises:
             CheckpointError: of another model or optimizer, or damaged.
@@ -113,18 +114,25 @@ class TrainerState:
             raise CheckpointError(f"{checkpoint.path}: {_first_difference(manifest.parameters, self.shapes)}")
         reader = VectorReader(checkpoint)
         states = [kind for kind in manifest.kinds if kind not in (MASTER, EMA)]
+        if sorted(states) != sorted(self.states):
+            raise CheckpointError(
+                f"{checkpoint.path}: of another optimizer: it holds the states {sorted(states)}, this one keeps "
+                f"{sorted(self.states)}"
+            )
         install_states(self.engine, self.flats, states, manifest.scalars)
-        for fragment in self.fragments:
-            targets = {MASTER: fragment.flat, **tensor_states(self.engine, fragment.flat)}
-            if self.ema is not None:
-                targets[EMA] = self.ema.of(fragment.flat)
-            for kind, target in targets.items():
-                view = fragment.view(target)
-                # On the CPU straight to its place: every further pass over the memory costs as much as reading it.
-                place = view.numpy() if view.device.type == "cpu" and view.dtype == torch.float32 else None
-                values = reader.read(kind, fragment.name, fragment.start, fragment.stop, out=place)
-                if place is None:
-                    view.copy_(torch.from_numpy(values))
+        sources = {id(flat): self._sources(flat) for flat in self.flats}
+        # One kind after the other, which bounds what lies on the host for a GPU.
+        for kind in self.kinds():
+            views = [fragment.view(sources[id(fragment.flat)][kind]) for fragment in self.fragments]
+            # On the CPU straight to its place: every further pass over the memory costs as much as reading it.
+            read = [view if _is_readable(view) else torch.empty(view.shape, dtype=torch.float32) for view in views]
+            reader.fill(
+                (kind, fragment.name, fragment.start, values.numpy())
+                for fragment, values in zip(self.fragments, read, strict=True)
+            )
+            for view, values in zip(views, read, strict=True):
+                if values is not view:
+                    view.copy_(values)
 
     def groups(self) -> list[dict[str, Any]]:
         """The hyper-parameters of each parameter group: plain values."""
@@ -153,7 +161,7 @@ class TrainerState:
             scalars=scalar_states(self.engine, self.flats),
             groups=self.groups(),
             frozen=facts.frozen,
-            code_version=version("vitgraft"),
+            code_version=code_version(),
             created=time.time(),
             files=[],
         )
@@ -173,6 +181,10 @@ def state_names(optimizer: torch.optim.Optimizer) -> list[str]:
     raise TrainingError(f"optimizer {name}: its states are not known, so it cannot be saved; use adamw or sgd")
 
 
+def _is_readable(view: Tensor) -> bool:
+    return view.device.type == "cpu" and view.dtype == torch.float32
+
+
 def _first_difference(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> str:
     for name, shape in ours.items():
         if name not in theirs:
@@ -189,11 +201,32 @@ def load_model(model: nn.Module, weights: dict[str, NDArray[np.generic]], where:
     Raises:
         CheckpointError: names the first tensor that is missing, unexpected or of another shape.
     """
-    own = model.state_dict()
+    _check_keys(model.state_dict(), weights, where)
+    model.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()})
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the weights to go on from (not their average), straight to their places where these are plain memory.
+
+    Raises:
+        CheckpointError: as in :func:`load_model`, or damaged; the model is then partly loaded.
+    """
+    shapes = checkpoint.manifest.parameters
+    places = {
+        name: parameter.detach().numpy()
+        for name, parameter in model.named_parameters()
+        if _is_readable(parameter) and parameter.is_contiguous() and list(parameter.shape) == shapes.get(name)
+    }
+    weights = read_weights(checkpoint, ema=False, places=places)
+    _check_keys(model.state_dict(), weights, str(checkpoint.path))
+    rest = {name: torch.from_numpy(np.asarray(value)) for name, value in weights.items() if name not in places}
+    model.load_state_dict(rest, strict=False)
+
+
+def _check_keys(own: dict[str, Tensor], weights: dict[str, NDArray[np.generic]], where: str) -> None:
     problem = _first_difference_of_keys(own, weights)
     if problem:
         raise CheckpointError(f"{where}: a checkpoint of another model: {problem}")
-    model.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()})
 
 
 def _first_difference_of_keys(own: dict[str, Tensor], weights: dict[str, NDArray[np.generic]]) -> str | None:
@@ -212,12 +245,13 @@ def store_frozen(run: Path, model: nn.Module) -> str | None:
     if not frozen:
         return None
     folder = run / "blobs"
-    folder.mkdir(exist_ok=True)
     temporary = folder / "frozen.tmp"
     try:
+        make_folders(folder)
         record = write_safetensors(temporary, frozen)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise TrainingError(f"frozen trunk not written: {why(error, temporary)}") from None
     final = blob_path(run, record.sha256)
     os.replace(temporary, final)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
+from vitgraft.configs.errors import CheckpointError, TrainingError, VitgraftError, cause_of
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint import commit
@@ -80,7 +80,10 @@ def make_saver(recipe: Recipe, state: TrainerState, facts: RunFacts, last_step: 
     if recipe.train.roles == "separate" and path is not None:
         return HandoverSaver(state, facts, last_step, path)
     if recipe.train.roles == "separate" and comm.rank() == 0:
-        reporter.note(f"train.roles: separate, but {BUFFER_VARIABLE} names no buffer; checkpoints are written inline")
+        copy = "" if recipe.train.checkpoint.copy_to is None else ", and not copied to train.checkpoint.copy_to"
+        reporter.note(
+            f"train.roles: separate, but {BUFFER_VARIABLE} names no buffer; checkpoints are written inline{copy}"
+        )
     return InlineSaver(recipe, state, facts, last_step, reporter)
 
 
@@ -161,9 +164,11 @@ class InlineSaver:
     def tidy(self) -> None:
         """Delete what the policy does not keep."""
         if comm.rank() == 0 and self._checkpoint is not None:
+            run = self._facts.run
             try:
-                retain(self._facts.run, self._recipe, self._checkpoint.step)
-            except OSError as error:
+                commit.check_owner(run, self._facts.attempt)
+                retain(run, self._recipe, self._checkpoint.step)
+            except (OSError, CheckpointError) as error:
                 self._reporter.note(f"WARNING an old checkpoint could not be deleted: {error}")
 
     def _attempt_write(self, folder: Path) -> list[FileRecord] | str:

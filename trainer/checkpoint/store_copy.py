@@ -119,19 +119,26 @@ def copy_checkpoint(checkpoint: Checkpoint, url: str) -> None:
         return str(file_system(join(url, relative))[1])
 
     manifest, content = place(f"checkpoints/{name}/{MANIFEST}"), (checkpoint.path / MANIFEST).read_bytes()
-    if system.exists(manifest):
-        if system.cat_file(manifest) == content:
-            return
-        system.rm_file(manifest)  # of an earlier attempt: its files are replaced now
-    if (run / "config.yaml").is_file():
-        _put(system, run / "config.yaml", place("config.yaml"))
+    files = {place(f"checkpoints/{name}/{r.path}"): checkpoint.path / r.path for r in checkpoint.manifest.files}
+    blobs = {}
     if checkpoint.manifest.frozen is not None:
         blob = blob_path(run, checkpoint.manifest.frozen)
-        target = place(f"blobs/{blob.name}")
-        if _size(system, target) != blob.stat().st_size:
-            _put(system, blob, target)
-    for record in checkpoint.manifest.files:
-        _put(system, checkpoint.path / record.path, place(f"checkpoints/{name}/{record.path}"))
+        blobs = {place(f"blobs/{blob.name}"): blob}
+
+    def there(target: str, source: Path) -> bool:
+        return _size(system, target) == source.stat().st_size
+
+    if system.exists(manifest):
+        if system.cat_file(manifest) == content and all(there(*pair) for pair in (blobs | files).items()):
+            return
+        system.rm_file(manifest)  # of an earlier attempt, or of files that were lost since: they are replaced now
+    if (run / "config.yaml").is_file():
+        _put(system, run / "config.yaml", place("config.yaml"))
+    for target, source in blobs.items():
+        if not there(target, source):
+            _put(system, source, target)
+    for target, source in files.items():
+        _put(system, source, target)
     system.pipe_file(manifest, content)
     system.pipe_file(place(f"checkpoints/{POINTER}"), f"{name}\n".encode())
 
