@@ -16,10 +16,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt launch/install.sh
 demo: $(STAMP)
 	$(BIN)/vitgraft demo --out runs/demo
 
-# First what runs in one process, on all cores; then what starts ranks, which need the cores for themselves.
+# First what runs in one process, on all cores; then what starts ranks, which wait for each other half of the time: two at once.
 test: $(STAMP)
 	$(BIN)/pytest -m "not soak and not ranks" -n logical --maxprocesses 8 --dist worksteal --durations 15
-	$(BIN)/pytest -m "not soak and ranks" --durations 25
+	$(BIN)/pytest -m "not soak and ranks" -n 2 --dist loadgroup --durations 25
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak

@@ -22,10 +22,15 @@ _WITH_RANKS = {"runs", "multinode"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts ranks, by folder, so that make test runs it after all else."""
+    """Mark what starts ranks, by folder, so that make test runs it after all else.
+
+    A file stays in one process there, and all hosts do: they share data, runs and a network.
+    """
     for item in items:
         if item.path.parent.name in _WITH_RANKS:
             item.add_marker("ranks")
+            group = item.path.stem if item.path.parent.name == "runs" else item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
