@@ -152,7 +152,8 @@ def _failures(seen: Observation) -> Iterator[tuple[float, Cause]]:
         hang = seen.hang
         who = "no rank" if hang.rank is None else f"rank {hang.rank} on {hang.host} does not"
         rest = "gets on" if hang.rank is None else "get on"
-        text = f"{who} {rest}: {hang.phase} at step {hang.step} for {hang.seconds:.0f} s, expected {hang.limit:.0f} s"
+        what = {"first_step": "the first step", "step": "a step"}.get(hang.phase, hang.phase)
+        text = f"{who} {rest}: at step {hang.step}, {what} for {hang.seconds:.0f} s, expected {hang.limit:.0f} s"
         yield hang.at, _cause("hang", text, hang.rank, hang.host, hang.step)
 
 

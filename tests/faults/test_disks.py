@@ -19,7 +19,7 @@ from support_checkpoints import write
 from support_kills import Fork, all_ended, until
 from support_writers import FakeRank, make_run, memfd
 
-from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.errors import ConfigError, TrainingError
 from vitgraft.configs.load import load_recipe
 from vitgraft.launch.run_dir import open_run
 from vitgraft.trainer import checkpointer as role
@@ -27,7 +27,7 @@ from vitgraft.trainer.checkpoint.commit import is_committed
 from vitgraft.trainer.checkpoint.handover import Answer
 from vitgraft.trainer.checkpoint.layout import DataState, Normalisation
 from vitgraft.trainer.checkpoint.read import newest_valid, read_weights
-from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState
+from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, store_frozen
 from vitgraft.trainer.checkpoint.savers import HandoverSaver
 
 WORLD, WITHIN_S = 2, 10.0
@@ -114,6 +114,15 @@ def test_a_full_disk_costs_the_save_and_nothing_else(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
     assert save_in_time(saving, 3) == [None, None]
     assert newest(run) == 3
+
+
+def test_a_frozen_trunk_that_does_not_fit_is_told_as_a_full_disk(small_disk: Path) -> None:
+    """So that no restart is tried."""
+    trunk = torch.nn.Linear(500, 500).requires_grad_(False)
+    with pytest.raises(TrainingError, match="frozen trunk not written: no space left on the disk") as caught:
+        store_frozen(small_disk, trunk)
+    assert caught.value.cause == "no_space"
+    assert list((small_disk / "blobs").iterdir()) == []
 
 
 def test_a_disk_that_becomes_read_only_costs_the_save_and_nothing_else(small_disk: Path) -> None:

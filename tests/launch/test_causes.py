@@ -285,8 +285,8 @@ def test_the_words_that_name_the_culprit() -> None:
         assert cause is not None
         return cause.text
 
-    assert text("the gang hangs") == "rank 1 on b does not get on: step at step 7 for 80 s, expected 60 s"
-    assert text("it hangs though nobody is to blame").startswith("no rank gets on: save at step 7")
+    assert text("the gang hangs") == "rank 1 on b does not get on: at step 7, a step for 80 s, expected 60 s"
+    assert text("it hangs though nobody is to blame").startswith("no rank gets on: at step 7, save for")
     assert text("a host is gone") == "b is gone"
     assert "SIGSEGV" in text("a segmentation fault")
     assert "signal 50" in text("a real-time signal")

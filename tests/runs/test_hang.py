@@ -26,6 +26,6 @@ def test_a_loader_that_stands_still_is_a_hang_in_that_step(semantic_data: Path, 
     end = next(event for event in events if event["event"] == "end")
     assert (end["kind"], end["code"]) == ("hang", 5)
     step = max(history(run)) + 1
-    assert f"no rank gets on: step at step {step} for" in end["reason"]
+    assert f"no rank gets on: at step {step}, a step for" in end["reason"]
     assert "expected 3 s" in end["reason"]
     assert processes_naming(run) == []

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitgraft.configs.errors import CheckpointError, TrainingError
+from vitgraft.configs.errors import CheckpointError, TrainingError, cause_of
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.code_version import code_version
 from vitgraft.trainer.checkpoint.commit import why
@@ -252,7 +252,7 @@ def store_frozen(run: Path, model: nn.Module) -> str | None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise TrainingError(f"frozen trunk not written: {why(error, temporary)}") from None
+        raise TrainingError(f"frozen trunk not written: {why(error, temporary)}", cause=cause_of(error)) from None
     final = blob_path(run, record.sha256)
     os.replace(temporary, final)
     sync_folder(folder)
