@@ -86,7 +86,7 @@ class Keeping:
 
 def test_killed_in_the_middle_it_gives_the_trainers_results(tmp_path: Path, data: Path) -> None:
     """Figures, pictures and all, of each checkpoint once; signals to the whole job do not reach it."""
-    settings: dict[str, Any] = {"evaluate__batch": 1, "evaluator": {"backlog": "all"}}
+    settings: dict[str, Any] = {"train__steps": 9, "evaluate__batch": 1, "evaluator": {"backlog": "all"}}
     run, recipe = make_evaluated_run(tmp_path / "run", data, [3, 6], **settings)
     with Keeping(run) as keeping:
         keeping.until(lambda: keeping.evaluating(2))
@@ -114,7 +114,7 @@ def test_killed_in_the_middle_it_gives_the_trainers_results(tmp_path: Path, data
 
 
 def test_stopped_it_is_replaced(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = make_evaluated_run(tmp_path / "run", data, [3], evaluate__batch=1)
+    run, _ = make_evaluated_run(tmp_path / "run", data, [3], train__steps=3, evaluate__batch=1)
     with Keeping(run) as keeping:
         keeping.until(lambda: keeping.evaluating(2))
         os.kill(keeping.pid(), signal.SIGSTOP)
@@ -127,7 +127,7 @@ def test_stopped_it_is_replaced(tmp_path: Path, data: Path, monkeypatch: pytest.
 
 
 def test_asked_before_it_listens_it_drains_and_dies_with_its_launcher(tmp_path: Path, data: Path) -> None:
-    run, _ = make_evaluated_run(tmp_path / "run", data, [3])
+    run, _ = make_evaluated_run(tmp_path / "run", data, [3], train__steps=3)
     with Keeping(run) as keeping:
         keeping.keeper.drain()  # at once: the process has hardly begun
         keeping.until(lambda: not keeping.tend())
