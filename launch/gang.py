@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.evaluator import EvaluatorKeeper
-from vitgraft.launch.role_process import log_path
+from vitgraft.launch.role_process import end_family, end_of, log_path
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE, error_message
@@ -166,7 +166,7 @@ class HostGang:
         """Call a few times a second: hears ranks and roles, notices ends, replaces dead roles."""
         for number, rank in self.ranks.items():
             # Polled before its last words are read, said after them.
-            code = rank.process.poll() if rank.code is None else None
+            code = end_of(rank.process) if rank.code is None else None
             for message in rank.wire.receive():
                 self._hear(number, rank, message)
             if code is not None:
@@ -199,17 +199,18 @@ class HostGang:
         """Ask the ranks to stop behind a checkpoint."""
         self.stopping = True
         for rank in self.ranks.values():
-            if rank.process.poll() is None:
+            if end_of(rank.process) is None:
                 rank.process.send_signal(signal.SIGTERM)
 
     def end_ranks(self) -> None:
-        """Kill the ranks that live; their loader processes go with them."""
+        """Kill the ranks that live, and their loader processes."""
         self.killed = True
         for rank in self.ranks.values():
-            if rank.process.poll() is None:
+            if end_of(rank.process) is None:
+                # At once: each that ends would be missed by the others.
                 rank.process.kill()
         for rank in self.ranks.values():
-            rank.process.wait()
+            end_family(rank.process)
 
     def drain(self, *, drop_copy: bool, evaluate: bool) -> None:
         """The ranks of all hosts have ended: let the checkpointer finish what they handed over, and the evaluator what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -86,11 +87,11 @@ class RoleProcess:
 
     def alive(self) -> bool:
         """Whether it was started and has not ended."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self.code() is None
 
     def code(self) -> int | None:
         """How it ended, -N for signal N; ``None``: it lives, or there is none."""
-        return None if self._process is None else self._process.poll()
+        return None if self._process is None else end_of(self._process)
 
     def trouble(self, silence: float) -> str | None:
         """Why it needs a successor: it has ended, or was silent for so many seconds; ``None``: it needs none."""
@@ -102,19 +103,40 @@ class RoleProcess:
 
     def ask(self, number: int) -> None:
         """Send it a signal, if it lives."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.code() is None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it; its loader processes go with it."""
+        """End it and its loader processes."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            end_family(self._process)
             self._process = None
 
     def log_path(self) -> Path:
         """RUN/logs/ROLE.HOST.ATTEMPT.log."""
         return log_path(self.run, self.role, self.attempt)
+
+
+def end_family(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session, and what it has started: a loader that was stopped would not end by itself.
+
+    Nothing is done to those of a process that has ended and been waited for: its number may be another's by now.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def end_of(process: subprocess.Popen[bytes]) -> int | None:
+    """How a process that leads a session has ended, -N for signal N; ``None``: it lives. If it failed, what it has
+    started is killed."""
+    if process.returncode is None:
+        end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        # Its number is its own until it is waited for.
+        if end is not None and end.si_status != 0:
+            end_family(process)
+    return process.poll()
 
 
 def log_path(run: Path, role: str, attempt: int, host: str | None = None) -> Path:

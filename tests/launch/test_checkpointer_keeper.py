@@ -26,6 +26,8 @@ class Watched:
         self.now, self.pid = 1000.0, 0
         for watching in (module, role_module):
             monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(role_module, "end_of", lambda process: process.poll())
+        monkeypatch.setattr(role_module, "end_family", lambda process: process.kill())
         monkeypatch.setattr(role_module, "subprocess", SimpleNamespace(DEVNULL=None, Popen=self._popen))
         (run / "logs").mkdir()
         lock = (run / "lock").open("w")

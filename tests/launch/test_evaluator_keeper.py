@@ -31,6 +31,8 @@ class Watched:
         clock = SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(role_process, "time", clock)
+        monkeypatch.setattr(role_process, "end_of", lambda process: process.poll())
+        monkeypatch.setattr(role_process, "end_family", lambda process: process.kill())
         monkeypatch.setattr(role_process, "subprocess", SimpleNamespace(DEVNULL=None, Popen=self._popen))
         (run / "logs").mkdir()
         self.keeper = EvaluatorKeeper(run, 3, "cuda:1", 5, None, self._event)

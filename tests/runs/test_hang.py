@@ -17,7 +17,8 @@ def test_a_loader_that_stands_still_is_a_hang_in_that_step(semantic_data: Path, 
     command = start("train", write_recipe(tmp_path / "recipe.yaml", recipe), "--run-dir", run)
     wait_until(lambda: rows(run) >= 2, process=command)
     rank = psutil.Process(pids(run, "rank")[1])
-    for loader in rank.children(recursive=True):
+    loaders = [loader for server in rank.children() for loader in server.children()]
+    for loader in loaders:
         loader.send_signal(signal.SIGSTOP)
 
     _, complaint = command.communicate(timeout=60)
@@ -29,3 +30,5 @@ def test_a_loader_that_stands_still_is_a_hang_in_that_step(semantic_data: Path, 
     assert f"no rank gets on: at step {step}, a step for" in end["reason"]
     assert "expected 3 s" in end["reason"]
     assert processes_naming(run) == []
+    assert loaders
+    assert psutil.wait_procs(loaders, timeout=10)[1] == []
