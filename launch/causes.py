@@ -152,8 +152,9 @@ def _failures(seen: Observation) -> Iterator[tuple[float, Cause]]:
         hang = seen.hang
         who = "no rank" if hang.rank is None else f"rank {hang.rank} on {hang.host} does not"
         rest = "gets on" if hang.rank is None else "get on"
+        where = "" if hang.phase == "start" else f"at step {hang.step}, "
         what = {"first_step": "the first step", "step": "a step"}.get(hang.phase, hang.phase)
-        text = f"{who} {rest}: at step {hang.step}, {what} for {hang.seconds:.0f} s, expected {hang.limit:.0f} s"
+        text = f"{who} {rest}: {where}{what} for {hang.seconds:.0f} s, expected {hang.limit:.0f} s"
         yield hang.at, _cause("hang", text, hang.rank, hang.host, hang.step)
 
 
