@@ -64,17 +64,21 @@ class Batch:
     truths: list[Truth] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def _map(self, function: Any) -> Batch:
-        targets = self.targets
-        if isinstance(targets, list):
-            targets = [{key: function(value) for key, value in target.items()} for target in targets]
-        elif targets is not None:
-            targets = function(targets)
+    def map(self, function: Any) -> Batch:
+        """The batch with ``function`` of each of its tensors."""
+
+        def mapped(targets: Any) -> Any:
+            if isinstance(targets, list):
+                return [mapped(target) for target in targets]
+            if isinstance(targets, dict):
+                return {key: function(value) for key, value in targets.items()}
+            return None if targets is None else function(targets)
+
         return Batch(
             function(self.images),
             function(self.sizes),
             function(self.weights),
-            targets,
+            mapped(self.targets),
             self.entries,
             self.truths,
             self.skipped,
@@ -82,8 +86,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; copies from pinned memory do not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU do not block."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())

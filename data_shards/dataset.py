@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +113,6 @@ class PackedDataset:
     def _open(self) -> None:
         self.folder, self.manifest = self.readers[0].folder, self.readers[0].manifest
         self.reader = self.readers[0] if len(self.readers) == 1 else MixtureReader(self.readers)
-        # Whether batches go to another process: a loader process says so.
-        self.shared = False
         # The transforms hold closures, so they are not pickled but made again from the recipe.
         self.transforms = Transforms(self.config)
         self._plan: Plan | None = None
@@ -149,21 +146,22 @@ class PackedDataset:
         """Whether entries are mixed with their partners in the plan."""
         return self.transforms.pastes or self.transforms.mixes
 
-    def train_batch(self, entries: Sequence[Entry]) -> Batch:
+    def train_batch(self, entries: Sequence[Entry], images: Tensor | None = None) -> Batch:
         """The batch of these entries; a zero-weight filler where there are none.
+
+        Args:
+            images: where to write the images, with a row for each; ``None``: in new memory.
 
         Raises:
             DataError: a sample cannot be read and ``data.on_error`` says stop, or it cannot be fetched.
         """
+        images = torch.empty((max(1, len(entries)), *self._shape)) if images is None else images
         if not entries:
-            return self.filler()
+            return self._filler(images)
         placed, sizes, weights = [], [], []
         skipped: list[Skipped] = []
         made: dict[Entry, Sample] = {}
         # Each image is written where it will lie: stacking them at the end would copy them once more.
-        images = (
-            empty_shared((len(entries), *self._shape)) if self.shared else torch.empty((len(entries), *self._shape))
-        )
         for entry, place in zip(entries, images, strict=True):
             reason: str | None = NOT_FINITE if self._is_left_out(entry) else None
             try:
@@ -245,11 +243,10 @@ class PackedDataset:
             self._plan = self.plan(entry.epoch)
         return partner_of(entry.position, self._plan)
 
-    def filler(self) -> Batch:
+    def _filler(self, images: Tensor) -> Batch:
         """One image (or clip) of zeros at weight zero, with empty targets, for a rank without entries."""
-        sample = self._nothing()
         sizes = torch.tensor([self.transforms.canvas])
-        return Batch(sample.image[None], sizes, torch.zeros(1), self._targets([sample]))
+        return Batch(images.zero_(), sizes, torch.zeros(1), self._targets([self._nothing()]))
 
     def _nothing(self) -> Sample:
         """Zeros with empty targets on the canvas, to be given weight zero."""
@@ -266,17 +263,17 @@ class PackedDataset:
                 sample.labels = torch.zeros(len(self.manifest.classes))
         return sample
 
-    def eval_batch(self, samples: Sequence[int]) -> EvalItem:
+    def eval_batch(self, samples: Sequence[int], images: Tensor | None = None) -> EvalItem:
         """The batch of these samples with truths and without targets.
 
         A sample that cannot be read keeps its place: zero image, weight 0, and its truth where the label can be read
         (``value`` is ``None`` where not). With views, ``images`` and ``sizes`` hold all those of the first video, then
         all of the second, and so on; ``weights`` and ``truths`` one for each video.
         """
-        images: list[Tensor] = []
+        images = torch.empty(self.images_shape(samples)) if images is None else images
         sizes: list[tuple[int, int]] = []
         weights, truths = [], []
-        unread = [Prepared(self._blank(), self.transforms.canvas, (1.0, 1.0))] * (self.views.count if self.views else 1)
+        unread = [Prepared(self._blank(), self.transforms.canvas, (1.0, 1.0))] * self._views
         errors: list[tuple[int, str]] = []
         for number in samples:
             truth = Truth(self.reader.key(number), self.transforms.canvas, None)
@@ -291,16 +288,33 @@ class PackedDataset:
                 raise
             except DataError as error:
                 errors.append((number, str(error)))
-            images += [view.canvas for view in prepared]
-            sizes += [view.size for view in prepared]
+            for view in prepared:
+                images[len(sizes)] = view.canvas
+                sizes.append(view.size)
             weights.append(0.0 if prepared is unread else 1.0)
             truths.append(truth)
-        batch = Batch(torch.stack(images), torch.tensor(sizes), torch.tensor(weights), None, [], truths)
+        batch = Batch(images, torch.tensor(sizes), torch.tensor(weights), None, [], truths)
         return EvalItem(batch, errors)
 
-    def produce(self, index: MicroBatch | Sequence[int]) -> Batch | EvalItem:
-        """What a loader process is asked for: a micro-batch of training or a list of samples of evaluation."""
-        return self.train_batch(index.entries) if isinstance(index, MicroBatch) else self.eval_batch(index)
+    def produce(self, index: MicroBatch | Sequence[int], images: Tensor | None = None) -> Batch | EvalItem:
+        """What a loader process is asked for: a micro-batch of training or a list of samples of evaluation.
+
+        Args:
+            images: where to write the images, of the shape that :meth:`images_shape` says; ``None``: in new memory.
+        """
+        if isinstance(index, MicroBatch):
+            return self.train_batch(index.entries, images)
+        return self.eval_batch(index, images)
+
+    def images_shape(self, index: MicroBatch | Sequence[int]) -> tuple[int, ...]:
+        """Of the images (or clips) that :meth:`produce` makes of it: (B, 3, H, W) or (B, 3, T, H, W)."""
+        # A rank without entries has a filler.
+        rows = max(1, len(index.entries)) if isinstance(index, MicroBatch) else len(index) * self._views
+        return (rows, *self._shape)
+
+    @property
+    def _views(self) -> int:
+        return self.views.count if self.views else 1
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -385,12 +399,6 @@ class PackedDataset:
             return [{"boxes": s.boxes, "labels": s.labels, "masks": s.masks} for s in placed]
         attribute = "label_map" if self.kind == "semantic" else "labels"
         return torch.stack([getattr(sample, attribute) for sample in placed])
-
-
-def empty_shared(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised float32 in shared memory, as torch's own collate function makes it: sending it copies nothing."""
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0).set_(storage).view(shape)
 
 
 def _frame_count(metadata: dict[str, Any], where: str) -> int:

@@ -30,8 +30,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import EvalItem, PackedDataset
 from vitgraft.data_shards.plan import MicroBatch
 from vitgraft.data_shards.prefetch import Prefetcher
+from vitgraft.data_shards.slabs import Slab, SlabName, Slabs, slab_to_write
 
 MAX_REPLACEMENTS = 3
 """How often the pool is replaced for one and the same batch before giving up."""
@@ -47,17 +49,24 @@ MAX_REPLACEMENTS = 3
 MEASURED_EVERY_S = 10.0
 """The kernel walks through all pages of a process to tell its memory, which takes some milliseconds."""
 
+SMALL = 1 << 10
+"""Bytes of a tensor that goes through the pipe: all of a batch's stay far below what a pipe takes at once (64 KiB)."""
+
 Index = MicroBatch | Sequence[int]
+
+_ELSEWHERE = torch.empty(0)
+"""Stands for images that are in a slab."""
 
 _dataset: PackedDataset | None = None
 
 
 @dataclass
 class _Parcel:
-    """A result on its way between processes, in few tensors: each takes a file descriptor and shared memory.
+    """A result on its way between processes; its images are in a slab.
 
-    Everything large is in tensors, which do not go through the pipe: a worker killed in the middle of a long write
-    would leave its reader waiting for the rest.
+    What else is large is in few tensors, each of which takes a file descriptor, shared memory and a connection. They do
+    not go through the pipe: a worker killed in the middle of a long write would leave its reader waiting for the rest.
+    What is small does, as an array.
     """
 
     batch: Batch
@@ -67,24 +76,29 @@ class _Parcel:
 
     @classmethod
     def pack(cls, result: Batch | EvalItem) -> _Parcel:
-        if isinstance(result, EvalItem):
-            truths = torch.frombuffer(bytearray(pickle.dumps(result.batch.truths)), dtype=torch.uint8)
-            return cls(replace(result.batch, truths=[]), errors=result.errors, truths=truths)
-        if not isinstance(result.targets, list):
-            return cls(result)
-        joined = {key: torch.cat([target[key] for target in result.targets]) for key in result.targets[0]}
-        return cls(replace(result, targets=joined), counts=[len(target["labels"]) for target in result.targets])
+        batch = result.batch if isinstance(result, EvalItem) else result
+        batch, counts = replace(batch, images=_ELSEWHERE), None
+        if isinstance(batch.targets, list):
+            joined = {key: torch.cat([target[key] for target in batch.targets]) for key in batch.targets[0]}
+            counts = [len(target["labels"]) for target in batch.targets]
+            batch = replace(batch, targets=joined)
+        batch = batch.map(lambda tensor: tensor.numpy() if tensor.nbytes <= SMALL else tensor)
+        if not isinstance(result, EvalItem):
+            return cls(batch, counts)
+        truths = torch.frombuffer(bytearray(pickle.dumps(batch.truths)), dtype=torch.uint8)
+        return cls(replace(batch, truths=[]), counts, result.errors, truths)
 
-    def unpack(self) -> Batch | EvalItem:
-        if self.truths is not None:
-            # Written by our own worker a moment ago; no file is read here.
-            truths = pickle.loads(self.truths.numpy().tobytes())
-            return EvalItem(replace(self.batch, truths=truths), self.errors or [])
-        if self.counts is None:
-            return self.batch
-        parts = {key: value.split(self.counts) for key, value in self.batch.targets.items()}
-        targets = [{key: parts[key][i] for key in parts} for i in range(len(self.counts))]
-        return replace(self.batch, targets=targets)
+    def unpack(self, images: Tensor) -> Batch | EvalItem:
+        batch = self.batch.map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+        batch = replace(batch, images=images)
+        if self.counts is not None:
+            parts = {key: value.split(self.counts) for key, value in batch.targets.items()}
+            batch = replace(batch, targets=[{key: parts[key][i] for key in parts} for i in range(len(self.counts))])
+        if self.truths is None:
+            return batch
+        # Written by our own worker a moment ago; no file is read here.
+        truths = pickle.loads(self.truths.numpy().tobytes())
+        return EvalItem(replace(batch, truths=truths), self.errors or [])
 
 
 def _start_worker(dataset: PackedDataset) -> None:
@@ -96,7 +110,6 @@ def _start_worker(dataset: PackedDataset) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_rank, daemon=True).start()
     _dataset = dataset
-    _dataset.shared = True
 
 
 def _end_with_rank() -> None:
@@ -111,9 +124,17 @@ def _end_with_rank() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _work(index: Index) -> _Parcel:
+def _work(index: Index, slab: SlabName) -> _Parcel:
     assert _dataset is not None
-    return _Parcel.pack(_dataset.produce(index))
+    return _Parcel.pack(_dataset.produce(index, slab_to_write(slab, _dataset.images_shape(index))))
+
+
+class _Asked(NamedTuple):
+    """A result that a worker makes, and the slab for its images."""
+
+    wanted: Index
+    slab: Slab
+    result: Future[_Parcel]
 
 
 class Window:
@@ -124,6 +145,7 @@ class Window:
         self._workers = dataset.config.workers
         self._ahead = max(1, self._workers * dataset.config.prefetch)
         self._pool: ProcessPoolExecutor | None = None
+        self._slabs = Slabs()
 
     def run(self, indices: Iterable[Index]) -> Generator[tuple[Index, Batch | EvalItem], None, None]:
         """(index, result) pairs; closing the generator ends the processes.
@@ -137,15 +159,17 @@ class Window:
                 yield index, self._dataset.produce(index)
             return
         source = iter(indices)
-        pending: deque[tuple[Index, Future[_Parcel]]] = deque()
+        pending: deque[_Asked] = deque()
         try:
             while True:
                 for index in islice(source, self._ahead - len(pending)):
-                    pending.append((index, self._submit(index)))
+                    pending.append(self._ask(index, self._slabs.lend(self._dataset.images_shape(index))))
                 if not pending:
                     return
                 result = self._first(pending)
-                yield pending.popleft()[0], result
+                yield pending.popleft().wanted, result
+                # Held here it would keep its slab from being lent again.
+                del result
         finally:
             self._end()
 
@@ -155,13 +179,16 @@ class Window:
         processes = {} if self._pool is None else self._pool._processes or {}
         return sum(map(_proportional_bytes, list(processes)))
 
-    def _first(self, pending: deque[tuple[Index, Future[_Parcel]]]) -> Batch | EvalItem:
+    def _first(self, pending: deque[_Asked]) -> Batch | EvalItem:
         for _ in range(MAX_REPLACEMENTS):
+            index, slab, result = pending[0]
             try:
-                return pending[0][1].result().unpack()
+                parcel = result.result()
+                return parcel.unpack(self._slabs.read(slab, self._dataset.images_shape(index)))
             except BrokenProcessPool:
+                # Nobody writes in the slabs any more when this returns.
                 self._end(broken=True)
-                again = [(index, self._submit(index)) for index, _ in pending]
+                again = [self._ask(asked.wanted, asked.slab) for asked in pending]
                 pending.clear()
                 pending.extend(again)
             except VitgraftError as error:
@@ -172,15 +199,16 @@ class Window:
             "lack of memory (also in /dev/shm); set data.workers or data.prefetch lower"
         )
 
-    def _submit(self, index: Index) -> Future[_Parcel]:
+    def _ask(self, index: Index, slab: Slab) -> _Asked:
         if self._pool is None:
             self._pool = self._start()
         try:
-            return self._pool.submit(_work, index)
+            result = self._pool.submit(_work, index, slab.name)
         except BrokenProcessPool:
             self._end(broken=True)
             self._pool = self._start()
-            return self._pool.submit(_work, index)
+            result = self._pool.submit(_work, index, slab.name)
+        return _Asked(index, slab, result)
 
     def _start(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")

@@ -56,10 +56,11 @@ class Mosaic:
         self._process.wait(30)
         self._log.close()
 
-    def read(self, number: int, *, decode: bool, by_index: bool) -> Run:
-        """One round."""
+    def read(self, number: int, *, decode: bool, by_index: bool = False, worker: bool = False) -> Run:
+        """One round; ``worker``: batches of pixels from a worker process of torch's DataLoader."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"round": number, "decode": decode, "by_index": by_index}) + "\n")
+        command = {"round": number, "decode": decode, "by_index": by_index, "worker": worker}
+        self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return Run(*self._answer())
 

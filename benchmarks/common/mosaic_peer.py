@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from pixels import BATCH, time_bytes, time_decoding
+from pixels import BATCH, decoded, time_bytes, time_decoding, time_worker
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 Sample = tuple[bytes, bytes]
 
@@ -42,6 +44,13 @@ def shuffled(data: StreamingDataset, number: int, by_index: bool) -> Iterator[Sa
     return ((sample["jpg"], sample["json"]) for sample in data)
 
 
+class Decoded(StreamingDataset):
+    """Pixels; a DataLoader's worker makes them."""
+
+    def __getitem__(self, at: int) -> Tensor:
+        return decoded(super().__getitem__(at)["jpg"])
+
+
 def main() -> None:
     """Arguments: the folder of tars, and an empty one to write in."""
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -49,10 +58,23 @@ def main() -> None:
     convert(folder, out)
     clean_stale_shared_memory()
     # By default it looks a few batches ahead and sleeps in between: some four times slower on local shards.
-    data = StreamingDataset(local=str(out), shuffle=True, batch_size=BATCH, predownload=1 << 20, num_canonical_nodes=1)
+    options = {
+        "local": str(out),
+        "shuffle": True,
+        "batch_size": BATCH,
+        "predownload": 1 << 20,
+        "num_canonical_nodes": 1,
+    }
+    data = StreamingDataset(**options)
+    pixels: StreamingDataset | None = None
     print(json.dumps({"samples": len(data)}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
+        if command["worker"]:
+            pixels = pixels or Decoded(**options)
+            batches = DataLoader(pixels, batch_size=BATCH, num_workers=1, prefetch_factor=2)
+            print(json.dumps(time_worker(iter(batches), len(data) // BATCH)), flush=True)
+            continue
         samples = shuffled(data, command["round"], command["by_index"])
         work = time_decoding(jpg for jpg, _ in samples) if command["decode"] else time_bytes(samples)
         print(json.dumps(work), flush=True)

@@ -20,11 +20,12 @@ from torch import Tensor
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema import DataConfig
 from vitgraft.data_shards.batch import Batch, Entry
-from vitgraft.data_shards.dataset import PackedDataset, load_image, prepare_clip, prepare_image
+from vitgraft.data_shards.dataset import EvalItem, PackedDataset, load_image, prepare_clip, prepare_image
 from vitgraft.data_shards.decode import decode_frames, sample_frames
 from vitgraft.data_shards.manifest import read_manifest
 from vitgraft.data_shards.pack.digits import encode_clip
 from vitgraft.data_shards.pack.writer import DatasetWriter
+from vitgraft.data_shards.plan import MicroBatch
 
 Configure = Callable[..., DataConfig]
 
@@ -242,11 +243,12 @@ def test_a_changed_label_map_is_found_in_training(
     assert len(verify(folder).bad_samples) == 10
 
 
-def test_a_batch_for_another_process_is_made_in_shared_memory(packed: dict[str, Path], configure: Configure) -> None:
-    dataset = PackedDataset(packed["detection"], configure(packed["detection"]), "detection")
-    entries = dataset.plan(0).entries(0, 3)
-    own = dataset.train_batch(entries)
-    dataset.shared = True
-    shared = dataset.train_batch(entries)
-    assert (own.images.is_shared(), shared.images.is_shared()) == (False, True)
-    assert torch.equal(own.images, shared.images)
+@pytest.mark.parametrize("train", [True, False])
+def test_images_are_written_where_the_caller_says(packed: dict[str, Path], configure: Configure, train: bool) -> None:
+    dataset = PackedDataset(packed["detection"], configure(packed["detection"]), "detection", train=train)
+    index = MicroBatch(0, 0, 0, tuple(dataset.plan(0).entries(0, 3)), 3, 3) if train else [4, 0, 9]
+    out = torch.full(dataset.images_shape(index), -9.0)
+    own, there = dataset.produce(index), dataset.produce(index, out)
+    batches = [item.batch if isinstance(item, EvalItem) else item for item in (own, there)]
+    assert batches[1].images is out
+    assert torch.equal(batches[0].images, out)
