@@ -19,9 +19,10 @@ from vitgraft.launch.backends import Backend, Launcher, LaunchOrder
 from vitgraft.launch.deadlines import SLOW_STEPS, Deadlines, find_hang, find_stragglers
 from vitgraft.launch.deepspeed_launch import rank_arguments
 from vitgraft.launch.evaluator import absence
-from vitgraft.launch.gang import EvaluatorOrder, Orders
+from vitgraft.launch.gang import Orders
 from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
 from vitgraft.launch.observations import Hang, HostState, Observation, RankEnd, RankState, ReportedError
+from vitgraft.launch.planning import Plan
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.role_process import log_path
 from vitgraft.launch.run_dir import RunHandle
@@ -36,30 +37,6 @@ LAUNCHER_GRACE_S = 2.0
 ASKED_DRAIN_S = 60.0
 """What checkpointers get to finish once somebody has asked the run to stop."""
 _NO_FAILURE = (0, PreemptedRun.exit_code)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Who does what in an attempt. ``ranks``: how many on each host, in the order of their numbers. ``evaluator``: its
-    host and what it uses there."""
-
-    ranks: Mapping[str, int]
-    device: str
-    threads: int
-    evaluator: tuple[str, EvaluatorOrder] | None = None
-
-    def numbers(self) -> dict[str, list[int]]:
-        """The ranks of each host."""
-        found, first = {}, 0
-        for host, count in self.ranks.items():
-            found[host] = list(range(first, first + count))
-            first += count
-        return found
-
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return sum(self.ranks.values())
 
 
 @dataclass

@@ -52,9 +52,9 @@ class Backend(Protocol):
     hosts: Sequence[Host]
     alone: bool
 
-    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> AgentLink:
         """Start the agent of a host, or wait for it. ``again``: the run has started before. ``since``: when the first
-        host began to be waited for (monotonic clock)."""
+        host began to be waited for (monotonic clock). ``meanwhile``: called now and then while it waits."""
 
     def waiting(self) -> Sequence[AgentLink]:
         """Agents that are there before anybody has asked for them."""
@@ -90,7 +90,7 @@ class HereBackend:
     def __post_init__(self) -> None:
         self.hosts = [Host(self.name, self.processes)]
 
-    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> AgentLink:
         """Start the agent."""
         return start_here(host.name, self.lock, self.logs)
 
@@ -133,7 +133,7 @@ class HostfileBackend:
     """Folder for what ssh and the agents say on their standard error."""
     alone: bool = field(init=False, default=False)
 
-    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> AgentLink:
         """Start the agent over ssh."""
         return start_over_ssh(host.name, self.ssh_args, self.logs)
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -71,11 +71,12 @@ class NodeBackend:
                 dualstack_ipv6=family == socket.AF_INET6,
             )
         except OSError as error:
+            (self.run / SECRET).unlink()
             where = f"--leader {self.place.host}:{self.place.port}"
             raise ConfigError(f"{where}: cannot listen there: {error.strerror}; choose another port") from None
         threading.Thread(target=self._accept, args=(secret,), name="nodes", daemon=True).start()
 
-    def connect(self, host: Host, *, again: bool, since: float) -> AgentLink:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> AgentLink:
         """Start this node's own agent, or wait for another's."""
         if host.name == name_of(self.place.rank):
             return start_here(host.name, self.lock, self.run / "logs")
@@ -83,8 +84,10 @@ class NodeBackend:
         with self._changed:
             # One that waited and went away, as its supervisor has heard, is not there.
             while (link := self._came.get(host.name)) is None or link.wire.closed:
-                if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
+                if (left := deadline - time.monotonic()) <= 0:
                     raise NoAnswer("it has not connected; see whether its command runs and reaches the leader")
+                self._changed.wait(min(1.0, left))
+                meanwhile()
             return self._came.pop(host.name)
 
     def waiting(self) -> Sequence[AgentLink]:

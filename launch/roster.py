@@ -12,16 +12,19 @@ from vitgraft.launch.backends import Backend
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
 from vitgraft.launch.remote_shell import NoAnswer
+from vitgraft.launch.stopping import StopWish
 
 PING_S = 2.0
 
 
 @dataclass
 class Roster:
-    """``folder``: in which relative paths of the recipe lie. ``links``: by host, also those that were lost."""
+    """``folder``: in which relative paths of the recipe lie. ``stop``: what hosts that are asked to stop tell.
+    ``links``: by host, also those that were lost."""
 
     backend: Backend
     folder: str
+    stop: StopWish
     links: dict[str, AgentLink] = field(default_factory=dict)
     _made: list[AgentLink] = field(default_factory=list)
     _over: bool = False
@@ -40,15 +43,23 @@ class Roster:
 
         Args:
             again: the run has started before; nodes are not waited for as long then.
+
+        Raises:
+            PreemptedRun, InterruptedRun: one that is here already was asked to stop.
         """
         for link in [self.links.pop(host.name) for host in hosts if host.name in self.links]:
             link.close()
         self._made = [link for link in self._made if link.lost is None]
-        failures, links, since = {}, [], time.monotonic()
+        failures, links, since = {}, list[AgentLink](), time.monotonic()
+
+        def meanwhile() -> None:
+            self._hear_wishes([*links, *self.backend.waiting()])
+            self.stop.raise_if_asked()
+
         for host in hosts:
             # By this thread, which lives on: the kernel ends a process on this host with the thread that started it.
             try:
-                links.append(self.backend.connect(host, again=again, since=since))
+                links.append(self.backend.connect(host, again=again, since=since, meanwhile=meanwhile))
                 self._made.append(links[-1])
             except NoAnswer as error:
                 failures[host.name] = str(error)
@@ -60,23 +71,24 @@ class Roster:
                     self.links[link.host] = link
         return failures
 
-    def hear_idle(self, used: Collection[str]) -> tuple[list[tuple[str, int]], dict[str, str]]:
-        """Hear the hosts that take no part, also those that wait to take part again: who was asked to stop, with the
-        signal, and who is gone from now on, with the reason.
+    def hear_idle(self, used: Collection[str]) -> dict[str, str]:
+        """Hear the hosts that take no part, also those that wait to take part again; returns who is gone from now on,
+        with the reason.
 
         Args:
             used: hosts that others hear.
         """
         idle = [link for host, link in self.links.items() if host not in used and link.lost is None]
-        asked = [
-            (link.host, int(message["signal"]))
-            for link in [*idle, *self.backend.waiting()]
-            for message in link.receive()
-            if message.get("say") == "asked"
-        ]
+        self._hear_wishes([*idle, *self.backend.waiting()])
         for link in idle:
             link.lost = link.silent()
-        return asked, {link.host: link.lost for link in idle if link.lost is not None}
+        return {link.host: link.lost for link in idle if link.lost is not None}
+
+    def _hear_wishes(self, links: Sequence[AgentLink]) -> None:
+        for link in links:
+            for message in link.receive():
+                if message.get("say") == "asked":
+                    self.stop.ask(int(message["signal"]), link.host)
 
     def quiet(self, seconds: float) -> list[str]:
         """The hosts that answer, as far as is known, but have said nothing for so long."""

@@ -15,13 +15,13 @@ from vitgraft.configs.errors import cause_of as cause_of_error
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.worlds import possible_worlds
 from vitgraft.launch import recovery
-from vitgraft.launch.attempt import Attempt, Plan
+from vitgraft.launch.attempt import Attempt
 from vitgraft.launch.backends import Backend
 from vitgraft.launch.causes import cause_of
 from vitgraft.launch.deadlines import Deadlines
-from vitgraft.launch.evaluator import absence, evaluator_device, left_undone
-from vitgraft.launch.gang import EvaluatorOrder
+from vitgraft.launch.evaluator import absence, left_undone
 from vitgraft.launch.observations import Cause, Failure
+from vitgraft.launch.planning import Plan, evaluator_host, plan_attempt
 from vitgraft.launch.preflight import preflight
 from vitgraft.launch.recovery import Policy, Restart, Stop
 from vitgraft.launch.replay import VERDICT, Finding, Replay, earlier_fault, leave_out, read_non_finite
@@ -57,8 +57,8 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         launch = self.recipe.launch
-        self.roster = Roster(self.backend, self.folder)
         self._stop = StopWish(self.handle, self.screen)
+        self.roster = Roster(self.backend, self.folder, self._stop)
         self._replay = Replay(self.record)
         self._deadlines = Deadlines(launch.deadlines.by_phase(), launch.deadlines.silence)
         self._policy = Policy(
@@ -88,6 +88,10 @@ class Supervisor:
                 failure = TrainingError(f"{type(error).__name__}: {error}; mend it", cause=cause_of_error(error))
                 code = self._record_end(failure)
                 raise failure from error
+            except Exception as error:
+                log = f"logs/supervisor.{os.uname().nodename}.log"
+                self._record_end(VitgraftError(f"{type(error).__name__}: {error}; a defect of vitgraft, see {log}"))
+                raise
             finally:
                 self._stop.patient = True
                 self.roster.dismiss(code)
@@ -156,8 +160,7 @@ class Supervisor:
 
     def _see_evaluated(self, plan: Plan) -> None:
         """The run is done: tell where nobody was there to evaluate what is due."""
-        wanted = self.recipe.evaluator
-        host = plan.evaluator[0] if plan.evaluator is not None else wanted.host if wanted is not None else None
+        host = evaluator_host(self.recipe, plan.ranks)
         if host is not None and self.roster.is_lost(host) and (text := left_undone(self.handle.path, host)) is not None:
             self.screen.note(f"WARNING {text}")
             self.handle.event("evaluator_gave_up", host=host, text=text)
@@ -168,11 +171,8 @@ class Supervisor:
         self._tell_verdict(self._replay.passed(attempt.step))
 
     def _hear_idle(self, used: Collection[str] = ()) -> None:
-        asked, gone = self.roster.hear_idle(used)
-        for host, why in gone.items():
+        for host, why in self.roster.hear_idle(used).items():
             self._tell_lost(host, why)
-        for host, number in asked:
-            self._stop.ask(number, host)
 
     def _tell_lost(self, host: str, why: str) -> None:
         self.screen.note(f"{host} is lost: {why}")
@@ -302,40 +302,13 @@ class Supervisor:
         return {host: why for host, why in unfit.items() if host not in gone}, gone
 
     def _plan(self, ranks: dict[str, int]) -> Plan:
-        launch = self.recipe.launch
-        used = {host: self.roster.links[host].facts for host, count in ranks.items() if count}
-        slots = {host: self.backend.used(host, ranks[host]) for host in used}
-        poor = [host for host, facts in used.items() if facts["gpus"] <= max(slots[host])]
-        # Where only some have what they need, the run would be far slower than anybody wants: no host's trouble, and
-        # no mistake in a hostfile, turns all to the CPU.
-        some = launch.device == "auto" and any(facts["gpus"] for facts in used.values())
-        if poor and (launch.device == "cuda" or some):
-            host = poor[0]
-            raise ConfigError(
-                f"launch.device: {launch.device}, but {host} has {used[host]['gpus']} GPUs for {ranks[host]} ranks "
-                f"(slots {','.join(map(str, slots[host]))}); correct its slots, or launch.device: cpu"
-            )
-        device = "cpu" if launch.device == "cpu" or poor else "cuda"
-        if self.recipe.train.precision == "bf16_params" and device == "cpu":
-            raise ConfigError("train.precision: bf16_params needs a GPU; use bf16, which runs on a CPU too")
-        threads = launch.threads or max(1, min(used[host]["cores"] // count for host, count in ranks.items()))
-        return Plan(ranks, device, threads, self._evaluator(ranks, device))
-
-    def _evaluator(self, ranks: dict[str, int], device: str) -> tuple[str, EvaluatorOrder] | None:
-        wanted = self.recipe.evaluator
-        if wanted is None:
-            return None
-        host = wanted.host or next(iter(ranks))
-        if self.roster.is_lost(host):
+        host = evaluator_host(self.recipe, ranks)
+        if host is not None and self.roster.is_lost(host):
             self.screen.note(f"WARNING {absence(host)}")
             self.handle.event("evaluator_absent", host=host, text=absence(host))
-            return None
-        facts = self.roster.links[host].facts
-        chosen = evaluator_device(
-            wanted.device, facts["gpus"], self.backend.used(host, ranks.get(host, 0)) if device == "cuda" else ()
-        )
-        threads = wanted.threads or max(1, facts["cores"] // max(1, ranks.get(host, 0) + 1))
-        return host, EvaluatorOrder(device=chosen, threads=threads)
+            host = None
+        facts = {name: link.facts for name, link in self.roster.links.items()}
+        return plan_attempt(self.recipe, ranks, self.backend.used, facts, host)
 
     def _pause(self, seconds: float) -> None:
         """Back off; somebody on another node may want to stop meanwhile."""

@@ -61,7 +61,13 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
     handle = open_run(run, recipe, resume)
     screen.keep(handle.path / "logs" / f"supervisor.{os.uname().nodename}.log")
     try:
-        Supervisor(handle, recipe, open_backend(handle), screen, os.getcwd()).run()
+        try:
+            backend = open_backend(handle)
+        except VitgraftError as error:
+            # Nodes that wait for this one read there that it will not lead.
+            handle.event("end", code=error.exit_code, reason=str(error))
+            raise
+        Supervisor(handle, recipe, backend, screen, os.getcwd()).run()
     except Exception as error:
         known = isinstance(error, VitgraftError)
         screen.record(str(error) if known else "".join(traceback.format_exception(error)))

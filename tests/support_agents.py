@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vitgraft.configs.errors import PreemptedRun
+
 Reply = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
@@ -55,6 +57,20 @@ class PlayedAgent:
 
     def orders(self) -> list[str]:
         return [message["do"] for message in self.told]
+
+
+class Wishes:
+    """Stands for the wish to stop. ``heard``: host and signal of each."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int]] = []
+
+    def ask(self, number: int, host: str = "") -> None:
+        self.heard.append((host, number))
+
+    def raise_if_asked(self) -> None:
+        if self.heard:
+            raise PreemptedRun("stopped; the same command goes on")
 
 
 def ends(code: int, *ranks: int, by_us: bool = False) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ class Played:
     agent: PlayedAgent
     """That of the last rank's host."""
 
-    def connect(self, host: Host, *, again: bool, since: float) -> Any:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> Any:
         mine: list[int] = []
 
         def reply(order: Order) -> list[Order]:

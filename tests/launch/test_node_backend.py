@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support_agents import Wishes
+from support_writers import make_run
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, VitgraftError
 from vitgraft.launch import node_backend as module
+from vitgraft.launch import training
 from vitgraft.launch.agent import STOP_SIGNALS
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink
@@ -25,9 +28,10 @@ from vitgraft.launch.node_backend import SECRET, NodeBackend, _connect, _give_up
 from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.roster import Roster
-from vitgraft.launch.run_state import RunEnd
+from vitgraft.launch.run_state import RunEnd, run_end
 from vitgraft.launch.ui import Screen
 from vitgraft.launch.wire import Wire
+from vitgraft.trainer.monitor_files import read_rows
 
 
 def free_port() -> int:
@@ -67,7 +71,7 @@ def test_a_node_is_known_by_its_number_and_heard(backend: NodeBackend, places: l
     assert [host.name for host in backend.hosts] == ["node-0", "node-1", "node-2"]
     descriptor = connected(places[2], tmp_path)
     wire = Wire(descriptor, descriptor)
-    link = backend.connect(Host(name_of(2), 2), again=False, since=time.monotonic())
+    link = backend.connect(Host(name_of(2), 2), again=False, since=time.monotonic(), meanwhile=lambda: None)
     wire.send({"say": "alive"})
     deadline = time.monotonic() + 10
     while not (said := link.receive()):
@@ -86,7 +90,7 @@ def test_who_is_there_early_waits_and_who_comes_again_replaces_himself(
     while not backend.waiting() or not is_closed(first):
         assert time.monotonic() < deadline
     assert [link.host for link in backend.waiting()] == ["node-1"]
-    backend.connect(Host("node-1", 2), again=False, since=time.monotonic()).close()
+    backend.connect(Host("node-1", 2), again=False, since=time.monotonic(), meanwhile=lambda: None).close()
     assert backend.waiting() == []
     for descriptor in (first, second):
         os.close(descriptor)
@@ -147,12 +151,27 @@ def test_the_secret_is_the_owners_alone_and_goes_with_the_leader(
 def test_a_node_that_does_not_come_is_given_up(backend: NodeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.2)
     with pytest.raises(NoAnswer, match="has not connected"):
-        backend.connect(Host("node-1", 2), again=False, since=time.monotonic())
+        backend.connect(Host("node-1", 2), again=False, since=time.monotonic(), meanwhile=lambda: None)
 
 
 def test_a_port_in_use_is_told_at_once(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot listen there: .*; choose another port"):
         NodeBackend(places[0], 2, tmp_path, 0)
+
+
+def test_nodes_read_that_their_leader_cannot_lead(
+    places: list[NodePlace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = make_run(tmp_path / "run", train__global_batch=6)
+    monkeypatch.setattr(training, "check_data", lambda *_: 3)
+    with (
+        socket.create_server(("", places[0].port)),
+        pytest.raises(ConfigError, match=r"cannot listen there: .*; choose another port") as error,
+    ):
+        training.train(recipe, run, Screen(), training.Where(processes=1, place=places[0]))
+    end = run_end(read_rows(run / "events.jsonl"))
+    assert end is not None
+    assert (end.code, end.over, end.reason) == (2, True, str(error.value))
 
 
 def test_a_node_without_a_leader_says_what_it_misses(
@@ -244,7 +263,7 @@ def test_a_node_that_waits_to_take_part_again_leaves_as_the_others(
 ) -> None:
     def lead() -> None:
         came(backend)
-        Roster(backend, str(tmp_path)).dismiss(code)
+        Roster(backend, str(tmp_path), Wishes()).dismiss(code)  # type: ignore[arg-type]
 
     with leading(lead):
         if code == 0:
@@ -269,16 +288,16 @@ def test_a_node_that_was_asked_to_stop_waits_for_no_other_leader(
 ) -> None:
     def lead() -> None:
         link = came(backend)
-        asked: list[tuple[str, int]] = []
-        roster, deadline = Roster(backend, str(tmp_path)), time.monotonic() + 10
+        wishes, deadline = Wishes(), time.monotonic() + 10
+        roster = Roster(backend, str(tmp_path), wishes)  # type: ignore[arg-type]
         while not link.receive():  # from then on it passes signals on
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(os.getpid(), number)
-        while not asked:
+        while not wishes.heard:
             assert time.monotonic() < deadline
-            asked, _ = roster.hear_idle(())
-        assert asked == [("node-1", number)]
+            roster.hear_idle(())
+        assert wishes.heard == [("node-1", number)]
         backend.close()
         link.close()  # without a word
 
@@ -294,20 +313,32 @@ def test_nodes_share_one_time_in_which_they_are_waited_for(
     since = begun - 19.7
     for node in ("node-1", "node-2"):
         with pytest.raises(NoAnswer, match="has not connected"):
-            backend.connect(Host(node, 2), again=False, since=since)
+            backend.connect(Host(node, 2), again=False, since=since, meanwhile=lambda: None)
     assert time.monotonic() - begun < 20
+
+
+def test_whoever_waits_for_nodes_looks_around_meanwhile(backend: NodeBackend) -> None:
+    class Stop(Exception):
+        pass
+
+    def meanwhile() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        backend.connect(Host("node-1", 2), again=False, since=time.monotonic(), meanwhile=meanwhile)
 
 
 def test_who_came_and_went_is_not_there(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:
     os.close(connected(places[1], tmp_path))
-    link, roster, deadline = came(backend), Roster(backend, str(tmp_path)), time.monotonic() + 10
+    link, deadline = came(backend), time.monotonic() + 10
+    roster = Roster(backend, str(tmp_path), Wishes())  # type: ignore[arg-type]
     while not link.wire.closed:
         assert time.monotonic() < deadline
         roster.hear_idle(())
     with pytest.raises(NoAnswer, match="has not connected"):
-        backend.connect(Host("node-1", 2), again=True, since=time.monotonic())
+        backend.connect(Host("node-1", 2), again=True, since=time.monotonic(), meanwhile=lambda: None)
     again = connected(places[1], tmp_path)
-    backend.connect(Host("node-1", 2), again=True, since=time.monotonic()).close()
+    backend.connect(Host("node-1", 2), again=True, since=time.monotonic(), meanwhile=lambda: None).close()
     os.close(again)
 
 

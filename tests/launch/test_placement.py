@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class ByHostfile(HostfileBackend):
 
     agents: dict[str, Any]
 
-    def connect(self, host: Host, *, again: bool, since: float) -> Any:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> Any:
         return self.agents[host.name]
 
     def launcher(self) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support_agents import PlayedAgent, obedient
+from support_agents import PlayedAgent, Wishes, obedient
 
+from vitgraft.configs.errors import PreemptedRun
 from vitgraft.launch.backends import HereBackend
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.remote_shell import NoAnswer
@@ -26,9 +28,11 @@ class Backend(HereBackend):
         self.agents = {name: PlayedAgent(name, obedient({})) for name in names}
         self.came: list[Any] = []
         self.since: list[float] = []
+        self.while_waiting: Callable[[Callable[[], None]], None] = lambda meanwhile: None
 
-    def connect(self, host: Host, *, again: bool, since: float) -> Any:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> Any:
         self.since.append(since)
+        self.while_waiting(meanwhile)
         if self.agents[host.name].gone is not None:
             raise NoAnswer("gone")
         return self.agents[host.name]
@@ -43,24 +47,29 @@ def backend() -> Backend:
 
 
 @pytest.fixture
-def roster(backend: Backend, tmp_path: Path) -> Roster:
-    made = Roster(backend, str(tmp_path))
+def wishes() -> Wishes:
+    return Wishes()
+
+
+@pytest.fixture
+def roster(backend: Backend, tmp_path: Path, wishes: Wishes) -> Roster:
+    made = Roster(backend, str(tmp_path), wishes)  # type: ignore[arg-type]
     assert made.connect(backend.hosts, again=False) == {}
     return made
 
 
-def test_hosts_without_work_are_heard_and_missed(backend: Backend, roster: Roster) -> None:
+def test_hosts_without_work_are_heard_and_missed(backend: Backend, roster: Roster, wishes: Wishes) -> None:
     waiting = PlayedAgent("d", obedient({}))
     backend.came.append(waiting)
     for agent in (*backend.agents.values(), waiting):
         agent.say({"say": "alive"}, ASKED)
         agent.gone = "its connection closed"
-    asked, gone = roster.hear_idle({"a"})
-    assert asked == [(host, signal.SIGTERM) for host in "bcd"]
-    assert gone == dict.fromkeys("bc", "its connection closed")
+    assert roster.hear_idle({"a"}) == dict.fromkeys("bc", "its connection closed")
+    assert wishes.heard == [(host, signal.SIGTERM) for host in "bcd"]
     assert roster.answering() == ["a"]
     # What is known is no news, and whoever has work says his to others.
-    assert roster.hear_idle({"a"}) == ([], {})
+    assert roster.hear_idle({"a"}) == {}
+    assert len(wishes.heard) == 3
     assert len(backend.agents["a"].receive()) == 2
 
 
@@ -85,3 +94,29 @@ def test_hosts_are_waited_for_together(backend: Backend, roster: Roster) -> None
     assert roster.connect(backend.hosts, again=True) == {"b": "gone", "c": "gone"}
     assert len(backend.since) == 3
     assert len(set(backend.since)) == 1
+
+
+@pytest.mark.parametrize("who", ["connected", "waiting"])
+def test_a_wish_to_stop_is_heard_while_others_are_waited_for(
+    backend: Backend, tmp_path: Path, wishes: Wishes, who: str
+) -> None:
+    """A scheduler that takes all nodes back may tell another than the first."""
+    waiting = PlayedAgent("d", obedient({}))
+    backend.came.append(waiting)
+    asked = {"connected": backend.agents["a"], "waiting": waiting}[who]
+
+    def while_waiting(meanwhile: Callable[[], None]) -> None:
+        meanwhile()
+        if len(backend.since) == 2:
+            asked.say(ASKED)
+            meanwhile()
+            raise AssertionError("it was not heard")
+
+    backend.while_waiting = while_waiting
+    roster = Roster(backend, str(tmp_path), wishes)  # type: ignore[arg-type]
+    with pytest.raises(PreemptedRun):
+        roster.connect(backend.hosts, again=False)
+    assert wishes.heard == [(asked.host, signal.SIGTERM)]
+    # The first one, which answered, is let go with the others.
+    roster.dismiss(75)
+    assert {"do": "leave", "code": 75} in backend.agents["a"].told

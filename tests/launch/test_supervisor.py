@@ -54,7 +54,7 @@ class Backend(HereBackend):
             coming = iter(attempts)
             agent.reply = lambda order, coming=coming: _played(order, coming)  # type: ignore[misc]
 
-    def connect(self, host: Host, *, again: bool, since: float) -> Any:
+    def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> Any:
         self.connecting(host.name)
         if (gone := self.agents[host.name].gone) is not None:
             raise NoAnswer(gone)
@@ -185,6 +185,19 @@ def test_storage_that_fails_between_attempts_is_the_runs_failure(
         supervised.supervisor.run()
     assert failure.value.cause == "no_space"
     assert supervised.events("end")[-1]["code"] == 5
+
+
+def test_a_defect_of_the_supervisor_has_its_event_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And agents are let go with its exit code."""
+    supervised = Supervised(tmp_path, {0: 0, 1: -9}, launch__max_restarts=3)
+    monkeypatch.setattr(module.recovery, "decide", None)
+    with pytest.raises(TypeError):
+        supervised.supervisor.run()
+    end = run_end(read_rows(supervised.run / "events.jsonl"))
+    assert end is not None
+    assert (end.code, end.over) == (1, True)
+    assert "TypeError: 'NoneType' object is not callable; a defect of vitgraft" in str(end.reason)
+    assert supervised.backend.agents["a"].told[-1] == {"do": "leave", "code": 1}
 
 
 def test_everybody_is_told_how_the_run_ended(tmp_path: Path) -> None:
