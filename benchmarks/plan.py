@@ -27,10 +27,10 @@ from common.measure import machine, write
 from rich.console import Console
 from rich.table import Table
 
-from vitgraft.data_shards.foreign import MAX_SAMPLES
 from vitgraft.data_shards.manifest import MANIFEST, Shard, dump_manifest, make_manifest, read_manifest
 from vitgraft.data_shards.mixture import Part, mixture_entries, plan_epoch
 from vitgraft.data_shards.plan import MicroBatch, micro_batches, steps_per_epoch
+from vitgraft.data_shards.tar_scan import MAX_SAMPLES
 
 SHARDS, PER_SHARD, ROUNDS = 100_000, 1000, 5
 GLOBAL_BATCH, RANK, WORLD, SEED = 4096, 200, 256, 0

@@ -25,14 +25,15 @@ from typer.testing import CliRunner
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema import DataConfig
-from vitgraft.data_shards import foreign
+from vitgraft.data_shards import tar_scan
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.dataset import PackedDataset
-from vitgraft.data_shards.foreign import index_tars, scan_tar
+from vitgraft.data_shards.foreign import index_tars
 from vitgraft.data_shards.index_folder import IndexFolder
 from vitgraft.data_shards.manifest import dump_manifest, parse_manifest, read_manifest
 from vitgraft.data_shards.report import inspect, verify
 from vitgraft.data_shards.stream import ShardReader
+from vitgraft.data_shards.tar_scan import scan_tar
 
 Configure = Callable[..., DataConfig]
 Members = list[tuple[str, bytes]]
@@ -509,7 +510,7 @@ def test_scanning_holds_no_list_of_members(tmp_path: Path) -> None:
     assert len(groups) == 2000
     assert groups[1999].end == 512 * 2000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreign, "MAX_SAMPLES", 1999)
+        patch.setattr(tar_scan, "MAX_SAMPLES", 1999)
         with pytest.raises(DataError, match="more than 1999 samples; split the tar"):
             list(scan_tar(path, "x"))
 

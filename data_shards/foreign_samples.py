@@ -1,0 +1,168 @@
+"""What a sample that somebody else wrote must have, and the metadata that is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.decode import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    check_annotations,
+    decode_json,
+    decode_label,
+    decode_masks,
+    image_size,
+    probe_video,
+)
+from vitgraft.data_shards.files import pread
+from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
+from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
+from vitgraft.data_shards.tar_scan import Group
+
+_PICTURES = (*IMAGE_EXTENSIONS, "jpeg")
+_CLASS = ("cls", "json:label")
+ROLES: dict[Kind, dict[str, tuple[str, ...]]] = {
+    "detection": {"image": _PICTURES, "label": ("json",)},
+    "semantic": {"image": ("jpg", "jpeg", "webp"), "label": ("label.png", "seg.png", "mask.png", "png")},
+    "video": {"video": VIDEO_EXTENSIONS, "label": _CLASS},
+    "image": {"image": _PICTURES, "label": _CLASS},
+}
+"""What a sample of each kind needs, and the members that are taken for it; NAME:FIELD is a field of a JSON member."""
+
+
+def take_roles(kind: Kind, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Members by role, in the order in which they are looked for: ``ROLES``, but for those that are ``given``.
+
+    Raises:
+        ConfigError: no such role, no name of a member, or one for both roles.
+    """
+    roles = dict(ROLES[kind])
+    for role, wanted in given.items():
+        if role not in roles:
+            raise ConfigError(f"--member {role}=…: a {kind} sample has {' and '.join(roles)}; name one of these")
+        # Extensions are compared in small letters; fields of JSON keep their capitals.
+        parts = [part.removeprefix(".").partition(":") for part in wanted]
+        roles[role] = tuple(f"{extension.lower()}{mark}{name}" for extension, mark, name in parts)
+        fields = kind in CLASSED and role == "label"
+        if not parts or any(not extension or bool(mark) != bool(name and fields) for extension, mark, name in parts):
+            example = f"{role}={ROLES[kind][role][0]}"
+            raise ConfigError(f"--member {role}={','.join(wanted)}: expected names of members, e.g. {example}")
+    first, second = ({part.partition(":")[0] for part in wanted} for wanted in roles.values())
+    if first & second:
+        raise ConfigError(f"--member: .{min(first & second)} cannot be both {' and '.join(roles)}; name other members")
+    return roles
+
+
+class SampleChecker:
+    """Makes a sample's metadata from its members, and refuses samples that training could not use."""
+
+    def __init__(self, kind: Kind, classes: list[str], roles: dict[str, tuple[str, ...]]) -> None:
+        self.kind, self.classes, self.roles = kind, classes, roles
+        self._by_name = {name: number for number, name in enumerate(classes)}
+        self.renamed: dict[str, str] = {}
+        for role, wanted in roles.items():
+            for extension in wanted:
+                if role == "image":
+                    # Decoders look at the content.
+                    self.renamed[extension] = extension if extension in IMAGE_EXTENSIONS else "jpg"
+                elif role == "video":
+                    self.renamed[extension] = extension if extension in VIDEO_EXTENSIONS else "mp4"
+                elif kind == "semantic":
+                    self.renamed[extension] = "label.png"
+
+    def __call__(self, group: Group, descriptor: int, where: str) -> dict[str, Any]:
+        """The metadata. Raises DataError."""
+        if group.end - group.start > MAX_SAMPLE_BYTES:
+            raise DataError(f"{where}: {group.end - group.start} bytes, more than {MAX_SAMPLE_BYTES}; split the sample")
+        pixels = self._take(group, "video" if self.kind == "video" else "image", where)
+        label = self._take(group, "label", where)
+        data = _bytes_of(group, pixels, descriptor, where)
+        metadata: dict[str, Any] = {"file_name": f"{group.key}.{pixels}"}
+        if self.kind == "video":
+            metadata |= probe_video(data, where)
+        else:
+            metadata["height"], metadata["width"] = image_size(data, where)
+        member, _, name = label.partition(":")
+        text = _bytes_of(group, member, descriptor, where)
+        if self.kind == "semantic":
+            self._check_label_map(text, (metadata["height"], metadata["width"]), where)
+        elif self.kind == "detection":
+            metadata["annotations"] = self._annotations(text, metadata, where)
+        else:
+            metadata["label"] = self._class_of(text, name, where)
+        return metadata
+
+    def _take(self, group: Group, role: str, where: str) -> str:
+        """Which of the role's members the sample has."""
+        found = [wanted for wanted in self.roles[role] if wanted.partition(":")[0] in group.members]
+        if not found:
+            there = ", ".join(f".{extension}" for extension in sorted(group.members))
+            raise DataError(f"{where}: no {role} (.{', .'.join(self.roles[role])}) among {there[:200]}; see --member")
+        if role != "label" and len(found) > 1:
+            raise DataError(f"{where}: both .{found[0]} and .{found[1]}; say which with --member {role}=")
+        if self.kind == "semantic" and role == "label" and len(found) > 1:
+            raise DataError(f"{where}: both .{found[0]} and .{found[1]}; say which with --member label=")
+        return found[0]
+
+    def _class_of(self, data: bytes, name: str, where: str) -> int:
+        value: Any
+        value = decode_json(data, where).get(name) if name else data[:1000].decode("utf-8", "replace").strip()
+        if isinstance(value, str) and value in self._by_name:
+            return self._by_name[value]
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.classes):
+            return value
+        raise DataError(f"{where}: label {str(value)[:80]!r} is none of the {len(self.classes)} classes; see --classes")
+
+    def _annotations(self, data: bytes, metadata: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        items = decode_json(data, where).get("annotations")
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise DataError(f'{where}: expected JSON {{"annotations": [{{"bbox": [x, y, w, h], "class": …}}, …]}}')
+        named = [
+            {
+                "id": number,
+                "bbox": item.get("bbox"),
+                "class": self._by_name.get(item["class"]) if isinstance(item.get("class"), str) else item.get("class"),
+                "area": 0.0 if item.get("area") is None else item["area"],
+                "iscrowd": int(bool(item.get("iscrowd"))),
+                "segmentation": item.get("segmentation"),
+            }
+            for number, item in enumerate(items)
+        ]
+        check_annotations(metadata | {"annotations": named}, len(self.classes), where)
+        decode_masks(named, (metadata["height"], metadata["width"]), where)
+        for item, given in zip(named, items, strict=True):
+            item["bbox"] = [float(value) for value in item["bbox"]]
+            if item["segmentation"] is not None:
+                item["segmentation"] = {key: item["segmentation"][key] for key in ("size", "counts")}
+            if given.get("area") is None:
+                item["area"] = _area(item)
+        return named
+
+    def _check_label_map(self, data: bytes, size: tuple[int, int], where: str) -> None:
+        label = decode_label(data, where)
+        if tuple(label.shape) != size:
+            raise DataError(f"{where}: label map of {tuple(label.shape)} pixels, image of {size}; leave the sample out")
+        wrong = label[(label != IGNORE) & ((label < 0) | (label >= len(self.classes)))]
+        if len(wrong):
+            raise DataError(f"{where}: class id {int(wrong[0])} of {len(self.classes)} and {IGNORE}; see --classes")
+
+
+def _area(item: dict[str, Any]) -> float:
+    """Pixels of an annotation's mask, or of its box where it has none: evaluation tells small from large by them."""
+    from pycocotools import mask as coco_mask
+
+    if item["segmentation"] is not None:
+        return float(coco_mask.area(item["segmentation"]))
+    return float(max(item["bbox"][2], 0) * max(item["bbox"][3], 0))
+
+
+def _bytes_of(group: Group, extension: str, descriptor: int, where: str) -> bytes:
+    member = group.members[extension]
+    data = pread(descriptor, member.offset, member.size)
+    if len(data) != member.size:
+        raise DataError(f"{where}: .{extension} is cut short; copy the tar again")
+    return data
