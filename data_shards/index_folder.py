@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from vitgraft.configs.errors import ConfigError
@@ -17,6 +18,7 @@ from vitgraft.data_shards.manifest import MANIFEST
 from vitgraft.data_shards.pack.journal import own, sync, sync_folder
 
 WORK = "index.part"
+_OURS = re.compile(r"lock|.*\.idx|.*\.tar|manifest\.json(\.tmp)?")
 
 
 class IndexFolder:
@@ -26,7 +28,7 @@ class IndexFolder:
         folder: made where there is none.
 
     Raises:
-        ConfigError: another process indexes into it, or ``index.part`` is a link.
+        ConfigError: another process indexes into it, or ``index.part`` is a link or holds what was not written here.
         OSError: it cannot be written.
     """
 
@@ -38,6 +40,7 @@ class IndexFolder:
     def __enter__(self) -> IndexFolder:
         if self.work.is_symlink():
             raise ConfigError(f"{self.work}: is a link; remove it")
+        self._refuse_others()
         self._lock = own(self.work, f"{self.folder}: another process is indexing it; wait for its end")
         try:
             self.resumed = self._decided.exists()
@@ -57,6 +60,14 @@ class IndexFolder:
                 (self.work / "lock").unlink()
                 self.work.rmdir()
         os.close(self._lock)
+
+    def _refuse_others(self) -> None:
+        """What lies there is moved or removed, so it must be ours."""
+        paths = list(self.work.glob("*"))
+        locked = (self.work / "lock").exists()
+        others = [path.name for path in paths if not (locked and _OURS.fullmatch(path.name) and path.is_file())]
+        if others:
+            raise ConfigError(f"{self.work}: holds {min(others)!r}, which no indexing wrote; move it away")
 
     def write(self, name: str, data: bytes) -> None:
         """A file that is to be published; on the disk when this returns."""

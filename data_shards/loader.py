@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ from vitgraft.data_shards.slabs import Slab, SlabName, Slabs, slab_to_write
 MAX_REPLACEMENTS = 3
 """How often the pool is replaced for one and the same batch before giving up."""
 
+LOOK_S = 1.0
+"""While a batch is waited for, the pool is looked at so often."""
 MEASURED_EVERY_S = 10.0
 """The kernel walks through all pages of a process to tell its memory, which takes some milliseconds."""
 
@@ -168,8 +170,6 @@ class Window:
                     return
                 result = self._first(pending)
                 yield pending.popleft().wanted, result
-                # Held here it would keep its slab from being lent again.
-                del result
         finally:
             self._end()
 
@@ -183,11 +183,11 @@ class Window:
         for _ in range(MAX_REPLACEMENTS):
             index, slab, result = pending[0]
             try:
-                parcel = result.result()
+                parcel = self._wait(result)
                 return parcel.unpack(self._slabs.read(slab, self._dataset.images_shape(index)))
             except BrokenProcessPool:
                 # Nobody writes in the slabs any more when this returns.
-                self._end(broken=True)
+                self._end()
                 again = [self._ask(asked.wanted, asked.slab) for asked in pending]
                 pending.clear()
                 pending.extend(again)
@@ -199,13 +199,26 @@ class Window:
             "lack of memory (also in /dev/shm); set data.workers or data.prefetch lower"
         )
 
+    def _wait(self, result: Future[_Parcel]) -> _Parcel:
+        """Its result. A pool that breaks in the very moment in which it is asked can forget it, and its thread die."""
+        while True:
+            try:
+                return result.result(LOOK_S)
+            except TimeoutError:
+                if result.done():
+                    return result.result()
+                assert self._pool is not None
+                thread: Any = self._pool._executor_manager_thread
+                if self._pool._broken or not thread.is_alive():
+                    raise BrokenProcessPool from None
+
     def _ask(self, index: Index, slab: Slab) -> _Asked:
         if self._pool is None:
             self._pool = self._start()
         try:
             result = self._pool.submit(_work, index, slab.name)
         except BrokenProcessPool:
-            self._end(broken=True)
+            self._end()
             self._pool = self._start()
             result = self._pool.submit(_work, index, slab.name)
         return _Asked(index, slab, result)
@@ -216,15 +229,18 @@ class Window:
         context.set_forkserver_preload([__name__])
         return ProcessPoolExecutor(self._workers, context, _start_worker, (self._dataset,))
 
-    def _end(self, broken: bool = False) -> None:
-        """End the workers, after what they are at; a broken pool's at once, as they would wait for ever."""
+    def _end(self) -> None:
+        """End the workers in the middle of whatever they are at: where one has died, others may wait for ever, and
+        nobody wants what they make."""
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        if broken:
-            for process in list((pool._processes or {}).values()):
-                process.kill()
+        processes = list((pool._processes or {}).values())
+        for process in processes:
+            process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.join()
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 _BYTES = 4
 _MAPPED = 256
-"""More than a loader's window has; a slab that was given up is unmapped by later ones."""
+"""More than windows usually have; a slab that was given up is unmapped by later ones."""
 
 
 class SlabName(NamedTuple):

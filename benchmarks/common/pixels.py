@@ -68,9 +68,13 @@ def time_batches(batches: Iterator[Tensor]) -> Timed:
 def time_worker(batches: Iterator[Tensor], count: int) -> Timed:
     """As :func:`time_batches`, of ``count`` batches that another process makes: its time and this one's, from the first
     batch to the last."""
-    images = [image.numpy().tobytes() for image in next(batches)]
+    first = next(batches)
+    # At once: the other process makes the second one already.
     others = _descendants(os.getpid())
     here, there, pause = time.process_time(), sum(map(_core_seconds, others)), 0.0
+    started = time.process_time()
+    images = [image.numpy().tobytes() for image in first]
+    pause += time.process_time() - started
     for number in range(1, count):
         batch = next(batches)
         if number == count - 1:

@@ -692,6 +692,18 @@ def test_one_process_indexes_a_folder(laion: Path) -> None:
     assert index_tars(laion, "image", ["manx", "tabby"], **BREEDS).samples == 9
 
 
+@pytest.mark.parametrize("names", [["notes.txt"], ["lock", "notes.txt"], ["manifest.json"], ["lock", "a.idx/b"]])
+def test_a_folder_of_that_name_that_is_anothers_is_left_alone(laion: Path, names: list[str]) -> None:
+    for name in names:
+        path = laion / "index.part" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    before = content(laion)
+    with pytest.raises(ConfigError, match=r"index\.part: holds '.*', which no indexing wrote; move it away"):
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    assert content(laion) == before
+
+
 def test_class_names_that_cannot_be_written(laion: Path) -> None:
     with pytest.raises(DataError, match="holds what is no character"):
         index_tars(laion, "image", ["manx", "tab\udce9"], **BREEDS)

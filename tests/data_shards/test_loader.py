@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -223,6 +224,54 @@ def test_a_batch_that_always_kills_its_worker_ends_with_one_line(monkeypatch: py
     with pytest.raises(TrainingError, match=r"data workers died 3 times .* data\.workers or data\.prefetch lower"):
         list(window.run([[0], [1]]))
     assert len(starts) == 1 + loader.MAX_REPLACEMENTS
+
+
+def test_a_batch_that_its_pool_has_forgotten_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython loses what is asked for in the very moment in which a pool breaks."""
+    from concurrent.futures import Future
+
+    class Pool:
+        _processes: ClassVar[dict[int, Any]] = {}
+        _broken = "a process died"
+        _executor_manager_thread = threading.current_thread()
+
+        def submit(self, *_: Any) -> Future[Any]:
+            return Future()
+
+        def shutdown(self, **_: Any) -> None:
+            pass
+
+    config = DataConfig.model_validate({"train": {"path": "x"}, "image_size": [8, 8], "workers": 1})
+    window = loader.Window(_Bare(config))
+    monkeypatch.setattr(loader, "LOOK_S", 0.01)
+    monkeypatch.setattr(window, "_start", Pool)
+    with pytest.raises(TrainingError, match="data workers died 3 times"):
+        list(window.run([[0]]))
+
+
+@pytest.mark.slow
+def test_closing_ends_workers_that_wait_for_a_dead_one(packed: dict[str, Path], configure: Configure) -> None:
+    """Idle ones take turns at the queue: the one that reads it holds its lock, and takes it along."""
+    config = configure(packed["detection"], workers=3)
+    dataset = PackedDataset(packed["detection"], config, "detection", train=False)
+    batches = eval_batches(dataset, range(22), 1)
+    next(batches)
+    deadline = time.monotonic() + 20
+    reading: list[psutil.Process] = []
+    while not reading:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        idle = [(worker, Path(f"/proc/{worker.pid}/wchan").read_text()) for worker in workers_of_this_process()]
+        reading = [worker for worker, where in idle if "pipe" in where] if len(idle) == 3 else []
+    reading[0].kill()
+    closing = threading.Thread(target=batches.close, daemon=True)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join(20)
+    hangs = closing.is_alive()
+    for worker in workers_of_this_process():
+        worker.kill()
+    assert not hangs
+    assert gone()
 
 
 @pytest.fixture
