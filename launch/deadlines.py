@@ -31,6 +31,8 @@ SILENCE_S = 15.0
 """A rank that gives no sign of life for so long is stopped or gone; a beat is due every few seconds."""
 STOPPED_S = 60.0
 """A rank that gives none for so long stands still, whatever its phase may take."""
+START_SILENT_S = 120.0
+"""The same while it starts: libraries that are loaded from a cold file system let no other thread say anything."""
 SLOW_FACTOR = 1.5
 SLOW_SHARE = 0.8
 SLOW_STEPS = 20
@@ -88,13 +90,16 @@ def find_hang(
     """Whether the gang stands still; ``None``: it does not.
 
     Args:
-        stopped: seconds without a sign of life after which a rank stands still, whatever its phase may take.
+        stopped: seconds without a sign of life after which a rank stands still, whatever its phase may take; one that
+            starts has ``START_SILENT_S`` at least.
     """
     if not ranks:
         return None
+    for rank in sorted(ranks, key=lambda rank: (rank.heard, rank.rank)):
+        patience = max(stopped, START_SILENT_S) if rank.phase == "start" else stopped
+        if now - rank.heard > patience:
+            return _hang(rank, rank, now, now - rank.heard, patience)
     blamed = _blamed(ranks, now, min(SILENCE_S, stopped))
-    if blamed is not None and now - blamed.heard > stopped:
-        return _hang(blamed, blamed, now, now - blamed.heard, stopped)
     if any(now - rank.since <= limits[rank.phase] for rank in ranks):
         return None
     # Without one to blame, the last whose limit was over tells since when.

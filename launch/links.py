@@ -11,9 +11,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.agent import LOCK_VARIABLE
@@ -21,6 +22,7 @@ from vitgraft.launch.remote_shell import NoAnswer, explain, ssh_command
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
 
+T = TypeVar("T")
 CONNECT_S = 10.0
 FIRST_ANSWER_S = 60.0
 """An agent starts Python from a file system that may be slow."""
@@ -32,7 +34,8 @@ AGENT = (sys.executable, "-P", "-m", "vitgraft.launch.agent")
 
 
 class AgentLink:
-    """One agent. ``facts``: what it said of its host. ``lost``: why it is given up, or ``None``."""
+    """One agent. ``facts``: what it said of its host. ``lost``: why it is given up, or ``None``. ``impatient``: its
+    answers are waited for no longer."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class AgentLink:
         self.facts: dict[str, Any] = {}
         self.heard = time.monotonic()
         self.lost: str | None = None
+        self.impatient = False
         self._process, self._complaints, self._begin = process, complaints, begin
         self._kept: list[dict[str, Any]] = []
         self._sending = threading.Lock()
@@ -82,6 +86,8 @@ class AgentLink:
                             raise NoAnswer(str(message["text"]))
                         return message
                 self._kept += messages
+                if self.impatient:
+                    raise NoAnswer("its answer is not waited for any more")
                 if (left := deadline - time.monotonic()) <= 0:
                     raise NoAnswer(
                         f"no answer within {timeout:g} s; see whether the host is up and its file system answers"
@@ -123,6 +129,19 @@ class AgentLink:
         if self._complaints is not None:
             self._complaints.close()
             self._complaints = None
+
+
+def ask_all(links: Sequence[AgentLink], question: Callable[[AgentLink], T]) -> list[T]:
+    """Ask all at once. Whoever is interrupted, by a signal, waits for no answer any more."""
+    if not links:
+        return []
+    with ThreadPoolExecutor(max_workers=len(links)) as pool:
+        try:
+            return list(pool.map(question, links))
+        except BaseException:
+            for link in links:
+                link.impatient = True
+            raise
 
 
 def start_agent(

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, VitgraftError
+from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.agent import STOP_SIGNALS, Agent
 from vitgraft.launch.deepspeed_launch import Meeting
@@ -61,7 +61,13 @@ class NodeBackend:
     def __post_init__(self) -> None:
         self.hosts = [Host(name_of(node), self.processes) for node in range(self.place.nodes)]
         secret = secrets.token_bytes(32)
-        _write_secret(self.run / SECRET, secret)
+        try:
+            _write_secret(self.run / SECRET, secret)
+        except OSError as error:
+            path = self.run / SECRET
+            raise ConfigError(
+                f"{path}: cannot be written: {error.strerror}; make room or choose another --run-dir"
+            ) from None
         try:
             family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
             self._listener = socket.create_server(
@@ -171,6 +177,7 @@ def follow(place: NodePlace, run: Path, screen: Screen) -> None:
         VitgraftError: with the run's exit code, if it is not 0; the leader says why.
         PreemptedRun: there is no leader, or none any more when this node was asked to stop; the same command may find
             one later.
+        TrainingError: there is none in a job whose nodes start together.
         InterruptedRun: the same after Ctrl-C.
     """
     screen.note(f"node {place.rank} of {place.nodes}: connecting to the leader at {place.host}:{place.port}")
@@ -237,8 +244,11 @@ def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEn
         if end is not None and end.over and end != earlier:
             return end
         if time.monotonic() > deadline:
-            where = f"--leader {place.host}:{place.port}"
-            raise PreemptedRun(f"{where}: no leader within {WAIT_S:g} s ({reason}); start it, and this again")
+            text = f"--leader {place.host}:{place.port}: no leader within {WAIT_S:g} s ({reason})"
+            if place.together:
+                # Queued again, a job whose leader cannot start would hold its nodes for so long again and again.
+                raise TrainingError(f"{text}, though SLURM started all nodes together; see what the first node says")
+            raise PreemptedRun(f"{text}; start it, and this again")
         time.sleep(1.0)
 
 

@@ -32,12 +32,14 @@ Expand = Callable[[str], list[str]]
 
 @dataclass(frozen=True)
 class NodePlace:
-    """This node among those of a run. Node 0 leads: it listens on ``port`` of ``host``, the others connect."""
+    """This node among those of a run. Node 0 leads: it listens on ``port`` of ``host``, the others connect.
+    ``together``: SLURM has started all of them at once."""
 
     nodes: int
     rank: int
     host: str
     port: int
+    together: bool = False
 
     @property
     def leads(self) -> bool:
@@ -95,7 +97,7 @@ def node_place(
     if count == 1:
         return None
     host, port = _parse_leader(leader) if leader is not None else _told_leader(told, environment, expand)
-    return NodePlace(count, rank, host, port)
+    return NodePlace(count, rank, host, port, together="SLURM_JOB_ID" in environment)
 
 
 def _checked(nodes: int | None, node_rank: int | None, leader: str | None, told: _Told) -> tuple[int, int]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch import diagnosis
 from vitgraft.launch.diagnosis import Finding
-from vitgraft.launch.links import AgentLink
+from vitgraft.launch.links import AgentLink, ask_all
 from vitgraft.launch.remote_shell import NoAnswer
 
 FACTS_S = 300.0
@@ -46,8 +45,7 @@ def preflight(
         except NoAnswer as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=len(links)) as pool:
-        answers = dict(zip((link.host for link in links), pool.map(one, links), strict=True))
+    answers = dict(zip((link.host for link in links), ask_all(links, one), strict=True))
     unfit = {host: str(said) for host, said in answers.items() if isinstance(said, NoAnswer)}
     said = {host: found for host, found in answers.items() if not isinstance(found, NoAnswer)}
     unfit |= {host: str(facts["error"]) for host, (facts, _) in said.items() if "error" in facts}

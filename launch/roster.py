@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from vitgraft.launch.backends import Backend
 from vitgraft.launch.hosts import Host
-from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink
+from vitgraft.launch.links import FIRST_ANSWER_S, AgentLink, ask_all
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.stopping import StopWish
 
@@ -63,12 +62,11 @@ class Roster:
                 self._made.append(links[-1])
             except NoAnswer as error:
                 failures[host.name] = str(error)
-        with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
-            for link, failure in zip(links, pool.map(self._introduce, links), strict=True):
-                if failure is not None:
-                    failures[link.host] = str(failure)
-                else:
-                    self.links[link.host] = link
+        for link, failure in zip(links, ask_all(links, self._introduce), strict=True):
+            if failure is not None:
+                failures[link.host] = str(failure)
+            else:
+                self.links[link.host] = link
         return failures
 
     def hear_idle(self, used: Collection[str]) -> dict[str, str]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, cause_of
+from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, VitgraftError, cause_of
 from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint.commit import ATTEMPT, COMMITTED, all_step_names, owning_attempt, set_aside, sweep
 from vitgraft.trainer.checkpoint.files import make_folders, replace_text
-from vitgraft.trainer.checkpoint.layout import POINTER, parse_step
+from vitgraft.trainer.checkpoint.layout import POINTER, parse_step, step_name
 from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
 
 LOCK_PATIENCE_S = 20.0
@@ -199,6 +199,13 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
         chosen = resolve_checkpoint(Path(resume))
         if chosen.run.resolve() != path.resolve():
             raise CheckpointError(f"--resume {resume}: a checkpoint of another run ({chosen.run}); name one of {path}")
+        # A restart looks nowhere else, and would go on from an older one.
+        if chosen.path.name not in names or chosen.path.parent.resolve() != pointer.parent.resolve():
+            raise CheckpointError(
+                f"--resume {resume}: not among the run's checkpoints; move it back to "
+                f"{pointer.parent / step_name(chosen.step)} and name that"
+            )
+        _remember(path, chosen)
         return _set_later_aside(path, names, chosen, f"train --resume {resume}", notes)
     found, invalid = newest_valid(path)
     if found is None:
@@ -210,7 +217,14 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
         return None
     for bad, reason in invalid:
         notes.append(f"WARNING {bad.name} is invalid: {reason}; going on from {found.path.name}")
+    _remember(path, found)
     return _set_later_aside(path, names, found, "invalid, found when resuming", notes)
+
+
+def _remember(path: Path, found: Checkpoint) -> None:
+    """Let the run say that it has a checkpoint, where its commit did not: in a copy of it, or in an earlier version."""
+    if not (path / COMMITTED).exists():
+        replace_text(path / COMMITTED, found.path.name + "\n")
 
 
 def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: str, notes: list[str]) -> Checkpoint:
@@ -239,3 +253,14 @@ def _next_attempt(path: Path) -> int:
     drop_torn_line(events)
     # The record lacks what a full disk could not take.
     return 1 + max(last, sum('"event": "start"' in line for line in events.read_text().splitlines()))
+
+
+def record_failed_start(path: Path, error: VitgraftError) -> None:
+    """Let the events of a run tell why a command did not start it, unless another process owns it."""
+    # Where nothing can be written nobody reads it either.
+    with contextlib.suppress(OSError):
+        make_folders(path)
+        with (path / "lock").open("a+", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = RunHandle(path, owning_attempt(path) or 0, None, lock, [])
+            handle.event("end", code=error.exit_code, reason=str(error))

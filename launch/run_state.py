@@ -27,13 +27,16 @@ class RunEnd:
 def run_end(events: Iterable[dict[str, Any]]) -> RunEnd | None:
     """How a run has ended since it was started last; ``None``: it has not, as far as its events tell.
 
-    What is no proper event is passed over.
+    What is no proper event is passed over, and so is what a supervisor says whose run another one has taken.
     """
     end: RunEnd | None = None
+    newest = 0
     for event in events:
-        name = event.get("event")
+        name, attempt = event.get("event"), event.get("attempt")
+        if isinstance(attempt, int) and attempt < newest:
+            continue
         if name == "start":
-            end = None
+            end, newest = None, attempt if isinstance(attempt, int) else newest
         elif name == "restart" and end is not None:
             end = replace(end, restarting=True)
         elif name in ("end", "give_up"):

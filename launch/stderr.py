@@ -10,15 +10,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+# Python's buffered streams raise RuntimeError when they are entered again.
+_LOST = (OSError, RuntimeError)
+
+
 class _Forgiving:
-    """A text stream whose errors of the system (a closed pipe, a full disk, a terminal that hung up) are dropped."""
+    """A text stream whose errors of the system (a closed pipe, a full disk, a terminal that hung up) are dropped, and
+    with them what a handler of signals would say while the same thread is busy writing."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         if self._stream is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*_LOST):
                 self._stream.write(text)
         return len(text)
 
@@ -28,7 +33,7 @@ class _Forgiving:
 
     def flush(self) -> None:
         if self._stream is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*_LOST):
                 self._stream.flush()
 
     def isatty(self) -> bool:
@@ -39,6 +44,6 @@ class _Forgiving:
 
 
 def forgiving_stderr() -> TextIO:
-    """``sys.stderr`` as it is now, in a shape that never raises OSError when it is written to."""
+    """``sys.stderr`` as it is now, in a shape that never raises when it is written to."""
     stream: object = sys.stderr
     return cast(TextIO, stream if isinstance(stream, _Forgiving) else _Forgiving(sys.stderr))

@@ -26,6 +26,7 @@ class StopWish:
     asked: int | None = None
     patient: bool = False
     _hosts: set[str] = field(default_factory=set)
+    _at_once: bool = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -44,9 +45,13 @@ class StopWish:
         """A signal has come on a host; empty: here. What a scheduler sends comes to all, and is one Ctrl-C.
 
         Raises:
-            InterruptedRun: Ctrl-C where somebody has asked before.
+            InterruptedRun: Ctrl-C where somebody has asked before; once, as a third must not disturb how the run ends.
         """
         if host in self._hosts and number == signal.SIGINT:
+            if self._at_once:
+                self.screen.note("ending already")
+                return
+            self._at_once = True
             raise InterruptedRun("interrupted; the same command goes on from the last committed checkpoint")
         self._hosts.add(host)
         if self.asked is None:
@@ -66,10 +71,31 @@ class StopWish:
             raise stopped(self.asked, behind=False)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        ending = self._at_once
         self.ask(number)
-        if not self.patient:
+        if not self.patient and not ending:
             # Whatever is waited for, e.g. other nodes, is not needed any more.
             raise stopped(number, behind=False)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While nothing of the run is started yet, which may take minutes where a large checkpoint is checked.
+
+    Raises:
+        PreemptedRun, InterruptedRun: a signal came.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise stopped(number, behind=False)
+
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    old = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def stopped(asked: int, *, behind: bool) -> VitgraftError:

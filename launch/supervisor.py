@@ -296,7 +296,8 @@ class Supervisor:
         unfit, warnings = preflight(links, self.recipe, Path(os.path.abspath(self.handle.path)), slots)
         for warning in warnings:
             self.screen.note(f"WARNING {warning}")
-        gone = {host: why for host in unfit if (why := self.roster.links[host].silent()) is not None}
+        # While the slowest answered, nobody listened to the others.
+        gone = self.roster.hear_idle(())
         for host in unfit:
             self.roster.links[host].close()
         return {host: why for host, why in unfit.items() if host not in gone}, gone

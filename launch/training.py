@@ -21,7 +21,8 @@ from vitgraft.launch.devices import place
 from vitgraft.launch.hosts import Host, choose_slots, read_hostfile, ssh_arguments
 from vitgraft.launch.node_backend import NodeBackend, follow, name_of
 from vitgraft.launch.nodes import NodePlace
-from vitgraft.launch.run_dir import RunHandle, open_run
+from vitgraft.launch.run_dir import RunHandle, open_run, record_failed_start
+from vitgraft.launch.stopping import stopping_at_once
 from vitgraft.launch.supervisor import Supervisor
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.commit import all_step_names
@@ -52,19 +53,25 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
     if where.place is not None and not where.place.leads:
         follow(where.place, run, screen)
         return
-    open_backend = _backend(recipe, where)
-    classes = check_data(recipe, screen)
-    check_model(recipe, classes)
-    check_copy(recipe)
-    if resume == "never" or not all_step_names(run):
-        check_start(recipe)
-    handle = open_run(run, recipe, resume)
+    try:
+        with stopping_at_once():
+            open_backend = _backend(recipe, where)
+            classes = check_data(recipe, screen)
+            check_model(recipe, classes)
+            check_copy(recipe)
+            if resume == "never" or not all_step_names(run):
+                check_start(recipe)
+            handle = open_run(run, recipe, resume)
+    except VitgraftError as error:
+        if where.place is not None:
+            # Nodes that wait for this one read there that it will not lead.
+            record_failed_start(run, error)
+        raise
     screen.keep(handle.path / "logs" / f"supervisor.{os.uname().nodename}.log")
     try:
         try:
             backend = open_backend(handle)
         except VitgraftError as error:
-            # Nodes that wait for this one read there that it will not lead.
             handle.event("end", code=error.exit_code, reason=str(error))
             raise
         Supervisor(handle, recipe, backend, screen, os.getcwd()).run()

@@ -20,23 +20,36 @@ from vitgraft.trainer.checkpoint.savers import InlineSaver
 STAGES = {3: (2, False), 4: (3, False), 5: (0, False), 6: (1, True)}
 """ZeRO stage, and whether the states are offloaded, of the engine that makes each step; the steps before are made
 without DeepSpeed."""
+EXACT = (0, 3)
+"""ZeRO stages at which each run is resumed at the same one, too."""
 FIRST = 2
 DECAY = 0.9
 OPTIMIZERS = ("sgd", "fused_adamw")
 
 
+class Scale(nn.Module):
+    """A parameter of one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values * self.scale
+
+
 def make_model() -> nn.Sequential:
     """Sizes that two ranks cannot share evenly."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), Scale())
 
 
 def make_optimizer(name: str, model: nn.Sequential) -> torch.optim.Optimizer:
     """Three groups of different rates and decays."""
-    first, last = model[0], model[2]
+    first, last, scale = model[0], model[2], model[3].scale
     groups: list[dict[str, Any]] = [
         {"params": [first.weight], "lr": 0.1, "weight_decay": 0.01},
-        {"params": [first.bias, last.bias], "lr": 0.05, "weight_decay": 0.0},
+        {"params": [first.bias, last.bias, scale], "lr": 0.05, "weight_decay": 0.0},
         {"params": [last.weight], "lr": 0.2, "weight_decay": 0.1},
     ]
     if name == "sgd":
@@ -106,6 +119,17 @@ def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: 
     return engine
 
 
+def assert_goes_on_exactly(unbroken: Trainer, resumed: Trainer, step: int) -> None:
+    """At the same world and stage a step after a restore is, bit for bit, the one of the trainer that saved."""
+    found = []
+    for trainer in (unbroken, resumed):
+        trainer.train(step)
+        found.append({key: values.clone() for key, values in trainer.state.tensors().items()})
+    assert found[0].keys() == found[1].keys()
+    for key, values in found[0].items():
+        assert torch.equal(values, found[1][key]), key
+
+
 def rank_main(rank: int, folder: str, world: int) -> None:
     """Go on from each run's checkpoint of its first steps: each step under another stage, from the last one's save."""
     torch.set_num_threads(1)
@@ -124,4 +148,6 @@ def rank_main(rank: int, folder: str, world: int) -> None:
             trainer = Trainer(run, name, checkpoint, zero)
             trainer.train(step)
             checkpoint = trainer.save(step)
+            if zero[0] in EXACT:
+                assert_goes_on_exactly(trainer, Trainer(run, name, checkpoint, zero), step + 1)
     torch.distributed.destroy_process_group()

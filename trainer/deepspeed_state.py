@@ -113,22 +113,27 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
-def tensor_states(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """The optimizer's tensor states laid out like ``flat`` (e.g. exp_avg); empty before the first step."""
+def tensor_states(engine: Any, flat: Tensor, kinds: list[str]) -> dict[str, Tensor]:
+    """The optimizer's tensor states laid out like ``flat`` (e.g. exp_avg); empty before the first step.
+
+    Args:
+        kinds: those that its class is known for: beside a 0-d parameter only their names tell them from scalars.
+    """
     state = inner_optimizer(engine).state.get(flat, {})
     return {
         key: value
         for key, value in state.items()
-        if torch.is_tensor(value) and value.shape == flat.shape and value.dim()
+        if torch.is_tensor(value) and value.shape == flat.shape and (key in kinds or value.dim())
     }
 
 
-def scalar_states(engine: Any, flats: list[Tensor]) -> dict[str, float]:
-    """The optimizer's scalar states (e.g. its step count), the same for every flat tensor."""
+def scalar_states(engine: Any, flats: list[Tensor], kinds: list[str]) -> dict[str, float]:
+    """The optimizer's scalar states (e.g. its step count), the same for every flat tensor; ``kinds`` are none, whatever
+    their size."""
     scalars: dict[str, float] = {}
     for flat in flats:
         for key, value in inner_optimizer(engine).state.get(flat, {}).items():
-            if torch.is_tensor(value) and value.numel() != 1:
+            if key in kinds or (torch.is_tensor(value) and value.numel() != 1):
                 continue
             if isinstance(value, int | float) or torch.is_tensor(value):
                 scalars[key] = float(value)

@@ -417,6 +417,34 @@ def test_draining_drops_what_not_all_ranks_handed_over(tmp_path: Path) -> None:
     assert_valid(run, 3)
 
 
+@pytest.mark.parametrize(("seconds", "given_up"), [(70, False), (100, True)])
+def test_a_record_that_storage_shows_late_is_waited_for(tmp_path: Path, seconds: float, given_up: bool) -> None:
+    """An NFS client may not know for a minute that another host has written its part."""
+    run, recipe = make_run(tmp_path)
+    ranks, paths = make_ranks(run, 2)
+    role = checkpointer(run, recipe, paths[:1])
+    role.draining = time.monotonic() - seconds
+    other = checkpointer(run, recipe, paths[1:])
+    ranks[0].hand_over(3)
+    role.poll()
+    written = role.lanes[0].written
+    assert written is not None
+    assert written.result() is None
+    role.poll()
+    answer = ranks[0].answer()
+    if given_up:
+        assert answer is not None
+        assert answer.error == "not all ranks handed their part over"
+        return
+    assert answer is None
+    ranks[1].hand_over(3)
+    deadline = time.monotonic() + 20
+    while other.poll() | role.poll():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert_valid(run, 3)
+
+
 # From here on with real processes.
 
 

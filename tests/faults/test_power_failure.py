@@ -60,7 +60,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 def test_a_checkpoint_is_durable_before_it_has_its_name(tmp_path: Path, disk: Disk) -> None:
     run, _ = make_run(tmp_path)
     final = write(run, 3)
-    assert disk.renamed == {final.name: [], layout.POINTER: []}
+    assert disk.renamed == {final.name: [], commit.COMMITTED: [], layout.POINTER: []}
     assert disk.names(final.parent) == {final.name, layout.POINTER}
     assert commit.COMMITTED in disk.names(run)
 

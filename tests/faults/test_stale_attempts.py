@@ -114,6 +114,38 @@ def test_a_writer_that_wakes_in_a_newer_attempt_touches_nothing(tmp_path: Path, 
     assert 0 < refused < len(whole.operations)
 
 
+def test_a_first_commit_of_an_earlier_attempt_leaves_no_trace_in_a_run_that_began_again(tmp_path: Path) -> None:
+    """Stopped at each operation from the rename of the checkpoint to that of the pointer, while ``--resume never``
+    starts: what it wakes to say, that the run has a checkpoint, would keep the next start from starting."""
+    whole, _ = first_commit(tmp_path / "whole", None)
+    renames = [at for at, operation in enumerate(whole.operations) if operation == "os.rename"]
+    for at in range(renames[-3] - 1, renames[-1] + 2):
+        _, run = first_commit(tmp_path / f"stopped-{at}", at)
+        left = [path.name for path in run.iterdir() if path.name.startswith(commit.COMMITTED)]
+        assert left == [], whole.operations[at]
+        handle = open_run(run, make_run(run)[1], "auto")
+        handle.close()
+        assert (handle.resume, handle.notes) == (None, []), whole.operations[at]
+
+
+def first_commit(folder: Path, at: int | None) -> tuple[Fork, Path]:
+    """Attempt 1 stops at an operation of the run's first save, and wakes when attempt 2 has begun at the start."""
+    run, recipe = make_run(folder, train__checkpoint={"every_steps": 1})
+    open_run(run, recipe, "auto").close()
+    descriptor, path = memfd()
+    FakeRank(run, path, 0, 1).hand_over(3)
+    arguments = ["--run-dir", str(run), "--attempt", "1", "--drain", "--buffers", path]
+    stale = Fork(lambda: role.main(arguments), run, at, number=signal.SIGSTOP)
+    with all_ended([stale]):
+        if at is not None:
+            until(stale.stopped)
+            open_run(run, recipe, "never").close()
+            os.kill(stale.pid, signal.SIGCONT)
+        assert stale.wait() == 0
+    os.close(descriptor)
+    return stale, run
+
+
 def test_a_rank_of_an_earlier_attempt_deletes_nothing(tmp_path: Path) -> None:
     """Of ``train.roles: inline``, where the ranks carry retention out."""
     run, recipe = make_run(tmp_path, train__roles="inline", train__checkpoint={"every_steps": 1, "keep_last": 1})

@@ -15,6 +15,7 @@ from vitgraft.launch.deadlines import (
     SILENCE_S,
     SLOW_FACTOR,
     SLOW_STEPS,
+    START_SILENT_S,
     STOPPED_S,
     UNLEARNED_S,
     Deadlines,
@@ -91,7 +92,7 @@ def test_a_gang_hangs_when_all_have_overstayed_or_one_is_silent(
     ranks = ranks_of(*facts)
     hang = find_hang(ranks, LIMITS, now)
     overstayed = bool(ranks) and all(now - rank.since > LIMITS[rank.phase] for rank in ranks)
-    silent = any(now - rank.heard > STOPPED_S for rank in ranks)
+    silent = any(now - rank.heard > (START_SILENT_S if rank.phase == "start" else STOPPED_S) for rank in ranks)
     assert (hang is not None) == (overstayed or silent)
     if hang is not None:
         assert hang.seconds > hang.limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from support_agents import Wishes
 from support_writers import make_run
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, VitgraftError
+from vitgraft.configs.errors import ConfigError, DataError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.launch import node_backend as module
 from vitgraft.launch import training
 from vitgraft.launch.agent import STOP_SIGNALS
@@ -28,6 +30,7 @@ from vitgraft.launch.node_backend import SECRET, NodeBackend, _connect, _give_up
 from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.roster import Roster
+from vitgraft.launch.run_dir import open_run
 from vitgraft.launch.run_state import RunEnd, run_end
 from vitgraft.launch.ui import Screen
 from vitgraft.launch.wire import Wire
@@ -172,6 +175,55 @@ def test_nodes_read_that_their_leader_cannot_lead(
     end = run_end(read_rows(run / "events.jsonl"))
     assert end is not None
     assert (end.code, end.over, end.reason) == (2, True, str(error.value))
+
+
+@pytest.mark.parametrize("fault", ["world", "data", "checkpoint", "owned", "signal"])
+def test_nodes_read_why_their_leader_did_not_start(
+    places: list[NodePlace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Else they would wait, and have a job queued again that cannot start."""
+    run, recipe = make_run(tmp_path / "run", train__global_batch=8 if fault == "world" else 6)
+
+    def check(*_: object) -> int:
+        if fault == "data":
+            raise DataError("data/train: no such folder")
+        if fault == "signal":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return 3
+
+    monkeypatch.setattr(training, "check_data", check)
+    monkeypatch.setattr("vitgraft.launch.run_dir.LOCK_PATIENCE_S", 0.1)
+    if fault == "checkpoint":
+        (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        if fault == "owned":
+            stack.callback(open_run(run, recipe, "auto").close)
+        with pytest.raises(VitgraftError) as error:
+            training.train(recipe, run, Screen(), training.Where(processes=1, place=places[0]))
+    end = run_end(read_rows(run / "events.jsonl"))
+    if fault == "owned":
+        # Another leads, and tells how its run ends.
+        assert (error.value.exit_code, end) == (2, None)
+        return
+    assert end is not None
+    codes = {"world": 2, "data": 3, "checkpoint": 4, "signal": 75}
+    assert (end.code, end.over, end.reason) == (codes[fault], True, str(error.value))
+    assert error.value.exit_code == codes[fault]
+
+
+def test_a_job_whose_leader_is_not_there_is_not_queued_again(
+    places: list[NodePlace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of a step start together, and 75 would have them all wait once more."""
+    monkeypatch.setattr(module, "WAIT_S", 0.0)
+    with pytest.raises(TrainingError, match=r"no leader within 0 s .*; see what the first node says"):
+        _connect(replace(places[1], together=True), tmp_path, None)
+
+
+def test_a_secret_that_finds_no_room(places: list[NodePlace], tmp_path: Path) -> None:
+    (tmp_path / SECRET).with_suffix(".tmp").mkdir()
+    with pytest.raises(ConfigError, match=r"leader\.secret: cannot be written: .*; make room"):
+        NodeBackend(places[0], 2, tmp_path, 0)
 
 
 def test_a_node_without_a_leader_says_what_it_misses(

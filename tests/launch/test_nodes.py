@@ -215,18 +215,22 @@ def test_a_run_on_this_host_alone(environment: dict[str, str], options: dict[str
 
 TOGETHER = [
     # SLURM, without an option.
-    (STEP_OF_4, {}, NodePlace(4, 3, "node01", SLURM_PORT)),
-    (STEP_2_OF_4, {}, NodePlace(2, 1, "node02", SLURM_PORT)),
-    (STEP_FROM_INTERACTIVE, {}, NodePlace(2, 1, "node02", SLURM_PORT)),
-    (MIXED_NODES, {}, NodePlace(4, 0, "gpu2-1", SLURM_PORT)),
-    (OLD_STEP, {}, NodePlace(2, 1, "node02", SLURM_PORT)),
+    (STEP_OF_4, {}, NodePlace(4, 3, "node01", SLURM_PORT, together=True)),
+    (STEP_2_OF_4, {}, NodePlace(2, 1, "node02", SLURM_PORT, together=True)),
+    (STEP_FROM_INTERACTIVE, {}, NodePlace(2, 1, "node02", SLURM_PORT, together=True)),
+    (MIXED_NODES, {}, NodePlace(4, 0, "gpu2-1", SLURM_PORT, together=True)),
+    (OLD_STEP, {}, NodePlace(2, 1, "node02", SLURM_PORT, together=True)),
     # Options win, each by itself.
-    (STEP_2_OF_4, {"nodes": 2}, NodePlace(2, 1, "node02", SLURM_PORT)),
-    (STEP_2_OF_4, {"leader": "ib-node02"}, NodePlace(2, 1, "ib-node02", DEFAULT_PORT)),
-    (STEP_2_OF_4, {"leader": "10.0.0.2:1234"}, NodePlace(2, 1, "10.0.0.2", 1234)),
-    ({**STEP_2_OF_4, "SLURM_STEP_NODELIST": "bp[0x1]"}, {"leader": "a"}, NodePlace(2, 1, "a", DEFAULT_PORT)),
-    (STEP_2_OF_4, {"node_rank": 0}, NodePlace(2, 0, "node02", SLURM_PORT)),
-    (TASKS_8, {"nodes": 3, "node_rank": 2, "leader": "a"}, NodePlace(3, 2, "a", DEFAULT_PORT)),
+    (STEP_2_OF_4, {"nodes": 2}, NodePlace(2, 1, "node02", SLURM_PORT, together=True)),
+    (STEP_2_OF_4, {"leader": "ib-node02"}, NodePlace(2, 1, "ib-node02", DEFAULT_PORT, together=True)),
+    (STEP_2_OF_4, {"leader": "10.0.0.2:1234"}, NodePlace(2, 1, "10.0.0.2", 1234, together=True)),
+    (
+        {**STEP_2_OF_4, "SLURM_STEP_NODELIST": "bp[0x1]"},
+        {"leader": "a"},
+        NodePlace(2, 1, "a", DEFAULT_PORT, together=True),
+    ),
+    (STEP_2_OF_4, {"node_rank": 0}, NodePlace(2, 0, "node02", SLURM_PORT, together=True)),
+    (TASKS_8, {"nodes": 3, "node_rank": 2, "leader": "a"}, NodePlace(3, 2, "a", DEFAULT_PORT, together=True)),
     (NOTHING, {"nodes": 3, "node_rank": 0, "leader": "a"}, NodePlace(3, 0, "a", DEFAULT_PORT)),
     (NOTHING, {"nodes": 2, "node_rank": 1, "leader": "[fd00::1]:77"}, NodePlace(2, 1, "fd00::1", 77)),
     (NOTHING, {"nodes": 2, "node_rank": 1, "leader": "[fe80::1%eth0]"}, NodePlace(2, 1, "fe80::1%eth0", DEFAULT_PORT)),
@@ -238,7 +242,11 @@ TOGETHER = [
     (KUBERNETES, {"nodes": 4, "node_rank": 3, "leader": "v"}, NodePlace(4, 3, "v", DEFAULT_PORT)),
     (TORCHRUN, {"nodes": 2}, NodePlace(2, 1, "node-1", 29501)),
     (TORCHRUN, {"nodes": 2, "leader": "node-1"}, NodePlace(2, 1, "node-1", DEFAULT_PORT)),
-    (SBATCH_SHELL, {"nodes": 4, "node_rank": 2, "leader": "node01"}, NodePlace(4, 2, "node01", DEFAULT_PORT)),
+    (
+        SBATCH_SHELL,
+        {"nodes": 4, "node_rank": 2, "leader": "node01"},
+        NodePlace(4, 2, "node01", DEFAULT_PORT, together=True),
+    ),
 ]
 
 
@@ -258,7 +266,7 @@ def test_jobs_on_a_shared_node_have_ports_that_anyone_may_use(job: str) -> None:
 
 def test_another_way_to_expand_a_list() -> None:
     found = node_place(None, None, None, STEP_2_OF_4, expand=lambda text: {"node[02-03]": ["x", "y"]}[text])
-    assert found == NodePlace(2, 1, "x", SLURM_PORT)
+    assert found == NodePlace(2, 1, "x", SLURM_PORT, together=True)
 
 
 WRONG = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from support_agents import PlayedAgent, Wishes, obedient
 from vitgraft.configs.errors import PreemptedRun
 from vitgraft.launch.backends import HereBackend
 from vitgraft.launch.hosts import Host
+from vitgraft.launch.links import AgentLink, ask_all
 from vitgraft.launch.remote_shell import NoAnswer
 from vitgraft.launch.roster import Roster
+from vitgraft.launch.wire import Wire
 
 ASKED = {"say": "asked", "signal": int(signal.SIGTERM)}
 
@@ -71,6 +75,29 @@ def test_hosts_without_work_are_heard_and_missed(backend: Backend, roster: Roste
     assert roster.hear_idle({"a"}) == {}
     assert len(wishes.heard) == 3
     assert len(backend.agents["a"].receive()) == 2
+
+
+def test_who_is_interrupted_waits_for_no_answer() -> None:
+    """A host may take minutes to answer; what has ended a job takes less to kill it."""
+    pipes = [os.pipe(), os.pipe()]
+    link = AgentLink("b", Wire(pipes[0][0], pipes[1][1]))
+
+    def stop(number: int, frame: object) -> None:
+        raise PreemptedRun("stopped")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        begun = time.monotonic()
+        with pytest.raises(PreemptedRun):
+            ask_all([link], lambda link: link.ask("facts", "facts", 600.0))
+        assert time.monotonic() - begun < 60
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+        link.close()
+        for descriptor in (pipes[0][1], pipes[1][0]):
+            os.close(descriptor)
 
 
 def test_quiet_hosts(backend: Backend, roster: Roster) -> None:

@@ -16,8 +16,10 @@ import pytest
 from support import executable, vitgraft, wait_until
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.launch.run_state import run_end
 from vitgraft.launch.status import Pace, Status, eta, pace_of, read_status
 from vitgraft.launch.status_view import duration, event_text, lines
+from vitgraft.trainer.monitor_files import read_rows
 
 HOST = os.uname().nodename
 NOW = 2_000_000.0
@@ -183,6 +185,17 @@ def test_the_last_word_counts(run: Path, rows: list[dict[str, Any]], expected: t
 def test_a_command_that_ended_before_its_first_attempt(run: Path) -> None:
     write_rows(run / "events.jsonl", [event("stop_asked"), end(1, NOW - 5, 2, "b: another torch", None)])
     assert (read_status(run, NOW).state, read_status(run, NOW).exit_code) == ("failed", 2)
+
+
+def test_what_a_supervisor_says_whose_run_another_has_taken_does_not_count(run: Path) -> None:
+    """Where locks do not reach across hosts it notices late; the run goes on."""
+    late = [{**event("give_up"), "code": 5, "text": "spent"}, end(1, NOW - 4, 2, "another supervisor owns it", None)]
+    write_rows(run / "events.jsonl", [start(1, NOW - 600), start(2, NOW - 60), *late])
+    assert run_end(read_rows(run / "events.jsonl")) is None
+    with owned(run):
+        assert read_status(run, NOW).state == "running"
+    write_rows(run / "events.jsonl", [start(1, NOW - 600), start(2, NOW - 60), end(2, NOW - 9, 0), *late])
+    assert read_status(run, NOW).state == "finished"
 
 
 def test_a_run_is_running_while_its_owner_has_the_lock_open(run: Path) -> None:

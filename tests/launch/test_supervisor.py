@@ -17,7 +17,14 @@ from support_agents import PlayedAgent, ends, obedient
 from support_checkpoints import write
 from support_writers import make_run
 
-from vitgraft.configs.errors import CheckpointError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.configs.errors import (
+    CheckpointError,
+    ConfigError,
+    InterruptedRun,
+    PreemptedRun,
+    TrainingError,
+    VitgraftError,
+)
 from vitgraft.launch import roster
 from vitgraft.launch import supervisor as module
 from vitgraft.launch.backends import HereBackend
@@ -254,6 +261,47 @@ def test_ctrl_c_twice_on_one_host_ends_at_once(tmp_path: Path, last_host: str) -
     assert ("behind a committed checkpoint" in str(failure)) == (last_host == "a")
     # At once: the attempt does not come to an end of its own.
     assert ("kind" in supervised.events("end")[0]) == (last_host == "a")
+
+
+def test_a_third_ctrl_c_does_not_disturb_the_end(tmp_path: Path) -> None:
+    supervised, ended, orders = Supervised(tmp_path), list[str](), obedient({})
+
+    def reply(order: dict[str, Any]) -> list[dict[str, Any]]:
+        if order["do"] in ("begin", "stop"):
+            signal.raise_signal(signal.SIGINT)
+        if order["do"] == "end":
+            # In the middle of ending what runs.
+            signal.raise_signal(signal.SIGINT)
+            ended.append("ended")
+        return orders(order)
+
+    supervised.backend.agents["a"].reply = reply
+    assert supervised.fails().exit_code == 130
+    assert ended == ["ended"]
+    # Nor is anybody left out.
+    assert "end" in supervised.backend.agents["b"].orders()
+
+
+def test_an_unfit_host_is_heard_before_it_is_called_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the slowest host answered, nobody read what the others said."""
+    supervised = Supervised(tmp_path)
+    supervised.backend.alone = False
+    agent = supervised.backend.agents["b"]
+
+    class Unread(PlayedAgent):
+        def receive(self) -> list[dict[str, Any]]:
+            self.gone = None
+            return super().receive()
+
+    agent.__class__ = Unread
+
+    def examine(*_: object) -> tuple[dict[str, str], list[str]]:
+        agent.gone = "nothing was heard of it for 20 s"
+        return {"b": "versions: another torch"}, []
+
+    monkeypatch.setattr(module, "preflight", examine)
+    with pytest.raises(ConfigError, match="b: versions: another torch"):
+        supervised.supervisor.run()
 
 
 def test_a_spare_that_died_meanwhile_is_not_counted_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -75,6 +76,20 @@ def test_a_screen_outlives_who_looks_at_it(tmp_path: Path, kind: str) -> None:
         os.close(err)
         os.close(out)
     assert (tmp_path / "done").exists()
+
+
+class Busy(io.StringIO):
+    """As Python's streams are to a handler of signals that comes while they are written to."""
+
+    def write(self, text: str = "") -> int:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    flush = write  # type: ignore[assignment]
+
+
+def test_a_signal_that_comes_while_a_line_is_written_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Busy())
+    Screen().note("a signal came")
 
 
 def test_bars_that_a_reader_leaves_behind(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ SHARDS: dict[str, tuple[tuple[Arrays, ...], str]] = {
     "a range beyond the vector": (({"master|w|4": VALUES},), "reaches to 14, but w has 10 elements"),
     "a start beyond any number": (({"master|w|" + "9" * 30: VALUES},), "not written by vitgraft"),
     "a start in other digits": (({"master|w|²": VALUES},), "not written by vitgraft"),
+    "a start of too many digits": (({"master|w|00": VALUES},), "not written by vitgraft"),
+    "a start and a new line": (({"master|w|0\n": VALUES},), "not written by vitgraft"),
     "no bars": (({"w": VALUES},), "not written by vitgraft"),
     "another parameter": (({"master|../../etc|0": VALUES},), "knows no such vector"),
     "another kind": (({"slave|w|0": VALUES},), "knows no such vector"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from model_checkpoints import model_of, save_model
 from support import tiny_recipe
 from support_checkpoints import VALUES, write
 
-from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.errors import CheckpointError, TrainingError
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.configs.load import validate_recipe
 from vitgraft.trainer.checkpoint import layout, read
@@ -54,6 +57,39 @@ def test_a_shard_that_shrinks_after_it_was_opened_is_named(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"rank-00001.safetensors: cannot be read: .*No such file"):
         reader.read(layout.MASTER, "w", 0, 10)
     assert (reader.read(layout.MASTER, "w", 0, 5) == VALUES[:5]).all()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_storage_that_fails_for_a_moment_is_left_to_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    """E.g. a network file system: nothing says that the checkpoint is damaged, which would end the run for good."""
+    path = write(tmp_path, 1, world=1)
+    shard, reader = path / layout.shard_name(0), VectorReader(open_checkpoint(path))
+    real = Path.open
+
+    def fail(*_: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    def open_others(file: Path, *arguments: Any, **options: Any) -> Any:
+        return fail() if file == shard else real(file, *arguments, **options)
+
+    def read_again() -> None:
+        reader.read(layout.MASTER, "w", 0, 10)
+
+    uses: list[Callable[[], object]] = [read_again]
+    if call == "open":
+        monkeypatch.setattr(Path, "open", open_others)
+        uses += [lambda: VectorReader(open_checkpoint(path)), lambda: read.read_all(shard)]
+    else:
+        monkeypatch.setattr(os, "preadv", fail)
+    for use in uses:
+        with pytest.raises(
+            TrainingError, match=rf"rank-00000\.safetensors: cannot be read: .*{os.strerror(number)}"
+        ) as e:
+            use()
+        assert e.value.cause == ("host_memory" if number == errno.ENOMEM else None)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core hashes one file at a time")

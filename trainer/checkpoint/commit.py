@@ -16,7 +16,6 @@ from vitgraft.trainer.checkpoint.files import (
     remove_file,
     remove_tree,
     rename_durably,
-    replace_text,
     sync_file,
     sync_folder,
     write_text_durably,
@@ -35,14 +34,16 @@ from vitgraft.trainer.checkpoint.layout import (
 )
 from vitgraft.trainer.checkpoint.manifest import read_manifest
 
+LATE_S = 90.0
+"""NFS may hide for a minute what another host has done in the run directory."""
 TEMPORARY = ".tmp"
 _NO_SPACE = "no space left on the disk of"
 _READ_ONLY = "cannot write to the folder"
 ATTEMPT = "attempt"
 """RUN/attempt: the number of the attempt that owns the run. Another one may not commit."""
 COMMITTED = "committed"
-"""RUN/committed: the first checkpoint's name. While it is there the run does not start afresh by itself, even when
-RUN/checkpoints is lost."""
+"""RUN/committed: the name of the first checkpoint that is known of. While it is there the run does not start afresh by
+itself, even when RUN/checkpoints is lost."""
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -68,6 +69,8 @@ def sweep(run: Path) -> None:
         for entry in folder.iterdir():
             if entry.name.endswith(TEMPORARY):
                 remove_tree(entry) if entry.is_dir() else remove_file(entry)
+    for entry in run.glob(f"{COMMITTED}.*{TEMPORARY}"):
+        remove_file(entry)
 
 
 def why(error: BaseException, folder: Path) -> str:
@@ -191,23 +194,27 @@ def point_to(final: Path, attempt: int) -> None:
     """Let the pointer name this checkpoint, unless it does; and the run say that it has one.
 
     Raises:
-        CheckpointError: a newer attempt owns the run; the pointer is its own.
+        CheckpointError: a newer attempt owns the run; what they say is its own matter.
     """
     pointer, line, run = final.parent / POINTER, final.name + "\n", final.parent.parent
     if not (run / COMMITTED).exists():
-        replace_text(run / COMMITTED, line)
+        _replace_as_owner(run / COMMITTED, line, run, attempt)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if pointer.read_text() == line:
             return
+    _replace_as_owner(pointer, line, run, attempt)
+
+
+def _replace_as_owner(path: Path, line: str, run: Path, attempt: int) -> None:
     # Of this attempt alone, and swept by the next, like its shards: whenever this one sleeps, it does no harm.
-    temporary = pointer.with_name(f"{POINTER}.{attempt}{TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.{attempt}{TEMPORARY}")
     write_text_durably(temporary, line)
     try:
         check_owner(run, attempt)
     except CheckpointError:
         remove_file(temporary)
         raise
-    rename_durably(temporary, pointer)
+    rename_durably(temporary, path)
 
 
 def set_aside(run: Path, names: list[str], reason: str) -> Path:

@@ -26,7 +26,7 @@ EMA = "ema"
 MAX_WORLD = 1 << 16
 
 _STEP = re.compile(r"^step-([0-9]{8,18})$")
-_START = re.compile(r"^[0-9]{1,18}$")
+_START = re.compile(r"0|[1-9][0-9]{0,17}")
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -154,7 +154,7 @@ def parse_range_key(key: str) -> tuple[str, str, int]:
     """
     kind, _, rest = key.partition("|")
     name, _, start = rest.rpartition("|")
-    if not (kind and name and _START.match(start)):
+    if not (kind and name and _START.fullmatch(start)):
         raise CheckpointError(f"key {key!r} is not KIND|PARAMETER|START: the file was not written by vitgraft")
     return kind, name, int(start)
 

@@ -226,6 +226,7 @@ class VectorReader:
 
     Raises:
         CheckpointError: a shard holds something else than float32 ranges of the manifest's vectors, or one range twice.
+        TrainingError: the storage of a shard fails.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -258,7 +259,7 @@ class VectorReader:
         """Elements [start, stop) of a vector, float32.
 
         Raises:
-            CheckpointError: as in :meth:`fill`.
+            CheckpointError, TrainingError: as in :meth:`fill`.
         """
         out = np.empty(stop - start, np.float32)
         self.fill([(kind, name, start, out)])
@@ -269,7 +270,8 @@ class VectorReader:
         many elements as its array has.
 
         Raises:
-            CheckpointError: a vector is absent or has a gap, or its file cannot be read.
+            CheckpointError: a vector is absent or has a gap, or its file is damaged.
+            TrainingError: the storage of a shard fails.
         """
         pieces: dict[int, list[tuple[int, NDArray[np.float32]]]] = {}
         for kind, name, start, out in wanted:
@@ -293,6 +295,7 @@ def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
 
     Raises:
         CheckpointError: not a readable safetensors file, or of a type that numpy does not know.
+        TrainingError: its storage fails.
     """
     handle = open_safetensors(path)
     try:
@@ -311,6 +314,7 @@ def read_weights(
 
     Raises:
         CheckpointError: incomplete or damaged.
+        TrainingError: its storage fails.
     """
     manifest = checkpoint.manifest
     kind = EMA if ema and EMA in manifest.kinds else MASTER

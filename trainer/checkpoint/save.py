@@ -90,7 +90,7 @@ class TrainerState:
 
     def _sources(self, flat: Tensor) -> dict[str, Tensor]:
         """A flat tensor's kinds, laid out like it."""
-        states = tensor_states(self.engine, flat)
+        states = tensor_states(self.engine, flat, self.states)
         if states and sorted(states) != self.states:
             raise TrainingError(
                 f"{type(inner_optimizer(self.engine)).__name__} keeps the states {sorted(states)}, expected "
@@ -108,6 +108,7 @@ class TrainerState:
 
         Raises:
             CheckpointError: of another model or optimizer, or damaged.
+            TrainingError: its storage fails.
         """
         manifest = checkpoint.manifest
         if manifest.parameters != self.shapes:
@@ -119,7 +120,9 @@ class TrainerState:
                 f"{checkpoint.path}: of another optimizer: it holds the states {sorted(states)}, this one keeps "
                 f"{sorted(self.states)}"
             )
-        install_states(self.engine, self.flats, states, manifest.scalars)
+        # Earlier versions took the state of a parameter with one element for a scalar, too.
+        scalars = {name: value for name, value in manifest.scalars.items() if name not in states}
+        install_states(self.engine, self.flats, states, scalars)
         sources = {id(flat): self._sources(flat) for flat in self.flats}
         # One kind after the other, which bounds what lies on the host for a GPU.
         for kind in self.kinds():
@@ -158,7 +161,7 @@ class TrainerState:
             normalisation=facts.normalisation,
             parameters=self.shapes,
             kinds=self.kinds(),
-            scalars=scalar_states(self.engine, self.flats),
+            scalars=scalar_states(self.engine, self.flats, self.states),
             groups=self.groups(),
             frozen=facts.frozen,
             code_version=code_version(),
@@ -210,6 +213,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
 
     Raises:
         CheckpointError: as in :func:`load_model`, or damaged; the model is then partly loaded.
+        TrainingError: its storage fails.
     """
     shapes = checkpoint.manifest.parameters
     places = {

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.errors import CheckpointError, TrainingError, VitgraftError, cause_of
+
+_OF_THE_FILE = (EOFError, FileNotFoundError, IsADirectoryError, PermissionError)
 
 
 def open_safetensors(path: Path) -> Any:
@@ -23,11 +25,25 @@ def open_safetensors(path: Path) -> Any:
 
     Raises:
         CheckpointError: not a readable safetensors file.
+        TrainingError: its storage fails.
     """
     try:
+        path.open("rb").close()  # of all that may be wrong with it the library says that there is no such file
         return safe_open(str(path), framework="np")
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _unreadable(path: Path, error: OSError | EOFError) -> VitgraftError:
+    """What the file is to blame for, a restart does not heal; what its storage is, e.g. a stale handle, it may."""
+    if isinstance(error, _OF_THE_FILE):
+        return CheckpointError(f"{path}: cannot be read: {error}")
+    return TrainingError(
+        f"{path}: cannot be read: {error}; start again with the same command, and see to its storage if that goes on",
+        cause=cause_of(error),
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class ShardFile:
     page cache, and gives no tensor's place; so the bytes are read here.
 
     Raises:
-        CheckpointError: not a readable safetensors file.
+        CheckpointError, TrainingError: as in :func:`open_safetensors`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,20 +73,23 @@ class ShardFile:
                 size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(size))
             self.tensors = {key: _stored(header[key], 8 + size) for key in keys}
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: changed while its header was read: {error}") from None
 
     def read(self, pieces: Sequence[tuple[int, NDArray[np.float32]]], pool: Executor) -> None:
         """Fill arrays, each from its offset in the file, several at a time.
 
         Raises:
-            CheckpointError: the file cannot be read or has become shorter.
+            CheckpointError: the file is gone, may not be read or has become shorter.
+            TrainingError: its storage fails.
         """
         try:
             with self.path.open("rb", buffering=0) as stream:
                 list(pool.map(lambda piece: _fill(stream.fileno(), *piece), pieces))
         except (OSError, EOFError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error}") from None
+            raise _unreadable(self.path, error) from None
 
 
 def _stored(entry: dict[str, Any], start: int) -> Stored:
