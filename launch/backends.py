@@ -16,6 +16,7 @@ from vitgraft.launch import deepspeed_launch
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.hosts import Host, Slots
 from vitgraft.launch.links import AgentLink, start_here, start_over_ssh
+from vitgraft.launch.processes import kill_with
 from vitgraft.launch.role_process import log_path
 
 TICKET_MODULE = "vitgraft.launch.ticket"
@@ -213,17 +214,4 @@ class DeepSpeedLauncher:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         # pdsh gives each ssh a session of its own, and one to a host that is gone would wait there for long.
-        for pid in _processes_with(f"{deepspeed_launch.ENV_FILE_VARIABLE}={self.variables}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _processes_with(variable: str) -> list[int]:
-    """Processes of this host that have this in their environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        # Others' processes hide theirs, and some end meanwhile.
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and os.fsencode(variable) in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
+        kill_with(f"{deepspeed_launch.ENV_FILE_VARIABLE}={self.variables}")

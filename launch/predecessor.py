@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vitgraft.launch.processes import kill_with
 from vitgraft.trainer.checkpoint.files import replace_text
 
 PATIENCE_S = 20.0
+MARK_VARIABLE = "VITGRAFT_AGENT"
+"""Which agent a process was started by, or by what it has started."""
 
 
 def end_predecessor(run: Path, host: str) -> None:
     """Kill the agent that an earlier supervisor has left on this host for the same run, if it still lives: its ranks
-    die with it. Then this process is the run's agent here.
+    die with it. And what those have left: loader processes end with their rank, but for those that were stopped. Then
+    this process is the run's agent here, and what it starts inherits its mark.
 
     Raises:
         OSError: the record cannot be written, or the other process does not die.
@@ -31,7 +35,13 @@ def end_predecessor(run: Path, host: str) -> None:
         earlier = json.loads(path.read_bytes())
     if isinstance(earlier, dict) and earlier != me and isinstance(earlier.get("pid"), int):
         _kill(earlier)
+        kill_with(f"{MARK_VARIABLE}={_mark(earlier)}")
     replace_text(path, json.dumps(me) + "\n")
+    os.environ[MARK_VARIABLE] = _mark(me)
+
+
+def _mark(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True)
 
 
 def _kill(facts: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def test_folders_of_photographs(photographs: Path, tmp_path: Path, configure: Ca
     assert batch.images.shape == (4, 3, 96, 96)
     labels = [json.loads(train.reader.read(entry.sample).members["json"])["label"] for entry in entries]
     assert batch.targets.tolist() == labels
-    filler = train.filler()
+    filler = train.train_batch([])
     assert (filler.targets.tolist(), filler.weights.tolist(), filler.images.shape) == ([0], [0.0], (1, 3, 96, 96))
     mixed = configure(tmp_path / "set", transforms=[{"name": "random_resized_crop"}, {"name": "mixup"}])
     soft = PackedDataset(tmp_path / "set", mixed, "image", seed=3).train_batch(entries).targets

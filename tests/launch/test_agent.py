@@ -114,7 +114,10 @@ def test_what_it_says_is_kept_and_only_its_own_is_quoted(run: Path) -> None:
     assert log.endswith("MemoryError: the last line\n")
 
 
-def test_a_process_that_only_has_the_number_of_an_earlier_agent_lives_on(run: Path) -> None:
+def test_a_process_that_only_has_the_number_of_an_earlier_agent_lives_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VITGRAFT_AGENT", "")
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         (run / "agents").mkdir()
@@ -124,6 +127,37 @@ def test_a_process_that_only_has_the_number_of_an_earlier_agent_lives_on(run: Pa
             end_predecessor(run, "here")
             assert other.poll() is None
             assert json.loads((run / "agents" / "here.json").read_text())["pid"] == os.getpid()
+    finally:
+        other.kill()
+        other.wait()
+
+
+EARLIER = """
+import subprocess, sys, time
+from pathlib import Path
+from vitgraft.launch.predecessor import end_predecessor
+
+end_predecessor(Path(sys.argv[1]), "here")
+print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_an_earlier_agent_has_left_is_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader process that was stopped does not see its rank die."""
+    monkeypatch.setenv("VITGRAFT_AGENT", "")
+    earlier = subprocess.Popen([sys.executable, "-c", EARLIER, str(run)], stdout=subprocess.PIPE, text=True)
+    assert earlier.stdout is not None
+    left = psutil.Process(int(earlier.stdout.readline()))
+    other = subprocess.Popen(["sleep", "600"])
+    left.suspend()
+    earlier.kill()
+    earlier.wait()
+    try:
+        assert left.is_running()
+        end_predecessor(run, "here")
+        left.wait(20)
+        assert other.poll() is None
     finally:
         other.kill()
         other.wait()

@@ -109,6 +109,35 @@ def test_files_are_hashed_side_by_side(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen[-1] == (seen[-1][1], sum(record.bytes for record in checkpoint.manifest.files))
 
 
+@pytest.mark.parametrize(
+    ("number", "failures", "tries"),
+    [(errno.ESTALE, 2, 3), (errno.EIO, 3, 4), (errno.EIO, 9, 4), (errno.EACCES, 1, 1), (errno.ENOENT, 1, 1)],
+)
+def test_storage_that_fails_for_a_moment_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, failures: int, tries: int
+) -> None:
+    """What is the file's own fault is told at once."""
+    path = write(tmp_path, 2)
+    write(tmp_path, 1)
+    tried = Counter[str]()
+
+    def hash_later(file: Path) -> str:
+        if file.parent == path:
+            tried[file.name] += 1
+            if file.name.startswith("rank-00000") and tried[file.name] <= failures:
+                raise OSError(number, os.strerror(number))
+        return sha256_file(file)
+
+    monkeypatch.setattr(read, "sha256_file", hash_later)
+    monkeypatch.setattr(read, "PAUSES_S", (0.0, 0.0, 0.0))
+    found, invalid = newest_valid(tmp_path)
+    assert found is not None
+    assert tried["rank-00000.safetensors"] == tries
+    passed = failures < tries
+    assert found.step == (2 if passed else 1)
+    assert [os.strerror(number) in reason for _, reason in invalid] == ([] if passed else [True])
+
+
 def test_a_start_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The frozen trunk too, which all checkpoints name, although two of them are damaged; readers hash nothing."""
     tree = tiny_recipe("video", "data", model__backbone__frozen=True)

@@ -6,6 +6,7 @@ import fcntl
 import math
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,9 +33,11 @@ from vitgraft.trainer.checkpoint.layout import (
     range_key,
 )
 from vitgraft.trainer.checkpoint.manifest import read_manifest
-from vitgraft.trainer.checkpoint.shard_file import ShardFile, open_safetensors
+from vitgraft.trainer.checkpoint.shard_file import OF_THE_FILE, ShardFile, open_safetensors
 
 MAX_HASH_THREADS = 16
+PAUSES_S = (1.0, 2.0, 4.0)
+"""Before a file that its storage refuses to give is tried again: for that alone no newest checkpoint is put aside."""
 READ_THREADS = 4
 """Of each rank: reading is the kernel's work, and ranks share a host."""
 
@@ -130,10 +133,15 @@ def _differs(file: Path, blob: bool) -> str:
 
 
 def _hash(file: Path) -> str:
-    try:
-        return sha256_file(file)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    pauses = iter(PAUSES_S)
+    while True:
+        try:
+            return sha256_file(file)
+        except OSError as error:
+            pause = None if isinstance(error, OF_THE_FILE) else next(pauses, None)
+            if pause is None:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            time.sleep(pause)
 
 
 def _bytes_of(file: Path) -> int | None:

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from vitgraft.configs.errors import CheckpointError, TrainingError, VitgraftError, cause_of
 
-_OF_THE_FILE = (EOFError, FileNotFoundError, IsADirectoryError, PermissionError)
+OF_THE_FILE = (EOFError, FileNotFoundError, IsADirectoryError, PermissionError)
+"""Errors that are a file's own; others are its storage's, and may pass."""
 
 
 def open_safetensors(path: Path) -> Any:
@@ -38,7 +39,7 @@ def open_safetensors(path: Path) -> Any:
 
 def _unreadable(path: Path, error: OSError | EOFError) -> VitgraftError:
     """What the file is to blame for, a restart does not heal; what its storage is, e.g. a stale handle, it may."""
-    if isinstance(error, _OF_THE_FILE):
+    if isinstance(error, OF_THE_FILE):
         return CheckpointError(f"{path}: cannot be read: {error}")
     return TrainingError(
         f"{path}: cannot be read: {error}; start again with the same command, and see to its storage if that goes on",
