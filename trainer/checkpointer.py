@@ -37,8 +37,9 @@ from vitgraft.trainer.signals import DRAIN, DROP_COPY, OF_THE_JOB, ignore_job_si
 ROLE = "checkpointer"
 BEAT_S = 1.0
 POLL_S = 0.02
-OTHER_HOSTS_S = commit.LATE_S
-"""How long the last writers of other hosts are waited for when everything ends."""
+OTHER_HOSTS_S = 30.0
+"""How long the last writers of other hosts are waited for when everything ends: the next attempt waits as long for what
+a dead host will never write. NFS may show a name later; such a checkpoint is dropped, with a word."""
 SIGNALS = (DRAIN, DROP_COPY, *OF_THE_JOB)
 """What the launcher must block until this process listens: asked before that, it hears later instead of dying."""
 _log = logging.getLogger("vitgraft")

@@ -29,6 +29,8 @@ from vitgraft.trainer.signals import DRAIN, OF_THE_JOB, ignore_job_signals
 
 ROLE = "evaluator"
 BEAT_S = 1.0
+LATE_S = 90.0
+"""NFS may hide for a minute what another host has committed."""
 NICENESS = 5
 """On a CPU the trainer's ranks come first."""
 SIGNALS = (DRAIN, *OF_THE_JOB)
@@ -111,7 +113,6 @@ def _follow(options: argparse.Namespace, pulse: Pulse, drain: threading.Event, c
     recipe = load_recipe(str(options.run_dir / "config.yaml"))
     import torch
 
-    from vitgraft.trainer.checkpoint.commit import LATE_S
     from vitgraft.trainer.following import Follower
 
     device = torch.device(options.device)

@@ -34,8 +34,6 @@ from vitgraft.trainer.checkpoint.layout import (
 )
 from vitgraft.trainer.checkpoint.manifest import read_manifest
 
-LATE_S = 90.0
-"""NFS may hide for a minute what another host has done in the run directory."""
 TEMPORARY = ".tmp"
 _NO_SPACE = "no space left on the disk of"
 _READ_ONLY = "cannot write to the folder"
