@@ -155,7 +155,7 @@ class PackedDataset:
         Raises:
             DataError: a sample cannot be read and ``data.on_error`` says stop, or it cannot be fetched.
         """
-        images = torch.empty((max(1, len(entries)), *self._shape)) if images is None else images
+        images = torch.empty(self.images_shape(entries)) if images is None else images
         if not entries:
             return self._filler(images)
         placed, sizes, weights = [], [], []
@@ -306,11 +306,11 @@ class PackedDataset:
             return self.train_batch(index.entries, images)
         return self.eval_batch(index, images)
 
-    def images_shape(self, index: MicroBatch | Sequence[int]) -> tuple[int, ...]:
-        """Of the images (or clips) that :meth:`produce` makes of it: (B, 3, H, W) or (B, 3, T, H, W)."""
+    def images_shape(self, index: MicroBatch | Sequence[object]) -> tuple[int, ...]:
+        """Of the images (or clips) that are made of it, or of its entries: (B, 3, H, W) or (B, 3, T, H, W)."""
+        entries = index.entries if isinstance(index, MicroBatch) else index
         # A rank without entries has a filler.
-        rows = max(1, len(index.entries)) if isinstance(index, MicroBatch) else len(index) * self._views
-        return (rows, *self._shape)
+        return (max(1, len(entries) * self._views), *self._shape)
 
     @property
     def _views(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -32,14 +32,8 @@ class StopWish:
     def heard(self) -> Iterator[None]:
         """Signals of this process are heard meanwhile; :meth:`raise_if_asked` in the middle of whatever it does unless
         patient."""
-        # nohup has had the end of the terminal ignored.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        old = {number: signal.signal(number, self._on_signal) for number in heard}
-        try:
+        with _handled(self._on_signal):
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def ask(self, number: int, host: str = "") -> None:
         """A signal has come on a host; empty: here. What a scheduler sends comes to all, and is one Ctrl-C.
@@ -89,13 +83,20 @@ def stopping_at_once() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise stopped(number, behind=False)
 
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    # nohup has had the end of the terminal ignored.
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    old = {number: signal.signal(number, stop) for number in heard}
+    old = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, before in old.items():
+            signal.signal(number, before)
 
 
 def stopped(asked: int, *, behind: bool) -> VitgraftError:

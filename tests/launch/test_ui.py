@@ -87,9 +87,14 @@ class Busy(io.StringIO):
     flush = write  # type: ignore[assignment]
 
 
-def test_a_signal_that_comes_while_a_line_is_written_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_that_comes_while_a_line_is_written_is_handled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stderr", Busy())
-    Screen().note("a signal came")
+    screen = Screen()
+    screen.keep(tmp_path / "log")
+    screen.note("a signal came")
+    assert "a signal came" in (tmp_path / "log").read_text()
 
 
 def test_bars_that_a_reader_leaves_behind(tmp_path: Path) -> None:
