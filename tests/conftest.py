@@ -43,3 +43,12 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"VITGRAFT_TEST_DATA={folder} is no folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def fault_data(test_data: Path) -> Path:
+    """The folder of inputs that once broke something, beside the test data; skips when it is not there."""
+    path = test_data.parent / "faults" / "data"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there")
+    return path
