@@ -31,6 +31,11 @@ MAX_AREA = MAX_COORDINATE**2
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov")
 
+NO_JPEG = (
+    "label maps in JPEG or WebP are refused, as they change ids at every edge; save them as PNG from their "
+    "source: what was a JPEG once stays wrong"
+)
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """By Pillow's format. MPO: a JPEG behind which lie more, as phones write them; all decoders take the first."""
@@ -94,16 +99,37 @@ def decode_image(data: bytes | Path, where: str) -> Tensor:
 def decode_label(data: bytes | Path, where: str) -> Tensor:
     """A label map as class ids: (H, W) int32; palette images give their indices, 16-bit ones their values.
 
+    Colour images whose channels are equal are taken for the grey ones that they are, as is opaque transparency.
+
     Raises:
-        DataError: broken, too large, or a colour image.
+        DataError: broken, too large, in a format that changes pixels, a colour image, or one with transparency.
     """
     with _opened(data, where) as image:
-        if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
+        if image.format in ("JPEG", "MPO", "WEBP") or image.info.get("compression") == "jpeg":
+            raise DataError(f"{where}: {NO_JPEG}")
+        if image.mode in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
+            values = np.asarray(image).astype(np.int32)
+        elif image.mode in ("LA", "RGB", "RGBA"):
+            values = _grey(np.asarray(image), image.mode, where).astype(np.int32)
+        else:
             raise DataError(
                 f"{where}: label map of mode {image.mode}; expected one channel of class ids (8-bit, palette or 16-bit)"
             )
-        values = np.asarray(image).astype(np.int32)
     return torch.from_numpy(values)
+
+
+def _grey(pixels: np.ndarray, mode: str, where: str) -> np.ndarray:
+    """The one channel (H, W) that an image (H, W, channels) of several holds."""
+    if mode.endswith("A") and not (pixels[..., -1] == 255).all():
+        raise DataError(f"{where}: label map with transparent pixels; save it with one channel of class ids")
+    colours = pixels[..., :-1] if mode.endswith("A") else pixels
+    if not (colours == colours[..., :1]).all():
+        y, x = np.argwhere((colours != colours[..., :1]).any(-1))[0].tolist()
+        raise DataError(
+            f"{where}: label map in colours (mode {mode}, {' '.join(map(str, colours[y, x]))} at x {x}, y {y}); "
+            "expected one channel of class ids, or --colours FILE where shards pack semantic is to translate colours"
+        )
+    return colours[..., 0]
 
 
 def decode_json(data: bytes, where: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_label_maps_of_every_usual_encoding() -> None:
         assert torch.equal(decode.decode_label(data, "x"), torch.from_numpy(ids.astype(np.int32)))
     assert decode.decode_label(png(np.full((2, 2), 999, np.uint16)), "x").unique().tolist() == [999]
     with pytest.raises(DataError, match="mode RGB"):
-        decode.decode_label(png(np.zeros((2, 2, 3), np.uint8)), "x")
+        decode.decode_label(png(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)), "x")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"NaN"])
@@ -391,3 +391,40 @@ def test_the_recipe_names_the_decoder(packed: dict[str, Path], configure: Any, s
         dataset.eval_batch([0])
         opened.append(StandIn.opened)
     assert opened == [3, 6, 6]
+
+
+def _label_as(mode: str, format: str = "PNG", **options: Any) -> tuple[bytes, np.ndarray]:
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    stream = io.BytesIO()
+    Image.fromarray(ids).convert(mode).save(stream, format, **options)
+    return stream.getvalue(), ids
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_label_maps_that_were_saved_with_equal_channels(mode: str) -> None:
+    data, ids = _label_as(mode)
+    assert np.array_equal(decode.decode_label(data, "label").numpy(), ids)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP"])
+def test_label_maps_in_formats_that_change_ids(format: str) -> None:
+    """Also under another name: a grey JPEG called .png would be read with wrong ids at every edge."""
+    data, _ = _label_as("L", format)
+    with pytest.raises(DataError, match="label: label maps in JPEG or WebP are refused, as they change ids"):
+        decode.decode_label(data, "label")
+
+
+def test_label_maps_in_colours_or_with_holes() -> None:
+    pixels = np.zeros((3, 4, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[1, 2, :3] = 7, 7, 8
+    for channels, mode in ((3, "RGB"), (4, "RGBA")):
+        stream = io.BytesIO()
+        Image.fromarray(pixels[..., :channels]).save(stream, "PNG")
+        with pytest.raises(DataError, match=rf"mode {mode}, 7 7 8 at x 2, y 1.*--colours"):
+            decode.decode_label(stream.getvalue(), "label")
+    pixels[1, 2] = 7, 7, 7, 254
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    with pytest.raises(DataError, match="transparent pixels"):
+        decode.decode_label(stream.getvalue(), "label")
