@@ -1,14 +1,12 @@
 """One command on each node: node 0 leads and listens, the others connect to it and are agents.
 
-A secret in the run directory, which only the run's owner can read, lets both sides know each other: each answers the
-other's random challenge by its HMAC, so the secret itself is never sent.
+A secret in the run directory, which only the run's owner can read, lets both sides know each other
+(:mod:`vitgraft.launch.handshake`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
-import json
 import os
 import secrets
 import signal
@@ -19,12 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.launch import deepspeed_launch
+from vitgraft.launch.admission import Admission
 from vitgraft.launch.agent import STOP_SIGNALS, Agent
 from vitgraft.launch.deepspeed_launch import Meeting
+from vitgraft.launch.handshake import Stranger, introduce
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink, start_here
 from vitgraft.launch.nodes import NodePlace
@@ -39,21 +38,22 @@ WAIT_S = 600.0
 """How long nodes wait for each other when a run starts, all together: a scheduler may start them minutes apart."""
 REJOIN_S = 30.0
 """How long nodes that were lost are waited for before the run goes on without them."""
-_HANDSHAKE_S = 10.0
-_MAX_LINE = 4096
+_BACKLOG = 1024
+"""Connections that the kernel keeps for the leader; what is above is tried again by its sender a second later."""
 
 
 @dataclass
 class NodeBackend:
-    """The leader's side. ``processes``: ranks of each node."""
+    """The leader's side. ``processes``: ranks of each node. ``note``: shows a line, from any thread."""
 
     place: NodePlace
     processes: int
     run: Path
     lock: int
+    note: Callable[[str], None]
     hosts: Sequence[Host] = field(init=False)
     alone: bool = field(init=False, default=False)
-    _listener: socket.socket = field(init=False)
+    _admission: Admission = field(init=False)
     _came: dict[str, AgentLink] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _closed: bool = False
@@ -70,17 +70,17 @@ class NodeBackend:
             ) from None
         try:
             family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-            self._listener = socket.create_server(
+            listener = socket.create_server(
                 ("", self.place.port),
                 family=family,
-                backlog=self.place.nodes + 16,
+                backlog=_BACKLOG,
                 dualstack_ipv6=family == socket.AF_INET6,
             )
         except OSError as error:
             (self.run / SECRET).unlink()
             where = f"--leader {self.place.host}:{self.place.port}"
             raise ConfigError(f"{where}: cannot listen there: {error.strerror}; choose another port") from None
-        threading.Thread(target=self._accept, args=(secret,), name="nodes", daemon=True).start()
+        self._admission = Admission(listener, secret, self.place.nodes, self._welcome, self.note)
 
     def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> AgentLink:
         """Start this node's own agent, or wait for another's."""
@@ -123,40 +123,11 @@ class NodeBackend:
             self._closed = True
             for link in self._came.values():
                 link.close()
-        # Closing alone would not wake the thread that waits there.
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._admission.close()
         with contextlib.suppress(OSError):
             (self.run / SECRET).unlink()
 
-    def _accept(self, secret: bytes) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                time.sleep(1.0)  # e.g. too many open files for the moment
-                continue
-            # Whoever says nothing must not keep others waiting.
-            threading.Thread(target=self._welcome, args=(connection, secret), daemon=True).start()
-
-    def _welcome(self, connection: socket.socket, secret: bytes) -> None:
-        try:
-            connection.settimeout(_HANDSHAKE_S)
-            challenge = secrets.token_hex(32)
-            _send(connection, {"challenge": challenge})
-            answer = _receive(connection)
-            node = int(answer["node"])
-            known = hmac.compare_digest(str(answer["answer"]), _answer(secret, "node", challenge))
-            if not known or not 0 < node < self.place.nodes:
-                raise ValueError("a stranger")
-            _send(connection, {"answer": _answer(secret, "leader", str(answer["challenge"]))})
-        except (OSError, ValueError, KeyError, TypeError):
-            connection.close()
-            return
-        descriptor = connection.detach()
+    def _welcome(self, node: int, descriptor: int) -> None:
         link = AgentLink(name_of(node), Wire(descriptor, descriptor))
         with self._changed:
             if self._closed:
@@ -235,10 +206,10 @@ def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEn
     deadline, reason = time.monotonic() + WAIT_S, "nobody listens there"
     while True:
         try:
-            return _introduce(place, (run / SECRET).read_bytes())
+            return introduce((place.host, place.port), (run / SECRET).read_bytes(), place.rank)
         except FileNotFoundError:
             reason = f"{run / SECRET} is not there; --run-dir must lie on storage that all nodes share"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, Stranger) as error:
             reason = str(error) or type(error).__name__
         end = _end_of(run)
         if end is not None and end.over and end != earlier:
@@ -250,39 +221,6 @@ def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEn
                 raise TrainingError(f"{text}, though SLURM started all nodes together; see what the first node says")
             raise PreemptedRun(f"{text}; start it, and this again")
         time.sleep(1.0)
-
-
-def _introduce(place: NodePlace, secret: bytes) -> int:
-    with socket.create_connection((place.host, place.port), timeout=_HANDSHAKE_S) as connection:
-        challenge = secrets.token_hex(32)
-        asked = str(_receive(connection)["challenge"])
-        _send(connection, {"node": place.rank, "answer": _answer(secret, "node", asked), "challenge": challenge})
-        if not hmac.compare_digest(str(_receive(connection)["answer"]), _answer(secret, "leader", challenge)):
-            raise ValueError("who listens there does not know the run's secret")
-        return connection.detach()
-
-
-def _answer(secret: bytes, side: str, challenge: str) -> str:
-    # The side is part of it, so that nobody's own answer can be played back to him.
-    return hmac.new(secret, f"{side} {challenge}".encode(), "sha256").hexdigest()
-
-
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall((json.dumps(message) + "\n").encode())
-
-
-def _receive(connection: socket.socket) -> dict[str, Any]:
-    line = b""
-    while not line.endswith(b"\n"):
-        # One at a time: what follows the line is not ours to read.
-        block = connection.recv(1)
-        if not block or len(line) > _MAX_LINE:
-            raise ValueError("the other side does not speak our language")
-        line += block
-    message = json.loads(line)
-    if not isinstance(message, dict):
-        raise ValueError("the other side does not speak our language")
-    return message
 
 
 def _write_secret(path: Path, secret: bytes) -> None:

@@ -55,7 +55,7 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
         return
     try:
         with stopping_at_once():
-            open_backend = _backend(recipe, where)
+            open_backend = _backend(recipe, where, screen)
             classes = check_data(recipe, screen)
             check_model(recipe, classes)
             check_copy(recipe)
@@ -83,7 +83,7 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
         handle.close()
 
 
-def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
+def _backend(recipe: Recipe, where: Where, screen: Screen) -> Callable[[RunHandle], Backend]:
     """Everything about the hosts that can be wrong before a process starts.
 
     Raises:
@@ -130,7 +130,7 @@ def _backend(recipe: Recipe, where: Where) -> Callable[[RunHandle], Backend]:
         node, world = where.place, where.place.nodes * placement.processes
         check_world(recipe.train.global_batch, recipe.train.accumulation, world)
         render(recipe, world)
-        return lambda handle: NodeBackend(node, placement.processes, handle.path, handle.lock.fileno())
+        return lambda handle: NodeBackend(node, placement.processes, handle.path, handle.lock.fileno(), screen.note)
     render(recipe, placement.processes)
     return lambda handle: HereBackend(here, placement.processes, handle.lock.fileno(), handle.path / "logs")
 

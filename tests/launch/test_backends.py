@@ -19,6 +19,7 @@ from vitgraft.launch.backends import Backend, DeepSpeedLauncher, HostfileBackend
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.run_dir import RunHandle, open_run
 from vitgraft.launch.training import Where, _backend
+from vitgraft.launch.ui import Screen
 
 # As pdsh does, which gives each of its ssh a session of its own.
 RUNNER = "setsid sleep 600 & setsid sleep 600 & echo started; wait"
@@ -103,7 +104,7 @@ def by_hostfile(folder: Path) -> tuple[Backend, RunHandle]:
     run, recipe = make_run(folder / "run", train__global_batch=6)
     (folder / "hosts").write_text("a slots=4\nb slots=1\n")
     handle = open_run(run, recipe, "auto")
-    return _backend(recipe, Where(hostfile=folder / "hosts", include="a:2,3@b"))(handle), handle
+    return _backend(recipe, Where(hostfile=folder / "hosts", include="a:2,3@b"), Screen())(handle), handle
 
 
 def test_without_pdsh_the_agents_start_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ from support_agents import Wishes
 from support_writers import make_run
 
 from vitgraft.configs.errors import ConfigError, DataError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.launch import handshake, training
 from vitgraft.launch import node_backend as module
-from vitgraft.launch import training
 from vitgraft.launch.agent import STOP_SIGNALS
+from vitgraft.launch.handshake import Stranger, introduce
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink
 from vitgraft.launch.node_backend import SECRET, NodeBackend, _connect, _give_up, follow, name_of
@@ -64,8 +65,8 @@ def places() -> list[NodePlace]:
 @pytest.fixture
 def backend(places: list[NodePlace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeBackend]:
     monkeypatch.setattr(module, "REJOIN_S", 0.3)
-    monkeypatch.setattr(module, "_HANDSHAKE_S", 1.0)
-    backend = NodeBackend(places[0], 2, tmp_path, 0)
+    monkeypatch.setattr(handshake, "HANDSHAKE_S", 1.0)
+    backend = NodeBackend(places[0], 2, tmp_path, 0, print)
     yield backend
     backend.close()
 
@@ -115,8 +116,8 @@ def test_strangers_are_let_go(backend: NodeBackend, places: list[NodePlace], tmp
     other = tmp_path / "other"
     other.mkdir()
     (other / SECRET).write_bytes(b"another run's")
-    with pytest.raises(ValueError, match="does not speak our language"):
-        module._introduce(places[1], b"another run's")
+    with pytest.raises(Stranger, match="no leader of this run"):
+        introduce(("127.0.0.1", places[1].port), b"another run's", 1)
     assert backend.waiting() == []
     os.close(connected(places[1], tmp_path))  # while one says nothing
     silent.close()
@@ -133,8 +134,8 @@ def test_a_leader_who_does_not_know_the_secret_is_no_leader(places: list[NodePla
     with socket.create_server(("127.0.0.1", places[0].port)) as listener:
         thread = threading.Thread(target=pretend, args=(listener,))
         thread.start()
-        with pytest.raises(ValueError, match="does not know the run's secret"):
-            module._introduce(places[1], b"secret")
+        with pytest.raises(Stranger, match="does not know the run's secret"):
+            introduce(("127.0.0.1", places[1].port), b"secret", 1)
         thread.join()
 
 
@@ -146,7 +147,7 @@ def test_the_secret_is_the_owners_alone_and_goes_with_the_leader(
     assert len(before) == 32
     backend.close()
     assert not (tmp_path / SECRET).exists()
-    again = NodeBackend(places[0], 2, tmp_path, 0)
+    again = NodeBackend(places[0], 2, tmp_path, 0, print)
     assert (tmp_path / SECRET).read_bytes() != before
     again.close()
 
@@ -159,7 +160,7 @@ def test_a_node_that_does_not_come_is_given_up(backend: NodeBackend, monkeypatch
 
 def test_a_port_in_use_is_told_at_once(backend: NodeBackend, places: list[NodePlace], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot listen there: .*; choose another port"):
-        NodeBackend(places[0], 2, tmp_path, 0)
+        NodeBackend(places[0], 2, tmp_path, 0, print)
 
 
 def test_nodes_read_that_their_leader_cannot_lead(
@@ -223,7 +224,7 @@ def test_a_job_whose_leader_is_not_there_is_not_queued_again(
 def test_a_secret_that_finds_no_room(places: list[NodePlace], tmp_path: Path) -> None:
     (tmp_path / SECRET).with_suffix(".tmp").mkdir()
     with pytest.raises(ConfigError, match=r"leader\.secret: cannot be written: .*; make room"):
-        NodeBackend(places[0], 2, tmp_path, 0)
+        NodeBackend(places[0], 2, tmp_path, 0, print)
 
 
 def test_a_node_without_a_leader_says_what_it_misses(

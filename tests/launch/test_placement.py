@@ -122,7 +122,7 @@ def test_an_evaluators_host_needs_no_ranks(tmp_path: Path) -> None:
 def test_the_gpus_of_ranks(tmp_path: Path) -> None:
     assert list(HostfileBackend([], {"a": (1, 3, 5)}, []).used("a", 2)) == [1, 3]
     assert list(HereBackend("a", 3, 0).used("a", 3)) == [0, 1, 2]
-    nodes = NodeBackend(NodePlace(2, 0, "127.0.0.1", 0), 2, tmp_path, 0)
+    nodes = NodeBackend(NodePlace(2, 0, "127.0.0.1", 0), 2, tmp_path, 0, print)
     assert list(nodes.used("node-1", 2)) == [0, 1]
     nodes.close()
 
@@ -161,5 +161,5 @@ def test_an_evaluator_on_a_host_that_is_left_out_is_refused(tmp_path: Path, incl
     hostfile.write_text("a slots=2\nb slots=2\n")
     assert recipe.evaluator is not None
     with pytest.raises(ConfigError, match=r"evaluator\.host: b is not among the hosts of .* that are used \(a\)"):
-        _backend(recipe, Where(hostfile=hostfile, include=include, exclude=exclude))
-    _backend(recipe, Where(hostfile=hostfile))
+        _backend(recipe, Where(hostfile=hostfile, include=include, exclude=exclude), Screen())
+    _backend(recipe, Where(hostfile=hostfile), Screen())
