@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from vitgraft.data_shards.manifest import (
     parse_manifest,
 )
 from vitgraft.data_shards.pack.files import check_classes
+from vitgraft.data_shards.pack.label_report import OnError
 from vitgraft.data_shards.remote import download, is_url, join, list_names, shown
 from vitgraft.data_shards.shards import index_name
 from vitgraft.data_shards.tar_scan import scan_tar
@@ -50,7 +51,7 @@ def index_tars(
     *,
     out: Path | None = None,
     members: Mapping[str, Sequence[str]] | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from vitgraft.data_shards.manifest import Manifest
     from vitgraft.data_shards.pack.items import PackOptions
     from vitgraft.launch.ui import Screen
 
@@ -23,6 +24,11 @@ Jobs = Annotated[
     int | None,
     typer.Option("--jobs", min=1, help="Processes; they change no byte [default: one for each core, up to 8]."),
 ]
+OnErrorChoice = Annotated[
+    Literal["raise", "skip"],
+    typer.Option("--on-error", help="raise: faults in the data stop; skip: what is faulty is left out and listed."),
+]
+DropFaulty = Annotated[bool, typer.Option("--drop-faulty", help="The same as --on-error skip.")]
 
 
 @pack.command(epilog="Example: vitgraft shards pack coco --images photos --annotations boxes.json --out data/train")
@@ -30,6 +36,8 @@ def coco(
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.")],
     annotations: Annotated[Path, typer.Option("--annotations", help="COCO instances JSON.")],
     out: Out,
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -43,9 +51,9 @@ def coco(
             images,
             annotations,
             out,
-            **_options(screen, overwrite, samples_per_shard, jobs),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
         )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @pack.command(
@@ -79,6 +87,8 @@ def semantic(
     colours: Annotated[
         Path | None, typer.Option("--colours", help="Labels are colours: file with R G B NAME in each line.")
     ] = None,
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -99,9 +109,9 @@ def semantic(
             ids=_numbers("--ids", ids),
             colours=colours,
             pairing=Pairing(image_suffix, label_suffix, list_file),
-            **_options(screen, overwrite, samples_per_shard, jobs),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
         )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @pack.command(
@@ -115,6 +125,8 @@ def bdd100k(
     task: Annotated[
         Literal["detection", "drivable", "semantic"], typer.Option("--task", help="What the labels are.")
     ] = "detection",
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -129,9 +141,9 @@ def bdd100k(
             labels,
             out,
             task=task,
-            **_options(screen, overwrite, samples_per_shard, jobs),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
         )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @pack.command(
@@ -144,6 +156,8 @@ def panoptic(
     masks: Annotated[
         Path | None, typer.Option("--masks", help="Folder of the PNGs [default: beside the JSON, with its stem].")
     ] = None,
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -158,9 +172,9 @@ def panoptic(
             annotations,
             out,
             masks=masks,
-            **_options(screen, overwrite, samples_per_shard, jobs),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
         )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @pack.command(
@@ -175,6 +189,8 @@ def imagefolder(
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help=".npy with labels, beside an .npy of images.")] = None,
     classes: Annotated[str | None, typer.Option("--classes", help="Class names: a file or names with commas.")] = None,
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -195,7 +211,7 @@ def imagefolder(
                 images,
                 out,
                 classes=names,
-                **_options(screen, overwrite, samples_per_shard, jobs),
+                **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
             )
         else:
             assert arrays is not None
@@ -204,9 +220,9 @@ def imagefolder(
                 out,
                 labels=labels,
                 classes=names,
-                **_options(screen, overwrite, samples_per_shard, jobs),
+                **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
             )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @pack.command(epilog="Example: vitgraft shards pack video --list train.csv --root videos --out data/train")
@@ -230,9 +246,6 @@ def video(
         str | None,
         typer.Option("--classes", help="Class names in order: text, classInd.txt or labels JSON, or with commas."),
     ] = None,
-    on_error: Annotated[
-        Literal["raise", "skip"], typer.Option("--on-error", help="What a missing or undecodable clip does.")
-    ] = "raise",
     reencode: Annotated[
         Literal["none", "gop", "frames"],
         typer.Option("--reencode", help="Encode anew for fast seeking: gop: H.264, many key frames; frames: JPEGs."),
@@ -250,6 +263,8 @@ def video(
             "--quality", help="gop: x264's CRF, 0 best, 51 worst [default: 18]; frames: JPEG's [default: 90]."
         ),
     ] = None,
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -272,11 +287,10 @@ def video(
             fold=fold,
             root=root,
             classes=None if classes is None else read_classes(classes),
-            on_error=on_error,
             reencode=None if reencode == "none" else Reencode(reencode, gop, short_side, quality),
-            **_options(screen, overwrite, samples_per_shard, jobs),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
         )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @pack.command(epilog="Example: vitgraft shards pack digits --task detection --split train --out data/digits")
@@ -306,7 +320,7 @@ def digits(
             samples_per_shard=samples_per_shard,
             progress=screen.callback("pack"),
         )
-    _say(manifest.samples, len(manifest.classes), out)
+    _say(manifest, out)
 
 
 @shards.command(
@@ -329,9 +343,8 @@ def index_shards(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for indices and manifest [default: beside the tars].")
     ] = None,
-    on_error: Annotated[
-        Literal["raise", "skip"], typer.Option("--on-error", help="What an incomplete or broken sample does.")
-    ] = "raise",
+    on_error: OnErrorChoice = "raise",
+    drop_faulty: DropFaulty = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Index again what is indexed already.")] = False,
 ) -> None:
     """Make tars that others wrote readable as they are: indices and a manifest, no copy."""
@@ -352,7 +365,7 @@ def index_shards(
             _class_names(classes),
             out=out,
             members=members,
-            on_error=on_error,
+            on_error="skip" if drop_faulty else on_error,
             overwrite=overwrite,
             progress=screen.callback("index"),
         )
@@ -412,7 +425,14 @@ def inspect_shards(
         typer.echo(f"{len(report.pictures)} pictures in {out}")
 
 
-def _options(screen: Screen, overwrite: bool, samples_per_shard: int, jobs: int | None) -> PackOptions:
+def _options(
+    screen: Screen,
+    overwrite: bool,
+    samples_per_shard: int,
+    jobs: int | None,
+    on_error: Literal["raise", "skip"],
+    drop_faulty: bool,
+) -> PackOptions:
     from vitgraft.data_shards.pack.items import PackOptions
     from vitgraft.data_shards.parallel import default_jobs
 
@@ -420,6 +440,7 @@ def _options(screen: Screen, overwrite: bool, samples_per_shard: int, jobs: int 
         overwrite=overwrite,
         samples_per_shard=samples_per_shard,
         jobs=jobs or default_jobs(),
+        on_error="skip" if drop_faulty else on_error,
         checked=screen.callback("check"),
         progress=screen.callback("pack"),
         say=screen.note,
@@ -451,5 +472,7 @@ def _class_names(text: str) -> list[str]:
     return names
 
 
-def _say(samples: int, classes: int, out: Path) -> None:
-    typer.echo(f"{samples} samples of {classes} classes packed into {out}")
+def _say(manifest: Manifest, out: Path) -> None:
+    skipped = manifest.source.get("skipped", [])
+    left_out = f"; {len(skipped)} faults left out, the first: {skipped[0]}" if skipped else ""
+    typer.echo(f"{manifest.samples} samples of {len(manifest.classes)} classes packed into {out}{left_out}")

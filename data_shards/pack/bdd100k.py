@@ -71,7 +71,9 @@ def pack_bdd100k(
     source = {"packer": "bdd100k", "task": task, "images": [str(folder) for folder in images], "labels": str(labels)}
     if task == "detection":
         return pack_boxes(_boxes(images, labels, options), out, source=source, **options)
-    report = LabelReport("pixels", DRIVABLE if task == "drivable" else SEMANTIC)
+    report = LabelReport(
+        "pixels", DRIVABLE if task == "drivable" else SEMANTIC, on_error=options.get("on_error", "raise")
+    )
     return pack_label_maps(_masks(images, labels, task, report), out, report, source=source, **options)
 
 
@@ -114,7 +116,7 @@ def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelRepo
 
 
 def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoSet:
-    report = LabelReport("instances", DETECTION)
+    report = LabelReport("instances", DETECTION, on_error=options.get("on_error", "raise"))
     images = _images(folders, report)
     files = list(_files(labels, {".json"})) if labels.is_dir() else [labels]
     if not files:

@@ -110,7 +110,7 @@ def read_coco(images: Path, annotations: Path, **options: Unpack[PackOptions]) -
     ids = sorted(categories)
     classes = [str(categories[i].get("name", "")) for i in ids]
     check_classes(classes, where)
-    report = LabelReport("instances", classes, samples=len(listed))
+    report = LabelReport("instances", classes, samples=len(listed), on_error=options.get("on_error", "raise"))
     entries = [entry for _, entry in sorted(listed.items())]
     opened = checked(partial(_image, images, where), entries, report, options)
     found = {image.metadata["image_id"]: image for image in opened if image is not None}

@@ -95,7 +95,7 @@ def pack_imagefolder(
         raise DataError(f"{images}: the data set is empty: no folders; expected {images}/CLASS/NAME.jpg")
     check_classes(names, "classes")
     by_name = {name: number for number, name in enumerate(names)}
-    report = LabelReport("images", names)
+    report = LabelReport("images", names, on_error=options.get("on_error", "raise"))
     found: list[tuple[Path, int]] = []
     for path in sorted(images.rglob("*")):
         name = path.relative_to(images)
@@ -154,7 +154,7 @@ def pack_arrays(
     # A stray label as large as an address must not make as many names.
     names = [str(number) for number in range(min(max(*numbers, 0), 1 << 16) + 1)] if classes is None else classes
     check_classes(names, "classes")
-    report = LabelReport("images", names)
+    report = LabelReport("images", names, on_error=options.get("on_error", "raise"))
     found: list[ClassedPixels] = []
     files = (arrays,) if labels is None else (arrays, labels)
     for index, number in enumerate(numbers):

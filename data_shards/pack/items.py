@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
+from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import canonical_json
 from vitgraft.data_shards.manifest import Kind, Manifest
-from vitgraft.data_shards.pack.label_report import LabelReport, Say
-from vitgraft.data_shards.pack.writer import DatasetWriter, Progress
+from vitgraft.data_shards.pack.label_report import LabelReport, OnError, Say
+from vitgraft.data_shards.pack.writer import DatasetWriter, Progress, check_sample
 from vitgraft.data_shards.parallel import Given, Value, outcomes
 
 CHECKED_AT_ONCE = 64
@@ -24,14 +26,15 @@ class PackOptions(TypedDict, total=False):
     """What all packers take.
 
     ``overwrite``: replace a data set that is in the target (default false). ``samples_per_shard``: default 1000.
-    ``jobs``: processes that check and prepare samples (default 1); they change no byte. ``checked``, ``progress``: told
-    the samples checked and packed, of all. ``say``: told the report on the labels, before anything is written, and what
-    was found of an interrupted packing.
+    ``jobs``: processes that check and prepare samples (default 1); they change no byte. ``on_error``: what faults in
+    the data do (default raise). ``checked``, ``progress``: told the samples checked and packed, of all. ``say``: told
+    the report on the labels, before anything is written, and what was found of an interrupted packing.
     """
 
     overwrite: bool
     samples_per_shard: int
     jobs: int
+    on_error: OnError
     checked: Progress
     progress: Progress
     say: Say
@@ -60,7 +63,7 @@ class Item(Protocol):
     def files(self) -> Sequence[Path]: ...
 
     def prepare(self) -> Prepared | LeftOut:
-        """Read, check, encode. Pure; raises DataError."""
+        """Read, check, encode. Pure; raises DataError, for which ``on_error`` stands."""
 
 
 def pack_items(
@@ -84,13 +87,15 @@ def pack_items(
         chunk: items that a process takes at once.
 
     Raises:
-        DataError: an item failed, or a process was killed; finished shards are kept.
+        DataError: an item failed (and ``on_error`` is raise), or a process was killed; finished shards are kept.
         ConfigError: see :class:`DatasetWriter`.
     """
     # Another version of these may encode the same pixels to other bytes.
     versions = [importlib.metadata.version(name) for name in ("pillow", "av")]
-    common = [*versions, *settings]
+    on_error = options.get("on_error", "raise")
+    common = [*versions, on_error, *settings]
     processes = options.get("jobs", 1)
+    prepare = partial(_prepare, on_error)
     read: dict[int, Facts] = {}
 
     def identity(number: int) -> str:
@@ -98,12 +103,15 @@ def pack_items(
         facts = read.pop(number) if number in read else _facts(items[number])
         return canonical_json([common, [items[number].metadata, facts]])
 
+    source = {**source, "label_report": report.as_source()}
+    if report.skipped:
+        source["skipped"] = [*report.skipped]
     writer = DatasetWriter(
         out,
         kind,
         report.classes,
         category_ids=category_ids,
-        source={**source, "label_report": report.as_source()},
+        source=source,
         total=len(items),
         overwrite=options.get("overwrite", False),
         samples_per_shard=options.get("samples_per_shard", 1000),
@@ -112,7 +120,7 @@ def pack_items(
         threads=processes,
         say=options.get("say"),
     )
-    with writer, contextlib.closing(outcomes(_prepare, items[writer.items_done :], processes, chunk)) as found:
+    with writer, contextlib.closing(outcomes(prepare, items[writer.items_done :], processes, chunk)) as found:
         for number, outcome in enumerate(found, writer.items_done):
             read[number], sample = outcome.get()
             match sample:
@@ -139,9 +147,20 @@ def checked(
     return found
 
 
-def _prepare(item: Item) -> tuple[Facts, Prepared | LeftOut]:
+def _prepare(on_error: OnError, item: Item) -> tuple[Facts, Prepared | LeftOut]:
     # Facts first: a file that changes while it is read, or after, is another one when the packing is gone on with.
-    return _facts(item), item.prepare()
+    facts = _facts(item)
+    if on_error == "raise":
+        return facts, item.prepare()
+    try:
+        sample = item.prepare()
+        if isinstance(sample, Prepared):
+            # As the writer will, which can no longer leave it out.
+            where = str(item.files[0]) if item.files else "sample"
+            check_sample({**sample.members, "json": canonical_json(sample.metadata).encode()}, where)
+        return facts, sample
+    except DataError as error:
+        return facts, LeftOut(str(error))
 
 
 def _facts(item: Item) -> Facts:

@@ -1,4 +1,4 @@
-"""What a packer found in the labels, told before anything is written."""
+"""What a packer found in the labels, told before anything is written, and what a fault in them does."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vitgraft.configs.errors import DataError
 
 Say = Callable[[str], None]
 """Shows one line."""
+
+OnError = Literal["raise", "skip"]
+"""What faults do. ``raise``: nothing is written. ``skip``: what is faulty is left out, listed and counted."""
 
 SIZES = "size mismatches"
 UNKNOWN = "ids outside the class list"
@@ -20,8 +23,18 @@ MASKS = "wrong masks"
 SEGMENTS = "segments missing in PNG or JSON"
 MISSING = "missing files"
 UNREADABLE = "unreadable or malformed"
+NOTHING_TO_LEARN = "classes with nothing to learn from"
+
+TURNED = "turned"
+"""Images whose EXIF orientation is applied."""
+CLIPPED = "clipped"
+"""Boxes that reached out of their image."""
+CONVERTED = "converted"
+"""Images that are packed in another format than they came in."""
 
 _KEPT = 20
+_KEPT_SKIPPED = 100_000
+_LINE = 160
 _SHOWN_CLASSES = 25
 
 
@@ -37,55 +50,94 @@ class LabelFault(DataError):
 class LabelReport:
     """Collects while the labels are checked; :meth:`close` tells, and refuses labels with faults.
 
-    ``unit``: what ``counts`` (by class id) counts. ``unlabelled``: samples without any label (semantic: ignored
-    pixels). ``left_out``: what is not packed though it is no fault, by reason. ``faults``: what stops the packing.
+    ``unit``: what ``counts`` (by class id) counts. ``on_error``: see :data:`OnError`. ``crowds``: by class id, of the
+    counted instances or segments those that are crowds. ``unlabelled``: samples without any label (semantic: ignored
+    pixels). ``repaired``: what is packed otherwise than it came, by what was done. ``left_out``: what is not packed, by
+    reason; under ``skip`` faults too, of which ``skipped`` holds the messages. ``passed_over``: files that nobody asked
+    for, by reason. ``faults``: what stops the packing.
     """
 
     unit: str
     classes: list[str]
     samples: int = 0
     counts: Counter[int] = field(default_factory=Counter)
+    crowds: Counter[int] = field(default_factory=Counter)
     unlabelled: int = 0
+    repaired: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
+    on_error: OnError = "raise"
+    skipped: list[str] = field(default_factory=list)
     _messages: dict[str, list[str]] = field(default_factory=dict)
+    _accepted: list[str] = field(default_factory=list)
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """A fault inside the block is noted, and the block left."""
+        """Leave the block at a fault inside it, and note the fault: what the block would have added is left out."""
         try:
             yield
         except DataError as error:
             kind = error.kind if isinstance(error, LabelFault) else UNREADABLE
-            self.faults[kind] += 1
-            messages = self._messages.setdefault(kind, [])
-            if len(messages) < _KEPT:
-                messages.append(str(error))
+            if self.on_error == "skip":
+                self.leave_out(kind, error)
+                if len(self.skipped) < _KEPT_SKIPPED:
+                    self.skipped.append(str(error))
+            else:
+                self._fault(kind, str(error))
+
+    def doubt(self, message: str, kind: str) -> None:
+        """Note a fault of the set as a whole, of which nothing can be left out; under ``skip`` it is only said."""
+        if self.on_error == "skip":
+            self._accepted.append(message)
+        else:
+            self._fault(kind, message)
+
+    def repair(self, what: str, name: Any) -> None:
+        """Note something that is packed otherwise than it came, by what was done: ``turned``, ``clipped``, …"""
+        self.repaired.setdefault(what, []).append(str(name))
 
     def leave_out(self, reason: str, name: Any) -> None:
         """Note something that is not packed."""
         self.left_out.setdefault(reason, []).append(str(name))
 
+    def pass_over(self, reason: str, name: Any) -> None:
+        """Note a file that is no part of the data, such as a text file among images."""
+        self.passed_over.setdefault(reason, []).append(str(name))
+
     def as_source(self) -> dict[str, Any]:
-        """For the manifest: plain JSON values; of what was left out, the number and the first names."""
-        left_out = {reason: {"count": len(names), "first": names[:_KEPT]} for reason, names in self.left_out.items()}
-        counts = {name: self.counts[number] for number, name in enumerate(self.classes)}
-        return {"unit": self.unit, "classes": counts, "unlabelled": self.unlabelled, "left_out": left_out}
+        """Return plain JSON values for the manifest; of each reason the number and the first names."""
+        named = {name: self.counts[number] for number, name in enumerate(self.classes)}
+        crowds = {name: self.crowds[number] for number, name in enumerate(self.classes) if self.crowds[number]}
+        found = {"repaired": self.repaired, "left_out": self.left_out, "passed_over": self.passed_over}
+        return {
+            "unit": self.unit,
+            "classes": named,
+            "crowds": crowds,
+            "unlabelled": self.unlabelled,
+            **{key: _numbered(reasons) for key, reasons in found.items()},
+            "accepted": self._accepted,
+        }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return what people should read."""
         without = f"{self.unlabelled:,} {'pixels' if self.unit == 'pixels' else 'samples'} without label"
         lines = [f"labels: {self.samples:,} samples, {self.counts.total():,} {self.unit}, {without}"]
-        present = [(name, self.counts[number]) for number, name in enumerate(self.classes) if self.counts[number]]
-        lines += [f"  {name:24s} {count:>12,} {self.unit}" for name, count in present[:_SHOWN_CLASSES]]
+        present = [(name, number) for number, name in enumerate(self.classes) if self.counts[number]]
+        for name, number in present[:_SHOWN_CLASSES]:
+            crowds = f", {self.crowds[number]:,} of them crowds" if self.crowds[number] else ""
+            lines.append(f"  {name:24s} {self.counts[number]:>12,} {self.unit}{crowds}")
         if len(present) > _SHOWN_CLASSES:
             lines.append(f"  ... and {len(present) - _SHOWN_CLASSES} more classes")
         absent = [name for number, name in enumerate(self.classes) if not self.counts[number]]
         if absent:
             lines.append(f"  classes without any: {_listed(absent)}")
-        lines += [f"  left out: {len(names):,} {reason}: {_listed(names)}" for reason, names in self.left_out.items()]
+        lines += [f"  {what}: {len(names):,}: {_listed(names)}" for what, names in self.repaired.items()]
+        for title, reasons in (("left out", self.left_out), ("passed over", self.passed_over)):
+            lines += [f"  {title}: {len(names):,} {reason}: {_listed(names)}" for reason, names in reasons.items()]
         lines += [f"  {count:,} {kind}, the first: {self._messages[kind][0]}" for kind, count in self.faults.items()]
-        return lines if self.faults else [*lines, "  faults: none"]
+        lines += [f"  packed all the same: {message}" for message in self._accepted]
+        return [*lines, f"  in all: {self._totals()}"]
 
     def close(self, say: Say | None = None) -> None:
         """Tell, when ``say`` is given.
@@ -104,6 +156,31 @@ class LabelReport:
             first if self.faults.total() == 1 else f"{first} ({self.faults.total()} faults in all: {kinds})"
         )
 
+    def _fault(self, kind: str, message: str) -> None:
+        self.faults[kind] += 1
+        messages = self._messages.setdefault(kind, [])
+        if len(messages) < _KEPT:
+            messages.append(message)
+
+    def _totals(self) -> str:
+        repaired = {TURNED: 0, CLIPPED: 0} | {what: len(names) for what, names in self.repaired.items()}
+        counts = [f"{count:,} {what}" for what, count in repaired.items()]
+        counts += [
+            f"{sum(map(len, self.left_out.values())):,} left out",
+            f"{sum(map(len, self.passed_over.values())):,} passed over",
+            f"{self.crowds.total():,} crowds",
+        ]
+        return f"{', '.join(counts)}; faults: {f'{self.faults.total():,}' if self.faults else 'none'}"
+
+
+def _numbered(reasons: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    return {reason: {"count": len(names), "first": names[:_KEPT]} for reason, names in reasons.items()}
+
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    shown = names[:1]
+    for name in names[1:5]:
+        if len(", ".join(shown)) + len(name) > _LINE:
+            break
+        shown.append(name)
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")

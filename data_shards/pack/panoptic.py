@@ -57,7 +57,7 @@ def pack_panoptic(
     ids = sorted(categories)
     classes = [str(categories[number].get("name", "")) for number in ids]
     check_classes(classes, where)
-    report = LabelReport("pixels", classes)
+    report = LabelReport("pixels", classes, on_error=options.get("on_error", "raise"))
     things = {number: bool(categories[number].get("isthing")) for number in ids}
     given: dict[int, dict[str, Any]] = {}
     for annotation in tree["annotations"]:

@@ -101,7 +101,7 @@ def pack_semantic(
         packed = partial(chosen_ids, chosen=tuple(ids))
     else:
         packed = partial(packed_ids, classes=len(classes), ignore=tuple(ignore), reduce_zero=reduce_zero)
-    report = LabelReport("pixels", classes)
+    report = LabelReport("pixels", classes, on_error=options.get("on_error", "raise"))
     items = [
         LabelledImage(image, label, partial(packed, label), {"file_name": str(image.relative_to(images))})
         for image, label in find_pairs(images, labels, pairing, report)
@@ -137,14 +137,16 @@ def pack_label_maps(
         DataError: a label map that cannot be read, or of another size than its image; nothing was written.
     """
     _check_names(report.classes)
-    for pixels in checked(_pixels, items, report, options):
+    taken = []
+    for item, pixels in zip(items, checked(_pixels, items, report, options), strict=True):
         if pixels is not None:
             report.unlabelled += pixels.pop(IGNORE, 0)
             report.counts.update(pixels)
             report.samples += 1
+            taken.append(item)
     report.close(options.get("say"))
     settings = [source, report.classes]
-    return pack_items(items, out, "semantic", report, source=source, settings=settings, **options)
+    return pack_items(taken, out, "semantic", report, source=source, settings=settings, **options)
 
 
 def _pixels(item: LabelledImage) -> dict[int, int]:

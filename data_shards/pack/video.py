@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
-from vitgraft.configs.errors import DataError
-from vitgraft.configs.hashing import canonical_json
 from vitgraft.data_shards.decode import VIDEO_EXTENSIONS, probe_video
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
-from vitgraft.data_shards.pack.items import LeftOut, PackOptions, Prepared, pack_items
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, pack_items
 from vitgraft.data_shards.pack.label_report import MISSING, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.reencode import Reencode
 from vitgraft.data_shards.pack.video_lists import (
@@ -23,9 +21,6 @@ from vitgraft.data_shards.pack.video_lists import (
     is_video,
     read_video_list,
 )
-from vitgraft.data_shards.pack.writer import check_sample
-
-OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,6 @@ class Clip:
 
     path: Path
     metadata: dict[str, Any]
-    on_error: OnError
     reencode: Reencode | None
 
     @property
@@ -42,23 +36,15 @@ class Clip:
         """See :class:`~vitgraft.data_shards.pack.items.Item`."""
         return (self.path,)
 
-    def prepare(self) -> Prepared | LeftOut:
+    def prepare(self) -> Prepared:
         """The file as it is or encoded anew, and what was counted."""
         where = str(self.path)
-        try:
-            data = read_bytes(self.path)
-            if self.reencode is None:
-                members, facts = {self.path.suffix.lower().removeprefix("."): data}, probe_video(data, where)
-            else:
-                members, facts = self.reencode.encode(data, where)
-            metadata = self.metadata | facts
-            # Here too, so that it can be left out.
-            check_sample({**members, "json": canonical_json(metadata).encode()}, where)
-            return Prepared(members, metadata)
-        except DataError as error:
-            if self.on_error == "raise":
-                raise
-            return LeftOut(str(error))
+        data = read_bytes(self.path)
+        if self.reencode is None:
+            members, facts = {self.path.suffix.lower().removeprefix("."): data}, probe_video(data, where)
+        else:
+            members, facts = self.reencode.encode(data, where)
+        return Prepared(members, self.metadata | facts)
 
 
 def pack_video(
@@ -70,7 +56,6 @@ def pack_video(
     fold: int | None = None,
     root: Path | None = None,
     classes: list[str] | None = None,
-    on_error: OnError = "raise",
     reencode: Reencode | None = None,
     **options: Unpack[PackOptions],
 ) -> Manifest:
@@ -82,8 +67,6 @@ def pack_video(
         split, fold: which part of the list, for the formats that have parts.
         root: the folder where the videos are; ``None``: that of the list, or the list itself when it is a folder.
         classes: names by class id; ``None``: all that the list knows, sorted (by number when all are integers).
-        on_error: ``skip`` leaves out videos that cannot be read, decoded or encoded and lists them in the manifest's
-            ``source``.
         reencode: how clips are encoded anew; ``None``: they are packed byte for byte.
         options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
@@ -97,22 +80,19 @@ def pack_video(
     if classes is not None:
         check_classes(classes, str(list_file))
     names = listed.classes if classes is None else classes
-    report = LabelReport("clips", names)
-    videos = _checked(listed, names, VideoFinder(folder, listed.exact), on_error, report)
+    report = LabelReport("clips", names, on_error=options.get("on_error", "raise"))
+    videos = _checked(listed, names, VideoFinder(folder, listed.exact), report)
     report.close(options.get("say"))
     source: dict[str, Any] = {"packer": "video", "list": str(list_file), "root": str(folder)}
-    source["skipped"] = [f"{name}: no such video" for name in report.left_out.get("missing videos", [])]
     how = None if reencode is None else reencode.as_source()
     if how is not None:
         source["reencode"] = how
-    clips = [
-        Clip(path, {"label": label, "file_name": item.names[0]}, on_error, reencode) for item, path, label in videos
-    ]
-    return pack_items(clips, out, "video", report, source=source, settings=[on_error, how], chunk=1, **options)
+    clips = [Clip(path, {"label": label, "file_name": item.names[0]}, reencode) for item, path, label in videos]
+    return pack_items(clips, out, "video", report, source=source, settings=[how], chunk=1, **options)
 
 
 def _checked(
-    listed: VideoList, classes: list[str], finder: VideoFinder, on_error: OnError, report: LabelReport
+    listed: VideoList, classes: list[str], finder: VideoFinder, report: LabelReport
 ) -> list[tuple[Named, Path, int]]:
     """Each video with its file and class id."""
     by_name = {name: number for number, name in enumerate(classes)}
@@ -127,9 +107,6 @@ def _checked(
                 message = f"{video.where}: label {video.label!r} is none of the {len(classes)} classes; fix it"
                 raise LabelFault(message, UNKNOWN)
             path = finder.find(video)
-            if path is None and on_error == "skip":
-                report.leave_out("missing videos", video.names[0])
-                continue
             if path is None:
                 raise LabelFault(f"{video.where}: {video.names[0]}: no such video; check the list and --root", MISSING)
             if not is_video(path):

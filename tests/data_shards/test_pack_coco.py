@@ -159,13 +159,17 @@ def test_the_report_counts_every_fault_before_anything_is_written(coco: Coco, wr
         f"  {'dog':24s} {1:>12} instances",
         f"  {'bottle':24s} {1:>12} instances",
         "  left out: 1 boxes without area: annotation 2",
-        "  faults: none",
+        "  in all: 0 turned, 0 clipped, 1 left out, 0 passed over, 0 crowds; faults: none",
     ]
     assert manifest.source["label_report"] == {
         "unit": "instances",
         "classes": {"dog": 1, "bottle": 1},
+        "crowds": {},
         "unlabelled": 1,
+        "repaired": {},
         "left_out": {"boxes without area": {"count": 1, "first": ["annotation 2"]}},
+        "passed_over": {},
+        "accepted": [],
     }
     # Image 9 has another size: its annotations are no faults of their own.
     tree["images"][1]["width"] = 41

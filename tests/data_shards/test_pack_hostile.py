@@ -130,7 +130,7 @@ def test_videos_whose_name_no_file_can_have(test_data: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=rf"list\.txt:2: {LONG}\.mp4: no such video"):
         pack_video(tmp_path / "list.txt", tmp_path / "set")
     manifest = pack_video(tmp_path / "list.txt", tmp_path / "set", on_error="skip")
-    assert manifest.source["skipped"] == [f"{LONG}.mp4: no such video"]
+    assert [f"{LONG}.mp4: no such video" in line for line in manifest.source["skipped"]] == [True]
 
 
 @pytest.mark.parametrize("pack", [coco, panoptic])

@@ -70,7 +70,10 @@ def test_the_report_counts_pixels_and_every_fault(pair: Path) -> None:
     told: list[str] = []
     manifest = pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y", "z"], say=told.append)
     assert told[0] == "labels: 1 samples, 11 pixels, 1 pixels without label"
-    assert told[-2:] == ["  classes without any: z", "  faults: none"]
+    assert told[-2:] == [
+        "  classes without any: z",
+        "  in all: 0 turned, 0 clipped, 0 left out, 0 passed over, 0 crowds; faults: none",
+    ]
     assert manifest.source["label_report"]["classes"] == {"x": 7, "y": 4, "z": 0}
     for name in ("b", "c"):
         Image.new("RGB", (5, 3)).save(pair / "images" / f"{name}.png")
@@ -246,7 +249,7 @@ def test_voc_as_published(tmp_path: Path) -> None:
     words += ["--classes", "background,aeroplane,bicycle", "--list", train]
     done = run(*words)
     assert done.exit_code == 0, done.output
-    assert "left out" not in done.output
+    assert ", 0 left out, 0 passed over, " in done.output
     assert names_of(tmp_path / "set") == ["2007_000032.jpg", "2007_000039.jpg"]
     assert label_of(tmp_path / "set", 1).tolist() == [[0, 2, 255, 0]] * 3
     # Some lists name files, and some name one twice.

@@ -70,7 +70,8 @@ def test_kinetics(clips: Callable[..., Path], tmp_path: Path) -> None:
     assert not (tmp_path / "all").exists()
     manifest = pack_video(tmp_path / "train.csv", tmp_path / "all", root=root, on_error="skip")
     assert manifest.samples == 3
-    assert manifest.source["skipped"] == ["absent_000000_000010: no such video"]
+    place = f"{tmp_path / 'train.csv'}:5"
+    assert manifest.source["skipped"] == [f"{place}: absent_000000_000010: no such video; check the list and --root"]
 
 
 @pytest.mark.parametrize(
