@@ -16,10 +16,8 @@ from vitgraft.configs.hashing import seed_of
 from vitgraft.configs.schema.data import DataConfig, SourceConfig, ViewsConfig
 from vitgraft.data_shards.batch import NOT_FINITE, Batch, Entry, Skipped, Truth
 from vitgraft.data_shards.decode import (
-    IMAGE_EXTENSIONS,
     check_annotations,
     decode_frames,
-    decode_image,
     decode_json,
     decode_label,
     decode_masks,
@@ -30,6 +28,7 @@ from vitgraft.data_shards.decode import (
 )
 from vitgraft.data_shards.frames import clip_of
 from vitgraft.data_shards.geometry import Sample
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind, read_manifest
 from vitgraft.data_shards.mixing import partner_of
 from vitgraft.data_shards.mixture import (
@@ -333,13 +332,13 @@ class PackedDataset:
         return metadata
 
     def _pixels(self, raw: RawSample, metadata: dict[str, Any]) -> Tensor:
-        """The stored image (3, H, W), or the clip (T, 3, H, W) with frames drawn as training or evaluation does."""
+        """The image (3, H, W), turned as its metadata says, or the clip (T, 3, H, W) with the frames of its purpose."""
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
         if self.kind == "video":
             count = _frame_count(metadata, where)
             indices = sample_frames(count, self.config.clip, self.train)
             return decode_frames(clip_of(raw, metadata), indices, where, self.config.clip.decoder, count)
-        return decode_image(raw.first(IMAGE_EXTENSIONS), where)
+        return decode_image(raw.first(IMAGE_EXTENSIONS), where, orientation_of(metadata, where))
 
     def _prepared(self, raw: RawSample, metadata: dict[str, Any]) -> list[Prepared]:
         """The views of a sample: one of an image; of a video, clip by clip, the crops of each."""
@@ -406,15 +405,6 @@ def _frame_count(metadata: dict[str, Any], where: str) -> int:
     if not isinstance(frames, int) or frames < 1:
         raise DataError(f"{where}: {frames!r} frames; pack again")
     return frames
-
-
-def load_image(path: Path | str) -> Tensor:
-    """A loose image file (jpg, png, webp): (3, H, W) uint8 RGB.
-
-    Raises:
-        DataError: missing, broken or too large.
-    """
-    return decode_image(Path(path), str(path))
 
 
 def prepare_image(image: Tensor, config: DataConfig) -> Prepared:

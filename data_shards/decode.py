@@ -1,99 +1,33 @@
-"""From bytes to tensors: images, label maps, annotations and frames, with bounded sizes and clear errors."""
+"""From bytes to tensors: label maps, annotations and frames, with bounded sizes and clear errors."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import struct
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
+from vitgraft.data_shards.images import MAX_PIXELS, opened
 from vitgraft.data_shards.video import Decoder, Video, open_video
 
-MAX_PIXELS = 80_000_000
-"""Larger images are refused before they are decoded."""
 MAX_JSON_BYTES = 256 << 20
 MAX_MASK_BYTES = 2 << 30
 """All masks of one image together, a byte for each pixel."""
 MAX_COORDINATE = 1e9
 MAX_AREA = MAX_COORDINATE**2
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov")
 
 NO_JPEG = (
     "label maps in JPEG or WebP are refused, as they change ids at every edge; save them as PNG from their "
     "source: what was a JPEG once stays wrong"
 )
-
-_FORMATS = ("JPEG", "PNG", "WEBP")
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""By Pillow's format. MPO: a JPEG behind which lie more, as phones write them; all decoders take the first."""
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, OverflowError)
-
-
-@contextmanager
-def _opened(data: bytes | Path, where: str) -> Iterator[Image.Image]:
-    """A PIL image of bounded size; whatever goes wrong inside the block becomes a DataError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    size = f"{image.width}x{image.height}"
-                    raise DataError(f"{where}: {size} pixels, more than {MAX_PIXELS}; shrink the image")
-                yield image
-    except FileNotFoundError:
-        raise DataError(f"{where}: no such file; check the path") from None
-    except _BROKEN as error:
-        # Pillow's own text names an object by its address, another in each process.
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{where}: broken image ({reason}); expected a whole JPEG, PNG or WebP; replace it") from None
-
-
-def image_size(data: bytes | Path, where: str) -> tuple[int, int]:
-    """(height, width) from the header, without decoding.
-
-    Raises:
-        DataError: no such file, not an image, or more than ``MAX_PIXELS``.
-    """
-    with _opened(data, where) as image:
-        return image.height, image.width
-
-
-def image_format(data: bytes | Path, where: str) -> str:
-    """The member extension of an image by its content: jpg, png or webp."""
-    with _opened(data, where) as image:
-        return _EXTENSIONS[str(image.format)]
-
-
-def decode_image(data: bytes | Path, where: str) -> Tensor:
-    """Pixels as stored: (3, H, W) uint8 RGB, in memory with the channels last, as torch resizes them twice as fast.
-
-    An EXIF orientation is not applied: annotations are in the coordinates of the stored pixels. 16-bit grey is scaled
-    to 8 bits, transparency dropped.
-
-    Raises:
-        DataError: broken or too large; names ``where``.
-    """
-    with _opened(data, where) as image:
-        if image.mode.startswith("I"):
-            values = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
-            pixels = np.repeat(values[..., None], 3, axis=2)
-        else:
-            # Without a copy; numpy marks it as not to be written, though nobody else has these bytes.
-            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def decode_label(data: bytes | Path, where: str) -> Tensor:
@@ -104,8 +38,8 @@ def decode_label(data: bytes | Path, where: str) -> Tensor:
     Raises:
         DataError: broken, too large, in a format that changes pixels, a colour image, or one with transparency.
     """
-    with _opened(data, where) as image:
-        if image.format in ("JPEG", "MPO", "WEBP") or image.info.get("compression") == "jpeg":
+    with opened(data, where) as image:
+        if image.format in ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF") or image.info.get("compression") == "jpeg":
             raise DataError(f"{where}: {NO_JPEG}")
         if image.mode in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
             values = np.asarray(image).astype(np.int32)

@@ -15,10 +15,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.decode import (
-    IMAGE_EXTENSIONS,
     check_annotations,
     decode_frames,
-    decode_image,
     decode_json,
     decode_label,
     decode_masks,
@@ -26,6 +24,7 @@ from vitgraft.data_shards.decode import (
 )
 from vitgraft.data_shards.frames import clip_of
 from vitgraft.data_shards.geometry import Sample, resize
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.stream import RawSample
 
@@ -106,7 +105,8 @@ def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
         frames = decode_frames(clip_of(raw, metadata), indices, raw.where, length=count)
         picture = draw_clip(frames, _class_name(raw, metadata, manifest))
     else:
-        sample = Sample(decode_image(raw.first(IMAGE_EXTENSIONS), raw.where))
+        orientation = orientation_of(metadata, raw.where)
+        sample = Sample(decode_image(raw.first(IMAGE_EXTENSIONS), raw.where, orientation))
         if manifest.kind == "semantic":
             sample.label_map = decode_label(raw.first(("label.png",)), raw.where)
             sample = _enlarged(sample)

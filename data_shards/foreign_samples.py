@@ -7,16 +7,15 @@ from typing import Any
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import (
-    IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     check_annotations,
     decode_json,
     decode_label,
     decode_masks,
-    image_size,
     probe_video,
 )
 from vitgraft.data_shards.files import pread
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, image_size
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 from vitgraft.data_shards.tar_scan import Group

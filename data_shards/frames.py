@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import VIDEO_EXTENSIONS, decode_image, image_size
+from vitgraft.data_shards.decode import VIDEO_EXTENSIONS
+from vitgraft.data_shards.images import decode_image, image_size
 from vitgraft.data_shards.stream import RawSample
 
 

@@ -15,17 +15,9 @@ import torch
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.configs.schema.data import CacheConfig
-from vitgraft.data_shards.decode import (
-    IMAGE_EXTENSIONS,
-    check_annotations,
-    decode_image,
-    decode_json,
-    decode_label,
-    decode_masks,
-    image_size,
-    probe_video,
-)
+from vitgraft.data_shards.decode import check_annotations, decode_json, decode_label, decode_masks, probe_video
 from vitgraft.data_shards.frames import ImageFrames, clip_of
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of, oriented_size, read_header
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Manifest, read_manifest
 from vitgraft.data_shards.parallel import outcomes
 from vitgraft.data_shards.remote import UnreachableError
@@ -128,7 +120,8 @@ def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
             raise DataError(f"{raw.where}: {facts['frames']} frames, expected {metadata.get('frames')}; pack again")
         found = (facts["height"], facts["width"])
     else:
-        image = decode_image(raw.first(IMAGE_EXTENSIONS), raw.where)
+        orientation = orientation_of(metadata, raw.where)
+        image = decode_image(raw.first(IMAGE_EXTENSIONS), raw.where, orientation)
         found = (image.shape[1], image.shape[2])
     if found != expected:
         raise DataError(f"{raw.where}: (height, width) {found}, metadata says {expected}; pack again")
@@ -210,7 +203,8 @@ def _statistics(raw: RawSample, manifest: Manifest) -> tuple[Counter[int], tuple
     metadata = decode_json(raw.first(("json",)), raw.where)
     if manifest.kind == "detection":
         annotations = check_annotations(metadata, len(manifest.classes), raw.where)
-        size = image_size(raw.first(IMAGE_EXTENSIONS), raw.where)
+        stored = read_header(raw.first(IMAGE_EXTENSIONS), raw.where).size
+        size = oriented_size(stored, orientation_of(metadata, raw.where))
         return Counter(int(item["class"]) for item in annotations), size, int(not annotations)
     if manifest.kind == "semantic":
         label = decode_label(raw.first(("label.png",)), raw.where)

@@ -10,7 +10,8 @@ import torch
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema import Recipe
-from vitgraft.data_shards.dataset import load_image, prepare_clip, prepare_image
+from vitgraft.data_shards.dataset import prepare_clip, prepare_image
+from vitgraft.data_shards.images import load_image
 from vitgraft.models.build import build_model
 from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
@@ -41,7 +42,7 @@ class Predictor:
         Raises:
             DataError: the file cannot be read or decoded.
         """
-        image, shown, valid, size = self._prepare(path)
+        image, shown, valid, size, orientation = self._prepare(path)
         sizes = torch.tensor([valid])
         with torch.no_grad(), autocast(self.recipe, self.device):
             predictions = self.model(image[None].to(self.device), sizes.to(self.device))
@@ -53,19 +54,21 @@ class Predictor:
             save_png(labels[None].expand(3, -1, -1), out / name)
             result["label_map"] = name
         save_png(picture, out / f"{path.stem}.png")
-        result = {"input": str(path), "picture": f"{path.stem}.png", **result}
+        frame = {"frame": "displayed", "height": size[0], "width": size[1], "orientation": orientation}
+        result = {"input": str(path), "picture": f"{path.stem}.png", **frame, **result}
         replace_text(out / f"{path.stem}.json", to_json(result))
         return result
 
-    def _prepare(self, path: Path) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int], tuple[int, int]]:
-        """Model input, uint8 image or frames to draw on, valid size on the canvas, own size."""
+    def _prepare(self, path: Path) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int], tuple[int, int], int]:
+        """Model input, uint8 image or frames to draw on, valid size on the canvas, own size as displayed, and the EXIF
+        orientation that was applied (1: none)."""
         if self.recipe.task == "video":
             clip, valid, scale = prepare_clip(path, self.recipe.data)
             frames = denormalise(clip, self.recipe)[..., : valid[0], : valid[1]].transpose(0, 1)
-            return clip, frames, valid, (round(valid[0] / scale[0]), round(valid[1] / scale[1]))
-        image = load_image(path)
+            return clip, frames, valid, (round(valid[0] / scale[0]), round(valid[1] / scale[1])), 1
+        image, orientation = load_image(path)
         prepared = prepare_image(image, self.recipe.data)
-        return prepared.canvas, image, prepared.size, (image.shape[1], image.shape[2])
+        return prepared.canvas, image, prepared.size, (image.shape[1], image.shape[2]), orientation
 
 
 def predict_files(predictor: Predictor, inputs: list[Path], out: Path, progress: Progress) -> list[dict[str, Any]]:

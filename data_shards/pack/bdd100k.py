@@ -11,7 +11,7 @@ import numpy as np
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
-from vitgraft.data_shards.decode import image_size
+from vitgraft.data_shards.images import image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
 from vitgraft.data_shards.pack.files import check_folder, read_json

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import covered, image_format, image_size
+from vitgraft.data_shards.decode import covered
+from vitgraft.data_shards.images import image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_bytes, read_json
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items

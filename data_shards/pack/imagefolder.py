@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import MAX_PIXELS, image_format, image_size
+from vitgraft.data_shards.images import MAX_PIXELS, image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items

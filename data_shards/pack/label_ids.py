@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import decode_image, decode_label
+from vitgraft.data_shards.decode import decode_label
+from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import IGNORE
 from vitgraft.data_shards.pack.files import read_text
 from vitgraft.data_shards.pack.label_report import UNKNOWN, LabelFault

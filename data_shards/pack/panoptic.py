@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import decode_image, image_size
+from vitgraft.data_shards.images import decode_image, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import by_id
 from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_json

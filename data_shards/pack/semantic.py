@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.data_shards.decode import image_format, image_size
+from vitgraft.data_shards.images import image_format, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.files import check_classes, read_bytes
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items

@@ -20,8 +20,9 @@ from torch import Tensor
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema import DataConfig
 from vitgraft.data_shards.batch import Batch, Entry
-from vitgraft.data_shards.dataset import EvalItem, PackedDataset, load_image, prepare_clip, prepare_image
+from vitgraft.data_shards.dataset import EvalItem, PackedDataset, prepare_clip, prepare_image
 from vitgraft.data_shards.decode import decode_frames, sample_frames
+from vitgraft.data_shards.images import load_image
 from vitgraft.data_shards.manifest import read_manifest
 from vitgraft.data_shards.pack.digits import encode_clip
 from vitgraft.data_shards.pack.writer import DatasetWriter
@@ -206,7 +207,7 @@ def test_loose_files_get_the_transform_of_evaluation(
     config = configure(packed["detection"])
     dataset = PackedDataset(packed["detection"], config, "detection", train=False)
     (tmp_path / "a.jpg").write_bytes(dataset.reader.read(7).members["jpg"])
-    canvas, size, scale = prepare_image(load_image(tmp_path / "a.jpg"), config)
+    canvas, size, scale = prepare_image(load_image(tmp_path / "a.jpg")[0], config)
     assert torch.equal(canvas, dataset.eval_batch([7]).batch.images[0])
     assert (size, scale) == ((96, 96), (0.75, 0.75))
     video = PackedDataset(packed["video"], config, "video", train=False)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.schema.data import ClipConfig
-from vitgraft.data_shards import decode, video
+from vitgraft.data_shards import decode, images, video
 from vitgraft.data_shards.pack.digits import encode_clip
 
 
@@ -34,46 +34,71 @@ def test_images_as_torchvision_decodes_them(test_data: Path) -> None:
     for path in sorted((test_data / "camvid_mini" / "val").glob("*.png"))[:3]:
         data = path.read_bytes()
         theirs = torchvision_decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        assert torch.equal(decode.decode_image(data, "x"), theirs)
-        assert decode.image_size(path, "x") == tuple(theirs.shape[1:])
+        assert torch.equal(images.decode_image(data, "x"), theirs)
+        assert images.image_size(path, "x") == tuple(theirs.shape[1:])
 
 
 def test_grey_palette_alpha_and_16_bit_become_rgb() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     expected = torch.from_numpy(grey).expand(3, 3, 4)
     for data in (png(grey), png(grey, "P"), png(grey, "LA"), png(grey.astype(np.uint16) * 256)):
-        assert torch.equal(decode.decode_image(data, "x"), expected)
+        assert torch.equal(images.decode_image(data, "x"), expected)
 
 
-def test_exif_orientation_is_not_applied() -> None:
-    stream = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(stream, "JPEG", exif=exif)
-    assert decode.decode_image(stream.getvalue(), "x").shape == (3, 4, 8)
+def photo(orientation: int, form: str = "PNG", size: tuple[int, int] = (4, 8)) -> bytes:
+    """An image of random pixels whose EXIF says so."""
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    pixels = np.random.RandomState(orientation).randint(0, 255, (*size, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_stored_pixels_turned_as_pillow_turns_them(form: str, orientation: int, tmp_path: Path) -> None:
+    data = photo(orientation, form)
+    displayed = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    header = images.read_header(data, "x")
+    assert (header.size, header.orientation, header.displayed) == ((4, 8), orientation, displayed.shape[:2])
+    assert images.decode_image(data, "x").shape == (3, 4, 8)
+    turned = images.decode_image(data, "x", orientation)
+    assert np.array_equal(turned.permute(1, 2, 0).numpy(), displayed)
+    assert turned.permute(1, 2, 0).is_contiguous()
+    (tmp_path / "a.jpg").write_bytes(data)
+    loaded, applied = images.load_image(tmp_path / "a.jpg")
+    assert applied == orientation
+    assert torch.equal(loaded, turned)
+
+
+def test_an_orientation_that_is_none_is_not_applied() -> None:
+    for value in (0, 9, 300):
+        assert images.read_header(photo(value), "x").orientation == 1
+    with pytest.raises(DataError, match="orientation '9', expected 1 to 8"):
+        images.orientation_of({"orientation": 9}, "set:1")
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a" + b"\0" * 50])
 def test_no_image(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^set:7: broken image .* replace it$"):
-        decode.decode_image(data, "set:7")
+        images.decode_image(data, "set:7")
 
 
 def test_a_cut_image_is_an_error_and_not_a_grey_area() -> None:
     data = png(np.random.RandomState(0).randint(0, 255, (50, 50, 3)).astype(np.uint8))
     with pytest.raises(DataError, match="broken image"):
-        decode.decode_image(data[: len(data) // 2], "x")
+        images.decode_image(data[: len(data) // 2], "x")
 
 
 def test_images_are_refused_by_their_header_when_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 99)
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
     with pytest.raises(DataError, match="10x10 pixels, more than 99"):
-        decode.decode_image(png(np.zeros((10, 10), np.uint8)), "x")
+        images.decode_image(png(np.zeros((10, 10), np.uint8)), "x")
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.png: no such file"):
-        decode.decode_image(tmp_path / "none.png", str(tmp_path / "none.png"))
+        images.decode_image(tmp_path / "none.png", str(tmp_path / "none.png"))
 
 
 def test_label_maps_of_every_usual_encoding() -> None:

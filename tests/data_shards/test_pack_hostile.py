@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import decode_image, image_size
+from vitgraft.data_shards.images import decode_image, image_size
 from vitgraft.data_shards.manifest import Manifest, read_manifest
 from vitgraft.data_shards.pack.bdd100k import pack_bdd100k
 from vitgraft.data_shards.pack.coco import pack_coco

@@ -19,7 +19,8 @@ from PIL import Image
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.hashing import sha256_file
-from vitgraft.data_shards.decode import decode_image, decode_label
+from vitgraft.data_shards.decode import decode_label
+from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import read_manifest
 from vitgraft.data_shards.pack.writer import DatasetWriter
 from vitgraft.data_shards.stream import ShardReader

@@ -1,0 +1,201 @@
+"""Image files: what their headers say and their pixels, upright, with bounded sizes and clear errors."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from vitgraft.configs.errors import DataError
+
+MAX_PIXELS = 80_000_000
+"""Larger images are refused before they are decoded."""
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+"""Of packed members."""
+
+_PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats that are packed as they are. MPO: a JPEG behind which lie more, as phones write them; all decoders take the
+first."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "PCX", "SGI", "QOI")
+"""What is decoded. Not: formats that run a program (EPS), hold files of others (ICO, ICNS, IPTC), or are stubs."""
+_OPPOSITE = {6: 8, 8: 6}
+"""Of quarter turns; all other orientations are their own opposite."""
+_OF_FRAMES = ("PNG", "WEBP", "GIF", "TIFF", "AVIF")
+
+
+class Header(NamedTuple):
+    """What an image file says of itself.
+
+    ``size``: (height, width) of the stored pixels. ``orientation``: EXIF's, 1 to 8; from 5 on the displayed image has
+    the sides exchanged. ``format``: Pillow's name. ``several``: it has more frames or pages than the first, which is
+    what is decoded. ``mode``: Pillow's.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    format: str
+    several: bool
+    mode: str
+
+    @property
+    def displayed(self) -> tuple[int, int]:
+        """(height, width) after the orientation."""
+        return oriented_size(self.size, self.orientation)
+
+    @property
+    def extension(self) -> str | None:
+        """Of the packed member; ``None``: packed formats do not include this one."""
+        return _PACKED.get(self.format)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``_FORMATS`` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def opened(data: bytes | Path, where: str) -> Iterator[Image.Image]:
+    """Open an image of bounded size; whatever Pillow raises inside the block becomes a DataError.
+
+    Besides Pillow's work the block should do nothing that can fail.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width}x{image.height}"
+                    raise DataError(f"{where}: {size} pixels, more than {MAX_PIXELS}; shrink the image")
+                yield image
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{where}: no such file; check the path") from None
+    except MemoryError:
+        raise DataError(f"{where}: decoding takes more memory than there is; shrink or replace the image") from None
+    except Exception as error:  # its decoders raise anything of damaged files: KeyError, AssertionError, zlib.error
+        # Pillow's own text names an object by its address, another in each process.
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise DataError(f"{where}: broken image ({reason}); expected a whole JPEG, PNG or WebP; replace it") from None
+
+
+def read_header(data: bytes | Path, where: str) -> Header:
+    """Read what the file says of itself, without decoding.
+
+    Raises:
+        DataError: no such file, not an image, or more than ``MAX_PIXELS``.
+    """
+    with opened(data, where) as image:
+        orientation, size = _orientation(image), (image.height, image.width)
+        kind, several = str(image.format), False
+        if kind in _OF_FRAMES:
+            # What follows the first frame is not decoded, so it may be damaged.
+            with suppress(Exception):
+                several = bool(getattr(image, "is_animated", False))
+    # Of TIFF alone Pillow gives the displayed size.
+    return Header(oriented_size(size, orientation) if kind == "TIFF" else size, orientation, kind, several, image.mode)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none; damaged EXIF, which no decoder of pixels minds, is none."""
+    with suppress(Exception):
+        # Not the method of PNG, which decodes all pixels for an EXIF that may lie behind them.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        if type(value) is int and 1 <= value <= 8:
+            return value
+    return 1
+
+
+def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(height, width) after an orientation."""
+    return (size[1], size[0]) if orientation >= 5 else size
+
+
+def turned(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """A view of stored pixels (H, W, …) as they are displayed under an EXIF orientation (1 to 8)."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
+    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
+    return pixels[rows, columns]
+
+
+def orientation_of(metadata: dict[str, Any], where: str) -> int:
+    """The orientation that is to be applied to a packed sample's image: 1 where its metadata has no such key.
+
+    Raises:
+        DataError: it is none of EXIF's.
+    """
+    value = metadata.get("orientation", 1)
+    if type(value) is not int or not 1 <= value <= 8:
+        raise DataError(f"{where}: metadata says orientation {str(value)[:40]!r}, expected 1 to 8; pack again")
+    return value
+
+
+def image_size(data: bytes | Path, where: str) -> tuple[int, int]:
+    """(height, width) of the stored pixels from the header, without decoding.
+
+    Raises:
+        DataError: no such file, not an image, or more than ``MAX_PIXELS``.
+    """
+    return read_header(data, where).size
+
+
+def image_format(data: bytes | Path, where: str) -> str:
+    """The member extension of an image by its content: jpg, png or webp.
+
+    Raises:
+        DataError: no image, or one of another format.
+    """
+    header = read_header(data, where)
+    if header.extension is None:
+        raise DataError(f"{where}: an image of format {header.format}; expected JPEG, PNG or WebP")
+    return header.extension
+
+
+def decode_image(data: bytes | Path, where: str, orientation: int = 1) -> Tensor:
+    """Pixels (3, H, W) uint8 RGB, in memory with the channels last, as torch resizes them twice as fast.
+
+    16-bit grey is scaled to 8 bits, transparency dropped.
+
+    Args:
+        orientation: EXIF's, to be applied. That of the file itself is not looked at: annotations may be in the
+            coordinates of the stored pixels.
+
+    Raises:
+        DataError: broken or too large; names ``where``.
+    """
+    with opened(data, where) as image:
+        # Of TIFF alone Pillow applies the orientation when it decodes.
+        undo = _OPPOSITE.get(own := _orientation(image), own) if image.format == "TIFF" else 1
+        if image.mode.startswith("I"):
+            values = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
+            pixels = np.repeat(values[..., None], 3, axis=2)
+        else:
+            # Without a copy; numpy marks it as not to be written, though nobody else has these bytes.
+            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        pixels = np.ascontiguousarray(turned(turned(pixels, undo), orientation))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def load_image(path: Path | str) -> tuple[Tensor, int]:
+    """A loose image file as it is displayed: pixels (3, H, W) uint8 RGB, and the EXIF orientation that was applied.
+
+    Raises:
+        DataError: missing, broken or too large.
+    """
+    path = Path(path)
+    orientation = read_header(path, str(path)).orientation
+    return decode_image(path, str(path), orientation), orientation
