@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import reprlib
 import types
 import typing
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.files import read_text
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.yaml_text import dump_yaml, parse_yaml
 
 MAX_RECIPE_BYTES = 1 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML alone reads ``1e-4`` as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
-    list("-+0123456789."),
-)
-# Integers must still be tried before floats.
-_Loader.yaml_implicit_resolvers = {
-    first: sorted(pairs, key=lambda pair: pair[0].endswith("float"))
-    for first, pairs in _Loader.yaml_implicit_resolvers.items()
-}
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
 
 
 def find_recipe(name: str) -> Path:
@@ -42,26 +31,14 @@ def find_recipe(name: str) -> Path:
         ConfigError: there is no such file; names the nearest packaged recipe.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):  # false for names that no file can have, too
         return path
     root = Path(str(resources.files("vitgraft.configs")))
     packaged = root / (name if name.endswith(".yaml") else name + ".yaml")
-    if not path.is_absolute() and packaged.is_file():
+    if not path.is_absolute() and os.path.isfile(packaged):
         return packaged
     names = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
     raise ConfigError(f"{name}: no such recipe file; packaged recipes: {', '.join(names)}")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain YAML data (no objects), or a ConfigError that names the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}; fix the syntax"
-        ) from None
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -75,18 +52,22 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         ConfigError: one line with file, key, value and remedy.
     """
     path = find_recipe(name)
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; this is not a recipe")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping with model, data and train; found {type(tree).__name__}")
+    tree = read_tree(path)
     for override in overrides or []:
         _override(tree, override)
     return validate_recipe(tree, str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a recipe's keys without looking at what they say.
+
+    Raises:
+        ConfigError: no such file, or no YAML mapping.
+    """
+    tree = parse_yaml(read_text(path, MAX_RECIPE_BYTES, ConfigError), str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping with model, data and train; found {type(tree).__name__}")
+    return tree
 
 
 def validate_recipe(tree: Any, where: str) -> Recipe:
@@ -99,7 +80,7 @@ def validate_recipe(tree: Any, where: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -116,21 +97,21 @@ def _override(tree: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[leaf] = value
     else:
-        raise ConfigError(f"--set {override}: {'.'.join(parents)} is {node!r}, not a section; check the key")
+        raise ConfigError(f"--set {override}: {'.'.join(parents)} is {_short(node)}, not a section; check the key")
 
 
 def _child(node: Any, key: str, path: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, key, path, override)]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: {path} is inside {node!r}, which is not a section; check the key")
+        raise ConfigError(f"--set {override}: {path} is inside {_short(node)}, which is not a section; check the key")
     if node.get(key) is None:
         node[key] = {}
     return node[key]
 
 
 def _index(node: list[Any], key: str, path: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(node):
         raise ConfigError(f"--set {override}: {path} needs an index from 0 to {len(node) - 1}")
     return int(key)
 
@@ -164,7 +145,7 @@ def _explain(error: ValidationError, where: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, VitgraftError, cause_of
-from vitgraft.configs.load import dump_recipe, parse_yaml, validate_recipe
+from vitgraft.configs.load import dump_recipe, read_tree, validate_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.trainer.checkpoint.commit import ATTEMPT, COMMITTED, all_step_names, owning_attempt, set_aside, sweep
 from vitgraft.trainer.checkpoint.files import make_folders, replace_text
@@ -163,7 +163,7 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
     config = path / "config.yaml"
     if not config.is_file():
         return
-    old = validate_recipe(parse_yaml(config.read_text(), str(config)), str(config))
+    old = validate_recipe(read_tree(config), str(config))
     difference = first_difference(old.identity(), recipe.identity())
     if difference is not None:
         key, before, now = difference

@@ -8,12 +8,14 @@ from pydantic import Field, field_validator
 
 from vitgraft.configs.schema.section import (
     BelowOne,
+    Few,
     Fraction,
     NonNegative,
     NonNegativeFloat,
-    Positive,
     PositiveFloat,
     Section,
+    Side,
+    Width,
 )
 
 Norm = Literal["syncbn", "bn", "gn", "ln"]
@@ -45,8 +47,8 @@ class SimplePyramidConfig(AdapterSection):
     """ViTDet's simple feature pyramid: maps of several strides from the trunk's last map (arXiv 2203.16527)."""
 
     name: Literal["simple_pyramid"] = "simple_pyramid"
-    channels: Positive = 256
-    strides: list[Positive] = [4, 8, 16, 32]
+    channels: Width = 256
+    strides: Annotated[list[Side], Field(max_length=100)] = [4, 8, 16, 32]
     norm: Norm = "ln"
     top_block: bool = False
     """One map more, of twice the largest stride: every other place of that map, as in ViTDet (p6 of p5)."""
@@ -69,15 +71,15 @@ class ViTAdapterConfig(AdapterSection):
     """
 
     name: Literal["vit_adapter"] = "vit_adapter"
-    conv_inplane: Positive = 64
-    n_points: Positive = 4
-    deform_num_heads: Positive = 6
-    deform_ratio: PositiveFloat = 1.0
+    conv_inplane: Width = 64
+    n_points: Few = 4
+    deform_num_heads: Few = 6
+    deform_ratio: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Width of the deformable attention's values, as a part of the trunk's."""
     interaction_indexes: list[list[NonNegative]] | None = None
     """First and last block of every group, e.g. [[0, 2], [3, 5], [6, 8], [9, 11]]; ``null``: four equal groups."""
     with_cffn: bool = True
-    cffn_ratio: PositiveFloat = 0.25
+    cffn_ratio: Annotated[float, Field(gt=0, le=100)] = 0.25
     init_values: NonNegativeFloat = 0.0
     """Where the injectors' gamma starts; 0 leaves the trunk at first as it is."""
     add_vit_feature: bool = True
@@ -114,7 +116,7 @@ class FPNConfig(AdapterSection):
 
     role: ClassVar[Role] = "neck"
     name: Literal["fpn"] = "fpn"
-    channels: Positive = 256
+    channels: Width = 256
     norm: Norm | Literal["none"] = "none"
     top_block: bool = False
     """One map more, of twice the largest stride: every other place of that map (p6 of p5)."""
@@ -128,7 +130,7 @@ class AdaptFormerConfig(AdapterSection):
 
     role: ClassVar[Role] = "graft"
     name: Literal["adaptformer"] = "adaptformer"
-    bottleneck: Positive = 64
+    bottleneck: Width = 64
     scale: PositiveFloat | Literal["learnable"] = 0.1
     layout: Literal["parallel", "sequential"] = "parallel"
     layernorm: Literal["none", "in", "out"] = "none"
@@ -152,11 +154,11 @@ class LoRAConfig(AdapterSection):
 
     role: ClassVar[Role] = "graft"
     name: Literal["lora"] = "lora"
-    rank: Positive = 8
+    rank: Width = 8
     alpha: PositiveFloat = 8.0
     """The update is scaled by alpha / rank."""
     dropout: BelowOne = 0.0
-    targets: list[str] = ["q", "v"]
+    targets: Annotated[list[str], Field(max_length=1000)] = ["q", "v"]
     """Names of layers, e.g. qkv, proj, fc1, fc2, q_proj. q, k and v are those parts of a fused qkv, or q_proj, k_proj
     and v_proj."""
 
@@ -176,7 +178,7 @@ class VPTConfig(AdapterSection):
 
     role: ClassVar[Role] = "graft"
     name: Literal["vpt"] = "vpt"
-    prompts: Positive = 1
+    prompts: Few = 1
     """Prompts of each block (deep), or in all (shallow)."""
     depth: Literal["deep", "shallow"] = "deep"
     """deep: every block has its own, cut off after it. shallow: they enter before the first block and stay."""

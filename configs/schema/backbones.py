@@ -6,7 +6,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from vitgraft.configs.schema.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import (
+    Few,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Side,
+    Width,
+)
 
 
 class BackboneSection(Section):
@@ -26,10 +36,10 @@ class ViTConfig(BackboneSection):
     name: Literal["vit"] = "vit"
     timm: str | None = None
     """timm model name, e.g. ``vit_large_patch16_224.augreg_in21k``; the sizes below are then not given."""
-    embed_dim: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    patch_size: Positive | None = None
+    embed_dim: Width | None = None
+    depth: Few | None = None
+    num_heads: Few | None = None
+    patch_size: Side | None = None
     mlp_ratio: PositiveFloat | None = None
     layer_scale: PositiveFloat | None = None
     """Where the factors on the branches of every block start; ``null``: there are none."""
@@ -89,16 +99,16 @@ def _filled(values: Any, sizes: dict[str, dict[str, Any]]) -> Any:
 class WindowedSection(BackboneSection):
     """Base of the trunks of ViTDet's kind: most blocks attend within windows, a few globally."""
 
-    embed_dim: Positive
-    depth: Positive
-    num_heads: Positive
-    patch_size: Positive = 16
+    embed_dim: Width
+    depth: Few
+    num_heads: Few
+    patch_size: Side = 16
     mlp_ratio: PositiveFloat
     window_size: NonNegative
     """Side of the windows in tokens; 0 makes every block global."""
     global_blocks: list[NonNegative]
     """The blocks (from 0) that attend globally."""
-    pretrain_size: Positive = 224
+    pretrain_size: Side = 224
     """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
     absolute_positions: bool = True
     residual_blocks: list[NonNegative] = []
@@ -205,11 +215,11 @@ class VideoMAEConfig(BackboneSection):
 
     takes_clips: ClassVar[bool] = True
     name: Literal["videomae"] = "videomae"
-    embed_dim: Positive = 768
-    depth: Positive = 12
-    num_heads: Positive = 12
-    patch_size: Positive = 16
-    tubelet_size: Positive = 2
+    embed_dim: Width = 768
+    depth: Few = 12
+    num_heads: Few = 12
+    patch_size: Side = 16
+    tubelet_size: Few = 2
     """How many frames one token covers; clips have a multiple of it."""
     mlp_ratio: PositiveFloat = 4.0
     qkv_bias: bool = True
@@ -237,14 +247,14 @@ class MIMDetConfig(BackboneSection):
     name: Literal["mimdet"] = "mimdet"
     size: Literal["base", "large"] | None = None
     """The sizes of a published trunk; whatever else is given replaces its part of them."""
-    embed_dim: Positive
-    depth: Positive
-    num_heads: Positive
+    embed_dim: Width
+    depth: Few
+    num_heads: Few
     mlp_ratio: PositiveFloat = 4.0
     norm_eps: PositiveFloat = 1e-5
-    decoder_dim: Positive = 512
-    decoder_depth: Positive = 4
-    decoder_heads: Positive = 16
+    decoder_dim: Width = 512
+    decoder_depth: Few = 4
+    decoder_heads: Few = 16
     decoder_mlp_ratio: PositiveFloat = 4.0
     sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the tokens that the encoder sees in training; published: 0.25 to 1. In evaluation it sees all."""
@@ -281,16 +291,16 @@ class MIMDetConfig(BackboneSection):
 class PerBlockWindowsSection(BackboneSection):
     """Base of the trunks of BEiT's kind: each block attends within windows of its own size, or globally."""
 
-    embed_dim: Positive
-    depth: Positive
-    num_heads: Positive
-    patch_size: Positive = 16
+    embed_dim: Width
+    depth: Few
+    num_heads: Few
+    patch_size: Side = 16
     mlp_ratio: PositiveFloat = 4.0
     window_size: NonNegative | list[NonNegative] = 0
     """Side of the windows in tokens, of all blocks or of each; 0: global attention."""
     layer_scale: NonNegativeFloat | None
     """Where gamma_1 and gamma_2 start; ``null``: there are none."""
-    pretrain_size: Positive = 224
+    pretrain_size: Side = 224
     """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
     weights: str | None = None
     drop_path: Fraction = 0.0

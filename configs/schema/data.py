@@ -5,9 +5,16 @@ from __future__ import annotations
 from fractions import Fraction as Rational
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from vitgraft.configs.schema.section import NonNegative, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import Few, Many, Positive, PositiveFloat, Section, Side
 from vitgraft.configs.schema.transforms import Resize, TransformConfig, check_transforms
 
 
@@ -20,7 +27,7 @@ class EvaluationSourceConfig(Section):
 class SourceConfig(EvaluationSourceConfig):
     """A data set to train on."""
 
-    repeats: Positive = 1
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     """How often each sample is visited in an epoch, each time augmented differently (repeated augmentation)."""
     weight: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
     """The same as a number that need not be whole, instead of ``repeats``: 0.25 is a quarter of the samples, another
@@ -42,7 +49,7 @@ class SourceConfig(EvaluationSourceConfig):
 class ClipConfig(Section):
     """How frames are taken from a video."""
 
-    frames: Positive = 8
+    frames: Few = 8
     sampling: Literal["dense", "uniform"] = "dense"
     """dense: ``frames`` frames ``stride`` apart from one window (random in training, central in evaluation);
     uniform: one frame of each of ``frames`` equal segments (random in training, its middle in evaluation)."""
@@ -55,8 +62,8 @@ class ClipConfig(Section):
 class ViewsConfig(Section):
     """Evaluation of a video by several views of it: ``clips`` places in time × ``crops`` places along the long side."""
 
-    clips: Positive = 1
-    crops: Positive = 1
+    clips: Few = 1
+    crops: Few = 1
 
     @property
     def count(self) -> int:
@@ -69,7 +76,7 @@ class CacheConfig(Section):
 
     folder: str | None = None
     """``null``: $VITGRAFT_CACHE/shards, or ~/.cache/vitgraft/shards."""
-    max_bytes: Positive = 64 << 30
+    max_bytes: Annotated[int, Field(ge=1, lt=1 << 62)] = 64 << 30
     """Least recently used shards go when it is full. It must hold 32 shards of each data set: those that a run
     shuffles together, and the next, which it fetches meanwhile."""
 
@@ -77,27 +84,27 @@ class CacheConfig(Section):
 class SkipConfig(Section):
     """Leave damaged samples out: each keeps its place in the order, at weight zero, and is recorded."""
 
-    skip: Positive
+    skip: Many
     """How many different samples may be left out in a run, over all ranks and epochs, before it stops."""
 
 
 class DataConfig(Section):
     """Shards, canvas, normalisation, transforms and loading."""
 
-    train: Annotated[list[SourceConfig], Field(min_length=1)]
+    train: Annotated[list[SourceConfig], Field(min_length=1, max_length=1000)]
     """One data set, or a list of them with the same kind and classes: a mixture, in which every epoch has exactly each
     source's entries (its samples times ``repeats`` or ``weight``) and every part of an epoch has them in proportion."""
     val: EvaluationSourceConfig | None = None
-    image_size: list[Positive]
+    image_size: list[Side]
     """The canvas [height, width]: every image is resized into it and padded at the bottom and right."""
-    mean: list[float] = [0.485, 0.456, 0.406]
+    mean: list[FiniteFloat] = [0.485, 0.456, 0.406]
     std: list[PositiveFloat] = [0.229, 0.224, 0.225]
-    transforms: list[TransformConfig] = [Resize()]
+    transforms: Annotated[list[TransformConfig], Field(max_length=100)] = [Resize()]
     """Training transforms in order; padding to the canvas and normalisation always follow."""
     clip: ClipConfig = ClipConfig()
-    workers: NonNegative = 1
+    workers: Annotated[int, Field(ge=0, le=1 << 10)] = 1
     """Loader processes per rank; 0: decode in the training process."""
-    prefetch: Positive = 4
+    prefetch: Few = 4
     """Batches each worker prepares ahead."""
     cache: CacheConfig = CacheConfig()
     on_error: Literal["stop"] | SkipConfig = "stop"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema.data import DataConfig, ViewsConfig
 from vitgraft.configs.schema.model import ModelConfig, Task
-from vitgraft.configs.schema.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import Few, NonNegative, Positive, Seconds, Section
 from vitgraft.configs.schema.train import TrainConfig
 from vitgraft.configs.schema.transforms import check_task
 
@@ -84,20 +84,20 @@ class EvaluatorConfig(Section):
     backlog: Backlog = "latest"
     """What happens when checkpoints come faster than evaluations: ``latest`` evaluates the newest and gives up those
     that it has overtaken; ``all`` evaluates every one, oldest first, and keeps them until then."""
-    threads: Positive | None = None
+    threads: Few | None = None
     """Its CPU threads; ``null``: the cores of its host divided by the ranks there and itself."""
 
 
 class DeadlinesConfig(Section):
     """Seconds after which a phase that has not ended is a hang; ``null``: learned from the run."""
 
-    start: PositiveFloat | None = None
+    start: Seconds | None = None
     """From a rank's start to its first step."""
-    first_step: PositiveFloat | None = None
-    step: PositiveFloat | None = None
-    save: PositiveFloat | None = None
-    evaluate: PositiveFloat | None = None
-    silence: PositiveFloat = 60.0
+    first_step: Seconds | None = None
+    step: Seconds | None = None
+    save: Seconds | None = None
+    evaluate: Seconds | None = None
+    silence: Seconds = 60.0
     """A rank that gives no sign of life for so long stands still, whatever its phase may take."""
 
     def by_phase(self) -> dict[Literal["start", "first_step", "step", "save", "evaluate"], float | None]:
@@ -114,21 +114,21 @@ class DeadlinesConfig(Section):
 class LaunchConfig(Section):
     """Processes and devices of a run, and what happens when they fail."""
 
-    processes: Positive | None = None
+    processes: Few | None = None
     """Ranks; ``null``: one for each GPU, or two on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive | None = None
+    threads: Few | None = None
     """CPU threads of each rank; ``null``: the cores divided by the ranks. Bit-exact resume needs the same number."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on which the ranks meet; 0: a free one."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: NonNegative = 3
     """Restarts without a newer checkpoint between them; then the run ends with code 6. 0: the first failure ends it."""
-    restart_delay_s: NonNegativeFloat = 5.0
+    restart_delay_s: Annotated[float, Field(ge=0, le=10**8, allow_inf_nan=False)] = 5.0
     """Pause before the second restart in a row without a newer checkpoint; it doubles with each further one."""
     host_failures: Positive = 2
     """After so many failures a host is left out of the next attempt."""
     deadlines: DeadlinesConfig = DeadlinesConfig()
-    ssh_args: list[str] = []
+    ssh_args: Annotated[list[str], Field(max_length=1000)] = []
     """Arguments of every ssh to another host, e.g. ["-p", "2222"]; what has spaces belongs in a file: ["-F", FILE]."""
 
 

@@ -13,9 +13,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Bounds far above what anybody trains, so that a slip of the finger is refused before it fills a host's memory.
+Positive = Annotated[int, Field(ge=1, le=1 << 20)]
+NonNegative = Annotated[int, Field(ge=0, le=1 << 20)]
+Side = Annotated[int, Field(ge=1, le=1 << 14)]
+"""Of an image, in pixels."""
+Width = Annotated[int, Field(ge=1, le=1 << 16)]
+"""Channels of a layer."""
+Few = Annotated[int, Field(ge=1, le=1 << 10)]
+"""Layers, heads, processes, and what else a host or a model has some of."""
+Many = Annotated[int, Field(ge=1, le=10**9)]
+"""Steps, samples and what else a run counts up to."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=10**8, allow_inf_nan=False)]

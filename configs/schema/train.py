@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vitgraft.configs.schema.section import BelowOne, Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import BelowOne, Fraction, Many, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class AdamWConfig(Section):
@@ -42,7 +42,7 @@ OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")
 class ParamRule(Section):
     """What holds for the parameters whose name the regular expression ``match`` finds; later rules win."""
 
-    match: str
+    match: Annotated[str, Field(max_length=1000)]
     lr_multiplier: NonNegativeFloat | None = None
     weight_decay: NonNegativeFloat | None = None
     frozen: bool | None = None
@@ -52,7 +52,7 @@ class ParamRule(Section):
     def _compiles(cls, value: str) -> str:
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression: {error}") from error
         return value
 
@@ -79,7 +79,7 @@ class StepSchedule(Section):
 
     name: Literal["step"] = "step"
     warmup: Fraction = 0.05
-    milestones: list[Fraction] = [0.67, 0.92]
+    milestones: Annotated[list[Fraction], Field(max_length=1000)] = [0.67, 0.92]
     gamma: Fraction = 0.1
 
 
@@ -89,17 +89,17 @@ ScheduleConfig = Annotated[CosineSchedule | PolySchedule | StepSchedule, Field(d
 class CheckpointConfig(Section):
     """When checkpoints are committed and how many are kept."""
 
-    every_steps: Positive | None = None
+    every_steps: Many | None = None
     """Commit every so many steps, and always at the end; ``null``: at the end only."""
-    keep_last: Positive = 3
+    keep_last: Many = 3
     """How many valid checkpoints are kept."""
-    keep_every: Positive | None = None
+    keep_every: Many | None = None
     """Keep also those of the steps that this number divides."""
     keep_best: str | None = None
     """Keep also the best of those evaluated by this metric, e.g. ``mIoU``; needs ``data.val``."""
     copy_to: str | None = None
     """URL of a folder in any store of fsspec (s3://, gs://, file://) that gets a copy after each commit."""
-    writer_silence_s: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 30.0
+    writer_silence_s: Annotated[float, Field(ge=2, le=10**8, allow_inf_nan=False)] = 30.0
     """A checkpointer that is silent for so long is killed and started again; it goes on from the memory it shares. Its
     start-up may take two minutes."""
 
@@ -119,8 +119,8 @@ class TrainConfig(Section):
     """Another run, or one of its checkpoints, whose weights (averaged, where it has an average) the run starts from,
     instead of ``model.weights`` and ``model.backbone.weights``. The head's last layers start fresh when the classes are
     others. Not read again when the run is resumed."""
-    epochs: Positive | None = None
-    steps: Positive | None = None
+    epochs: Many | None = None
+    steps: Many | None = None
     """Length of the run: exactly one of ``epochs`` and ``steps``."""
     global_batch: Positive
     """Samples per optimizer step over all ranks and micro-steps."""
@@ -132,7 +132,7 @@ class TrainConfig(Section):
     """Largest gradient norm; 0: no clipping."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Learning rate × rate ** (depth + 1 - layer) for the trunk's layers (BEiT's layer-wise decay)."""
-    param_groups: list[ParamRule] = []
+    param_groups: Annotated[list[ParamRule], Field(max_length=10_000)] = []
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average of the weights; evaluation then uses the average."""
     precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"

@@ -7,17 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vitgraft.configs.schema.section import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import Few, Fraction, Positive, PositiveFloat, Section, Side
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(gt=0, le=100)]
+Factor = Annotated[float, Field(ge=0, le=100)]
 
 
 class ScaleJitter(Section):
     """Large-scale jitter: resize so that the image fits the canvas times a random factor."""
 
     name: Literal["scale_jitter"] = "scale_jitter"
-    min: PositiveFloat = 0.1
-    max: PositiveFloat = 2.0
+    min: Scale = 0.1
+    max: Scale = 2.0
 
     @model_validator(mode="after")
     def _ascending(self) -> ScaleJitter:
@@ -34,9 +36,9 @@ class MultiScale(Section):
     """
 
     name: Literal["multi_scale"] = "multi_scale"
-    short: list[Positive]
+    short: Annotated[list[Side], Field(max_length=1000)]
     """Short sides in pixels: all to choose from, or with ``sampling: range`` [smallest, largest]."""
-    max_long: Positive = 1333
+    max_long: Side = 1333
     sampling: Literal["choice", "range"] = "choice"
 
     @model_validator(mode="after")
@@ -52,7 +54,7 @@ class RandomCrop(Section):
     """Cut to at most the canvas size, or to a random size, at a random place; smaller images stay whole."""
 
     name: Literal["random_crop"] = "random_crop"
-    sides: list[Positive] | None = None
+    sides: list[Side] | None = None
     """[smallest, largest]: height and width are each drawn from this range (DETR's crop: [384, 600]); ``null``: those
     of the canvas."""
     cat_max_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -98,9 +100,9 @@ class Photometric(Section):
 
     name: Literal["photometric"] = "photometric"
     probability: Fraction = 0.5
-    brightness: NonNegativeFloat = 0.125
-    contrast: NonNegativeFloat = 0.5
-    saturation: NonNegativeFloat = 0.5
+    brightness: Factor = 0.125
+    contrast: Factor = 0.5
+    saturation: Factor = 0.5
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """In turns of the colour circle: mmseg's 18 of OpenCV's 180 are 0.1."""
 
@@ -115,7 +117,7 @@ class RandAugment(Section):
     """RandAugment (arXiv 1909.13719) as torchvision has it; all frames of a clip alike. For class labels only."""
 
     name: Literal["rand_augment"] = "rand_augment"
-    operations: Positive = 2
+    operations: Few = 2
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     """0 to 30, torchvision's scale: timm's m9 of 10 is 27 here."""
 
@@ -181,7 +183,10 @@ class OneOf(Section):
     """One of several lists of transforms, each as likely as the others."""
 
     name: Literal["one_of"] = "one_of"
-    options: list[list[Annotated[PlainTransform, Field(discriminator="name")]]]
+    options: Annotated[
+        list[Annotated[list[Annotated[PlainTransform, Field(discriminator="name")]], Field(max_length=100)]],
+        Field(max_length=100),
+    ]
 
     @field_validator("options")
     @classmethod
