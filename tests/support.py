@@ -104,7 +104,7 @@ def succeed(*arguments: str | Path, timeout: float = 300) -> subprocess.Complete
     return done
 
 
-def train(recipe: Path, run: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def train(recipe: Path | str, run: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Train to the end."""
     return succeed("train", recipe, "--run-dir", run, *arguments, timeout=timeout)
 
