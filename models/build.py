@@ -13,7 +13,7 @@ from vitgraft.models.adapters import adaptformer, bitfit, lora, none, simple_pyr
 from vitgraft.models.adapters.base import Adapter, Neck
 from vitgraft.models.backbones import beit, eva01, eva02, mimdet, uniperceiver, videomae, vit
 from vitgraft.models.backbones.trunk import Trunk
-from vitgraft.models.contract import Losses, Predictions, Targets
+from vitgraft.models.contract import Counts, Losses, Predictions, Targets
 from vitgraft.models.heads import classifier, mask_rcnn, upernet, video_transformer
 from vitgraft.models.necks import fpn
 from vitgraft.models.weights import load_weights, read_tensors
@@ -66,6 +66,11 @@ class GraftedModel(nn.Module):
             maps = self.neck.maps(maps)
         result: Any = self.head(maps, sizes, canvas, targets, weights)
         return cast(Losses | Predictions, result)
+
+    def counts(self, targets: Targets, weights: Tensor) -> Counts:
+        """The normalisers of the head's losses that are known without a forward pass; targets and weights: as there."""
+        head: Any = self.head
+        return cast(Counts, head.counts(targets, weights))
 
     def recompute_units(self) -> list[nn.Module]:
         """What activation checkpointing is applied to: the trunk's blocks and parts of the adapter and the head."""

@@ -21,6 +21,11 @@ class LossTerm(NamedTuple):
 
 Losses = dict[str, LossTerm]
 
+Counts = dict[str, Tensor]
+"""Of the losses whose ``count`` follows from targets and weights alone, that count, known before the forward pass. A
+step of several micro-steps divides such a loss by its count over the whole step, as a single micro-step would; every
+other loss by the count of each micro-step."""
+
 
 class DetectionTarget(TypedDict):
     """One image: ``boxes`` (N, 4) float32 xyxy in canvas pixels; ``labels`` (N,) int64 in 0..K-1;

@@ -73,8 +73,9 @@ class DeviceClock:
         self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
-        """Work on a micro-step begins."""
-        self._started = _mark()
+        """Work on a micro-step begins; does nothing while the clock runs."""
+        if self._started is None:
+            self._started = _mark()
 
     def meet(self) -> float:
         """The others are to be met now: own seconds of all earlier micro-steps that the device has done and that were

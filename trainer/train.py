@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from vitgraft.configs.hashing import seed_of
 from vitgraft.data_shards.batch import Batch, Entry, Skipped
 from vitgraft.data_shards.loader import TrainBatches
 from vitgraft.data_shards.plan import MicroBatch
-from vitgraft.models.contract import Losses
+from vitgraft.models.contract import Counts, Losses
 from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
@@ -41,13 +42,15 @@ class StepFacts:
 
     ``reduced`` and ``local``: per micro-step, the loss sums, counts, own seconds of each rank, skipped entries, whether
     a checkpoint failed and whether to stop, over all ranks and of this rank; they stay on the device until the step's
-    one synchronisation. ``skipped``: this rank's.
+    one synchronisation. ``normalisers``: what each loss sum is divided by, and ``weights``: how much it then counts in
+    the mean over the micro-steps. ``skipped``: this rank's.
     """
 
     names: list[str] = field(default_factory=list)
     reduced: list[Tensor] = field(default_factory=list)
     local: list[Tensor] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    normalisers: list[Tensor] = field(default_factory=list)
+    weights: list[list[float]] = field(default_factory=list)
     entries: list[tuple[Entry, ...]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     samples: int = 0
@@ -58,12 +61,11 @@ class StepFacts:
 
     def losses(self) -> dict[str, float]:
         """The step's losses by name: sums over ranks divided by counts over ranks, weighted over micro-steps."""
-        values = torch.stack(self.reduced).tolist()
-        half = len(self.names)
+        sums, counts = torch.stack(self.reduced).tolist(), torch.stack(self.normalisers).tolist()
         out = dict.fromkeys(self.names, 0.0)
-        for row, weight in zip(values, self.weights, strict=True):
+        for total, count, weights in zip(sums, counts, self.weights, strict=True):
             for index, name in enumerate(self.names):
-                out[name] += weight * row[index] / max(row[half + index], 1.0) / len(self.weights)
+                out[name] += weights[index] * total[index] / count[index] / len(self.weights)
         return out
 
     def own_seconds(self) -> list[float]:
@@ -157,17 +159,13 @@ class TrainLoop:
         facts = StepFacts(lr=train.optimizer.lr * factor)
         for group, multiplier in zip(session.engine.optimizer.param_groups, session.lr_multipliers, strict=True):
             group["lr"] = facts.lr * multiplier
-        for micro in range(train.accumulation):
-            asked = time.monotonic()
+        for micro, (part, batch, known) in enumerate(self._micro_batches(batches, facts)):
             self._clock.start()
-            part, batch = next(batches)
-            facts.data_wait += time.monotonic() - asked
-            self._write_ledger(part)
             # Nothing of a generator's state needs saving: randomness inside the model starts here, every time.
             torch.manual_seed(seed_of("model", train.seed, step, micro, comm.rank()))
             short = part.micro_count < train.global_batch // train.accumulation
             with self._batchnorm(short):
-                self._micro_step(part, batch.to(session.device), facts)
+                self._micro_step(part, batch.to(session.device), known, facts)
             if micro + 1 == train.accumulation:
                 self._check_finite(step + 1, facts)
                 if self._may_skip and facts.any_skipped():
@@ -185,13 +183,53 @@ class TrainLoop:
             session.state.ema.update()
         return facts
 
+    def _micro_batches(
+        self, batches: Iterator[tuple[MicroBatch, Batch]], facts: StepFacts
+    ) -> Iterator[tuple[MicroBatch, Batch, Counts]]:
+        """A step's micro-batches, and the counts over the whole step and all ranks that their targets alone decide.
+
+        Where there are any, all are read before the first is used. A single micro-step's are known from its losses.
+        """
+        accumulation = self.recipe.train.accumulation
+        read = deque([self._read(batches, facts)])
+        known: Counts = {}
+        if accumulation > 1 and self._counts(read[0][1]):
+            read.extend(self._read(batches, facts) for _ in range(accumulation - 1))
+            known = self._counts_of_step([batch for _, batch in read])
+        for _ in range(accumulation):
+            part, batch = read.popleft() if read else self._read(batches, facts)
+            yield part, batch, known
+
+    def _read(self, batches: Iterator[tuple[MicroBatch, Batch]], facts: StepFacts) -> tuple[MicroBatch, Batch]:
+        asked = time.monotonic()
+        self._clock.start()
+        part, batch = next(batches)
+        facts.data_wait += time.monotonic() - asked
+        self._write_ledger(part)
+        return part, batch
+
+    def _counts(self, batch: Batch) -> Counts:
+        counts: Counts = self.session.engine.module.counts(batch.targets, batch.weights)
+        return counts
+
+    def _counts_of_step(self, batches: Sequence[Batch]) -> Counts:
+        """Collective: the counts of a step, of which this rank has these batches."""
+        parts = [self._counts(batch) for batch in batches]
+        # In float64 sums of pixels are exact, in whatever order they are added up.
+        sums = torch.stack([torch.stack([part[name].double() for part in parts]).sum() for name in parts[0]])
+        return dict(zip(parts[0], comm.sum_tensor(sums.to(self.session.device)), strict=True))
+
     def _batchnorm(self, short: bool) -> AbstractContextManager[Any]:
         """In a short micro-step BatchNorm uses its running statistics, at every world size alike: there may be ranks
         that run a filler, whose pixels must not enter the statistics."""
         return frozen_batchnorm(self.session.engine.module) if short else nullcontext()
 
-    def _micro_step(self, part: MicroBatch, batch: Batch, facts: StepFacts) -> None:
-        """Forward, loss over the ranks' common normaliser, backward."""
+    def _micro_step(self, part: MicroBatch, batch: Batch, known: Counts, facts: StepFacts) -> None:
+        """Forward, loss over the ranks' common normaliser, backward.
+
+        Args:
+            known: counts of losses over the whole step, of which this is a part.
+        """
         engine, train = self.session.engine, self.recipe.train
         images = batch.images.to(torch.bfloat16) if train.precision == "bf16_params" else batch.images
         losses: Losses = engine(images, batch.sizes, batch.targets, batch.weights)
@@ -205,14 +243,18 @@ class TrainLoop:
         local = torch.cat([totals.detach(), counts, flags])
         reduced = comm.sum_tensor(local.clone())
         # Samples count alike in a short step, whose micro-steps are not equally full.
-        weight = train.accumulation * part.micro_count / part.step_count
-        normaliser = reduced[len(names) : 2 * len(names)].clamp(min=1.0)
+        share = train.accumulation * part.micro_count / part.step_count
+        counted = zip(names, reduced[len(names) : 2 * len(names)], strict=True)
+        normaliser = torch.stack([known.get(name, count).float() for name, count in counted]).clamp(min=1.0)
+        weights = [float(train.accumulation) if name in known else share for name in names]
         # DeepSpeed averages gradients over ranks and micro-steps; the sum over ranks is meant, hence the world.
-        engine.backward((totals / normaliser).sum() * (comm.world() * weight))
+        scale = torch.tensor([comm.world() * weight for weight in weights], device=totals.device)
+        engine.backward((totals / normaliser * scale).sum())
         facts.names = names
         facts.local.append(local)
         facts.reduced.append(reduced)
-        facts.weights.append(weight)
+        facts.normalisers.append(normaliser)
+        facts.weights.append(weights)
         facts.entries.append(part.entries)
         facts.skipped += batch.skipped
         facts.samples, facts.epoch = part.step_count, part.epoch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.heads import ClassifierConfig, ImageClassifierConfig
-from vitgraft.models.contract import Losses, LossTerm
+from vitgraft.models.contract import Counts, Losses, LossTerm
 from vitgraft.models.norms import BatchNorm
 from vitgraft.models.registry import register
 
@@ -68,6 +68,10 @@ class Classifier(nn.Module):
             if weights is None:
                 weights = torch.ones_like(wrong)
             return {self.task: LossTerm((wrong * weights).sum(), weights.sum())}
+
+    def counts(self, targets: Tensor, weights: Tensor) -> Counts:
+        """The samples that count."""
+        return {self.task: weights.sum()}
 
     def recompute_units(self) -> list[nn.Module]:
         """Modules whose activations are worth recomputing: none."""

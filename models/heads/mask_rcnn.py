@@ -23,7 +23,7 @@ from torchvision.ops import boxes as box_ops
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema.model import MaskRCNNConfig
-from vitgraft.models.contract import DetectionPrediction, DetectionTarget, Losses, LossTerm
+from vitgraft.models.contract import Counts, DetectionPrediction, DetectionTarget, Losses, LossTerm
 from vitgraft.models.heads.rpn import SMOOTH_L1_BETA, Level, RegionProposalNetwork, clip_boxes
 from vitgraft.models.registry import register
 
@@ -118,6 +118,10 @@ class MaskRCNN(nn.Module):
             return self._predict(levels, proposals, sizes)
         losses.update(self._losses(levels, self._sample(proposals, targets), targets, weights))
         return losses
+
+    def counts(self, targets: list[DetectionTarget], weights: Tensor) -> Counts:
+        """None: which anchors and RoIs are counted is drawn, and RoIs come from proposals."""
+        return {}
 
     def recompute_units(self) -> list[nn.Module]:
         """Modules whose activations are worth recomputing: the box and the mask branch."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitgraft.configs.schema.model import Norm, UperNetConfig
-from vitgraft.models.contract import Losses, LossTerm
+from vitgraft.models.contract import Counts, Losses, LossTerm
 from vitgraft.models.norms import make_norm
 from vitgraft.models.pooling import average_to_grid
 from vitgraft.models.registry import register
@@ -100,6 +100,11 @@ class UperNet(nn.Module):
             losses["auxiliary"] = LossTerm(total * self.auxiliary_weight, count)
         return losses
 
+    def counts(self, targets: Tensor, weights: Tensor) -> Counts:
+        """The pixels that are not ignored: (B, H, W) int64 targets with weights (B,)."""
+        pixels = count_pixels(targets, weights)
+        return {"semantic": pixels} | ({"auxiliary": pixels} if self.auxiliary_weight > 0 else {})
+
     def recompute_units(self) -> list[nn.Module]:
         """Modules whose activations are worth recomputing: those with 3 × 3 convolutions."""
         return [self.pooling, *self.smooth, self.fuse]
@@ -128,10 +133,14 @@ def pixel_loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> LossT
     """Cross-entropy summed over pixels: logits (B, K, H, W) float32, targets (B, H, W) int64 with 255 ignored."""
     with torch.autocast(logits.device.type, enabled=False):
         wrong = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").sum((1, 2))
-        pixels = (targets != IGNORED).sum((1, 2)).float()
         if weights is None:
-            return LossTerm(wrong.sum(), pixels.sum())
-        return LossTerm((wrong * weights).sum(), (pixels * weights).sum())
+            weights = torch.ones_like(wrong)
+        return LossTerm((wrong * weights).sum(), count_pixels(targets, weights))
+
+
+def count_pixels(targets: Tensor, weights: Tensor) -> Tensor:
+    """How many pixels are not ignored, each by its image's weight: targets (B, H, W) int64, weights (B,) → scalar."""
+    return ((targets != IGNORED).sum((1, 2)).float() * weights).sum()
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

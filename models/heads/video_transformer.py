@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitgraft.configs.schema.model import VideoTransformerConfig
-from vitgraft.models.contract import Losses, LossTerm
+from vitgraft.models.contract import Counts, Losses, LossTerm
 from vitgraft.models.pooling import average_to_grid
 from vitgraft.models.registry import register
 
@@ -69,6 +69,10 @@ class VideoTransformer(nn.Module):
             if weights is None:
                 weights = torch.ones_like(wrong)
             return {"video": LossTerm((wrong * weights).sum(), weights.sum())}
+
+    def counts(self, targets: Tensor, weights: Tensor) -> Counts:
+        """The clips that count."""
+        return {"video": weights.sum()}
 
     def recompute_units(self) -> list[nn.Module]:
         """Modules whose activations are worth recomputing: the blocks."""

@@ -41,6 +41,12 @@ def test_logits_are_those_of_the_mean(fc_norm: bool) -> None:
     assert logits.dtype == torch.float32
 
 
+def test_its_count_is_known_before_the_forward_pass() -> None:
+    head, weights, targets = head_of(), torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0, 1, 2])
+    (loss,) = head(maps_of(), SIZES, CANVAS, targets, weights).values()
+    assert head.counts(targets, weights) == {"video": loss.count}
+
+
 def test_names_and_parameters_are_official() -> None:
     names = ["fc_norm.weight", "fc_norm.bias"]
     assert list(head_of().state_dict()) == [*names, "head.weight", "head.bias"]

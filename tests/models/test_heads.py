@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from model_samples import CLASSES, PYRAMID, batch_of, loss_of, model_of
+from model_samples import CLASSES, HEADS, PYRAMID, batch_of, loss_of, model_of
 from torchvision.ops import box_iou
 
 from vitgraft.configs.schema.model import UperNetConfig
@@ -26,6 +26,16 @@ def test_the_semantic_loss_is_torchs_mean_over_labelled_pixels() -> None:
     auxiliary = F.interpolate(model.head.auxiliary(maps[16]), (64, 64), mode="bilinear")
     total, count = losses["auxiliary"]
     torch.testing.assert_close(total / count, 0.4 * F.cross_entropy(auxiliary, batch["targets"], ignore_index=255))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_counts_known_before_the_forward_pass_are_those_of_the_losses(head: str) -> None:
+    model, batch = model_of(head).train(), batch_of(head, batch=3)
+    batch["weights"] = torch.tensor([1.0, 0.0, 0.5])
+    losses, known = model(**batch), model.counts(batch["targets"], batch["weights"])
+    # A detector samples anchors and regions; all other heads know what counts.
+    assert known.keys() == (losses.keys() if head != "mask_rcnn" else set())
+    assert all(torch.equal(losses[name].count, count) for name, count in known.items())
 
 
 def test_no_auxiliary_head_without_weight() -> None:

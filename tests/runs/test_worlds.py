@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import history, rows, start, tiny_recipe, train, wait_until, write_recipe
+from PIL import Image
+from support import history, rows, start, succeed, tiny_recipe, train, wait_until, write_recipe
 
 from vitgraft.trainer.checkpoint.read import open_checkpoint, read_weights
 
@@ -76,13 +77,52 @@ def test_zero_stages_give_the_same_losses(
     assert_same(history(run), stage_2, 1e-5)
 
 
-def test_world_size_and_accumulation_change_nothing(semantic_data: Path, tmp_path: Path) -> None:
+def test_world_size_changes_nothing(semantic_data: Path, tmp_path: Path) -> None:
     """A recipe without randomness inside the model; 22 samples at 4 a step, so that short batches occur."""
     settings: dict[str, Any] = {"train__steps": 8, "train__optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9}}
     tree = tiny_recipe("semantic", semantic_data / "train", **settings)
     two = run_with(tmp_path, "two", tree)
     one = run_with(tmp_path, "one", tree, "--processes", "1")
     assert_same(one, two, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 scenes of noise and a square, of which between all and a twentieth of the pixels are labelled."""
+    folder, draw = tmp_path_factory.mktemp("uneven"), np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for number in range(22):
+        height, width = draw.integers(48, 128, 2)
+        image = draw.integers(0, 128, (height, width, 3)).astype(np.uint8)
+        label = np.zeros((height, width), np.uint8)
+        image[8:40, 8:40] += 100
+        label[8:40, 8:40] = 1
+        label[:, : int(width * draw.uniform(0.0, 0.95))] = 255
+        Image.fromarray(image).save(folder / "images" / f"{number:02d}.png")
+        Image.fromarray(label).save(folder / "labels" / f"{number:02d}.png")
+    where = ["--images", folder / "images", "--labels", folder / "labels"]
+    succeed("shards", "pack", "semantic", *where, "--classes", "ground,square", "--out", folder / "packed")
+    return folder / "packed"
+
+
+def test_accumulation_changes_nothing_where_targets_alone_decide_what_counts(uneven_data: Path, tmp_path: Path) -> None:
+    """Without BatchNorm and randomness inside the model; the sixth step is short, and of its micro-steps some empty."""
+    tree = tiny_recipe(
+        "semantic",
+        uneven_data,
+        model__adapter__norm="ln",
+        model__head__norm="ln",
+        train__steps=7,
+        train__optimizer={"name": "sgd", "lr": 0.01, "momentum": 0.9},
+    )
+    once = run_with(tmp_path, "once", tree)
+    for accumulation, processes in ("2", "2"), ("2", "1"), ("4", "1"):
+        options = ["--set", f"train.accumulation={accumulation}", "--processes", processes]
+        often = run_with(tmp_path, f"often-{accumulation}-{processes}", tree, *options)
+        assert_same(often, once, 1e-5)
+        for step in once:
+            assert often[step]["grad_norm"] == pytest.approx(once[step]["grad_norm"], rel=1e-4), step
 
 
 WORLDS = [("1", "2", "false"), ("2", "3", "true"), ("3", "0", "false"), ("2", "1", "true")]
