@@ -182,7 +182,7 @@ def _check_same_run(recipe: Recipe, dataset: PackedDataset, checkpoint: Checkpoi
             f"{paths}: changed since {checkpoint.path.name} was written (fingerprint "
             f"{dataset.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it"
         )
-    if manifest.recipe_hash != recipe.identity_hash():
+    if not recipe.has_hash(manifest.recipe_hash):
         raise CheckpointError(
             f"{checkpoint.path}: written under another recipe (hash {manifest.recipe_hash[:12]}, this one "
             f"{recipe.identity_hash()[:12]}); resume with RUN/config.yaml or start a new run"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema.data import DataConfig, ViewsConfig
+from vitgraft.configs.schema.identity import differences, remove_keys
 from vitgraft.configs.schema.model import ModelConfig, Task
 from vitgraft.configs.schema.section import Few, NonNegative, Positive, Seconds, Section
 from vitgraft.configs.schema.train import TrainConfig
@@ -36,8 +37,8 @@ OPERATIONAL = (
     "train.activation_checkpointing",
     "train.deepspeed",
 )
-# Keys that came after the first runs: unset they stay out of the identity, so that those runs go on.
-_WHERE_SET = (
+# Keys that came while manifests hashed all keys: null there means that the recipe was written before them.
+_SINCE_THEN = (
     "data.train.weight",
     "data.clip.decoder",
     "data.transforms.sides",
@@ -193,19 +194,23 @@ class Recipe(Section):
         return self.model.head.task
 
     def identity(self) -> dict[str, Any]:
-        """The keys that decide what is computed: a resumed run must agree in all of them."""
+        """Return the keys that decide what is computed, defaults written out: a resumed run must agree in all."""
         tree = self.model_dump(mode="json")
-        for key in (*OPERATIONAL, *_WHERE_SET):
-            *parents, leaf = key.split(".")
-            nodes = [tree]
-            for parent in parents:
-                below = [node[parent] for node in nodes]
-                nodes = [item for node in below for item in (node if isinstance(node, list) else [node])]
-            for node in nodes:
-                if key in OPERATIONAL or node.get(leaf) is None:
-                    node.pop(leaf, None)
+        remove_keys(tree, OPERATIONAL)
         return tree
 
     def identity_hash(self) -> str:
-        """SHA-256 of :meth:`identity`: the recipe hash of manifests."""
-        return sha256_of(self.identity())
+        """Return the recipe hash of manifests: SHA-256 of what :meth:`identity` holds beside defaults."""
+        tree = differences(self)
+        remove_keys(tree, OPERATIONAL)
+        return sha256_of(tree)
+
+    def has_hash(self, recipe_hash: str) -> bool:
+        """Tell whether a manifest's recipe hash is this recipe's, in the form of today or of before it."""
+        return recipe_hash == self.identity_hash() or recipe_hash == self._first_hash()
+
+    def _first_hash(self) -> str:
+        """Return the hash of manifests that hold it over all keys, defaults too."""
+        tree = self.identity()
+        remove_keys(tree, _SINCE_THEN, unset_only=True)
+        return sha256_of(tree)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.load import validate_recipe
 from vitgraft.configs.schema.transforms import CopyPaste, CutMix, Mixup, OneOf, PlainTransform
 from vitgraft.data_shards.geometry import Sample, covering, shortest
@@ -325,12 +326,16 @@ def test_limits_for_another_task_are_refused_inside_a_choice_too() -> None:
 
 
 def test_keys_at_their_defaults_leave_the_identity_of_a_recipe_alone() -> None:
-    """Runs that were started before these keys existed resume."""
-    tree = validate_recipe(recipe("video", [{"name": "random_crop"}]), "r.yaml").identity()
-    assert tree["data"]["transforms"] == [{"name": "random_crop"}]
-    assert "decoder" not in tree["data"]["clip"]
-    changed = validate_recipe(recipe("video", [{"name": "random_crop", "sides": [8, 9]}]), "r.yaml").identity()
-    assert changed["data"]["transforms"] == [{"name": "random_crop", "sides": [8, 9]}]
+    """Runs that were started before these keys existed resume: their hash was made without them."""
+    crop = validate_recipe(recipe("video", [{"name": "random_crop"}]), "r.yaml")
+    tree = crop.identity()
+    assert tree["data"]["transforms"] == [{"name": "random_crop", "sides": None, "cat_max_ratio": None}]
+    tree["data"]["transforms"] = [{"name": "random_crop"}]
+    del tree["data"]["train"]["weight"], tree["data"]["clip"]["decoder"], tree["train"]["init_from"]
+    assert crop.has_hash(sha256_of(tree))
+    changed = validate_recipe(recipe("video", [{"name": "random_crop", "sides": [8, 9]}]), "r.yaml")
+    assert changed.identity()["data"]["transforms"][0]["sides"] == [8, 9]
+    assert not crop.has_hash(changed.identity_hash())
 
 
 def documented() -> list[tuple[str, list[dict[str, Any]]]]:

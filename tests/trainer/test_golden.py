@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_it(run: Path) -> None:
     size = (recipe.data.image_size[0], recipe.data.image_size[1])
     model = build_model(recipe.model, num_classes=len(manifest.classes), image_size=size)
     load_model(model, read_weights(checkpoint, ema=False), "golden")
-    assert recipe.identity_hash() == manifest.recipe_hash, "a resume would be refused"
+    assert recipe.has_hash(manifest.recipe_hash), "a resume would be refused"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     # ZeRO-0 keeps the parameters where torch has them, so that no engine is needed.
