@@ -25,6 +25,7 @@ from vitgraft.launch.run_dir import RunHandle, open_run, record_failed_start
 from vitgraft.launch.stopping import stopping_at_once
 from vitgraft.launch.supervisor import Supervisor
 from vitgraft.launch.ui import Screen
+from vitgraft.models.weight_names import check_file
 from vitgraft.trainer.checkpoint.commit import all_step_names
 from vitgraft.trainer.checkpoint.layout import MANIFEST
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
@@ -172,13 +173,13 @@ def check_model(recipe: Recipe, classes: int) -> None:
     """What about the model only building it can tell, before a process starts.
 
     Raises:
-        ConfigError: a missing weights file, an unknown timm name, a rule that matches no parameter.
+        ConfigError: an unknown timm name, a rule that matches no parameter, a file of weights that is not there.
+        CheckpointError: a file that holds no weights.
     """
     backbone = recipe.model.backbone
     for key, weights in ("model.backbone.weights", backbone.weights), ("model.weights", recipe.model.weights):
-        on_disk = weights is not None and weights != "timm" and not weights.startswith(("hf:", "hf-hub:"))
-        if on_disk and not Path(str(weights)).expanduser().is_file():
-            raise ConfigError(f"{key}: {weights}: no such file; name a .safetensors or .pth file")
+        if weights is not None and weights != "timm":
+            check_file(weights, key)
     if getattr(backbone, "timm", None) is None and not recipe.train.param_groups:
         return
     # Importing torch takes seconds, so it is left to the ranks where the recipe alone tells enough.
