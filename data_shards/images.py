@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from vitgraft.configs.errors import DataError
+
+Values = tuple[float, float]
+"""What is black and what is white."""
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused before they are decoded."""
@@ -38,14 +42,15 @@ class Header(NamedTuple):
 
     ``size``: (height, width) of the stored pixels. ``orientation``: EXIF's, 1 to 8; from 5 on the displayed image has
     the sides exchanged. ``format``: Pillow's name. ``several``: it has more frames or pages than the first, which is
-    what is decoded. ``mode``: Pillow's.
+    what is decoded. ``depth``: 8, 16 or 32 bits for each value. ``grey``: it has one channel of more than 8 bits.
     """
 
     size: tuple[int, int]
     orientation: int
     format: str
     several: bool
-    mode: str
+    depth: int
+    grey: bool
 
     @property
     def displayed(self) -> tuple[int, int]:
@@ -104,8 +109,17 @@ def read_header(data: bytes | Path, where: str) -> Header:
             # What follows the first frame is not decoded, so it may be damaged.
             with suppress(Exception):
                 several = bool(getattr(image, "is_animated", False))
-    # Of TIFF alone Pillow gives the displayed size.
-    return Header(oriented_size(size, orientation) if kind == "TIFF" else size, orientation, kind, several, image.mode)
+        # Of TIFF alone Pillow gives the displayed size.
+        depth, grey = _depth(image), image.mode.startswith(("I", "F"))
+    return Header(oriented_size(size, orientation) if kind == "TIFF" else size, orientation, kind, several, depth, grey)
+
+
+def _depth(image: Image.Image) -> int:
+    """Bits for each value. Of 16 bits in colours Pillow decodes the upper 8 alone."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        return 32
+    raw = "".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+    return 16 if image.mode.startswith("I") or ";16" in raw else 8
 
 
 def _orientation(image: Image.Image) -> int:
@@ -165,7 +179,7 @@ def image_format(data: bytes | Path, where: str) -> str:
     return header.extension
 
 
-def decode_image(data: bytes | Path, where: str, orientation: int = 1) -> Tensor:
+def decode_image(data: bytes | Path, where: str, orientation: int = 1, values: Values | None = None) -> Tensor:
     """Pixels (3, H, W) uint8 RGB, in memory with the channels last, as torch resizes them twice as fast.
 
     16-bit grey is scaled to 8 bits, transparency dropped.
@@ -173,29 +187,81 @@ def decode_image(data: bytes | Path, where: str, orientation: int = 1) -> Tensor
     Args:
         orientation: EXIF's, to be applied. That of the file itself is not looked at: annotations may be in the
             coordinates of the stored pixels.
+        values: what is black and what is white in grey of more than 8 bits; ``None``: 0 and 65535.
 
     Raises:
-        DataError: broken or too large; names ``where``.
+        DataError: broken, too large, or of 32 bits without ``values``; names ``where``.
     """
     with opened(data, where) as image:
-        # Of TIFF alone Pillow applies the orientation when it decodes.
-        undo = _OPPOSITE.get(own := _orientation(image), own) if image.format == "TIFF" else 1
-        if image.mode.startswith("I"):
-            values = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
-            pixels = np.repeat(values[..., None], 3, axis=2)
-        else:
-            # Without a copy; numpy marks it as not to be written, though nobody else has these bytes.
-            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        pixels = np.ascontiguousarray(turned(turned(pixels, undo), orientation))
+        pixels = _stored(image, where, values)
+        pixels = np.ascontiguousarray(turned(pixels, orientation))
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[..., None], 3, axis=2)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def load_image(path: Path | str) -> tuple[Tensor, int]:
+def encode_png(data: bytes | Path, where: str, values: Values | None = None) -> bytes:
+    """A PNG of the stored pixels, without loss: 8-bit or 16-bit grey, or RGB; transparency dropped.
+
+    Args:
+        values: as of :func:`decode_image`; grey of more than 8 bits is scaled to 8, and stays 16-bit without.
+
+    Raises:
+        DataError: as :func:`decode_image`.
+    """
+    stream = io.BytesIO()
+    with opened(data, where) as image:
+        pixels = np.ascontiguousarray(_stored(image, where, values, keep=True))
+        Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def value_range(data: bytes | Path, where: str) -> Values:
+    """The smallest and the largest value of all channels, decoded at the depth that Pillow gives.
+
+    Raises:
+        DataError: broken or too large.
+    """
+    with opened(data, where) as image:
+        pixels = np.asarray(image)
+        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError(f"{where}: holds values that are not finite; convert it to 8 bits")
+    return low, high
+
+
+def _stored(image: Image.Image, where: str, values: Values | None, keep: bool = False) -> npt.NDArray[Any]:
+    """Pixels as they are stored: (H, W, 3), or of grey alone (H, W), uint8; with ``keep`` 16-bit grey stays uint16."""
+    # Of TIFF alone Pillow applies the orientation when it decodes, after which it is forgotten.
+    own = _orientation(image) if image.format == "TIFF" else 1
+    depth, grey = _depth(image), image.mode.startswith(("I", "F"))
+    if grey and depth > 16 and values is None:
+        raise DataError(f"{where}: values of 32 bits; --range LOW,HIGH says which of them are black and white")
+    pixels: npt.NDArray[Any]
+    if grey and values is not None:
+        low, high = values
+        scaled = np.nan_to_num((np.asarray(image, dtype=np.float64) - low) * (255 / (high - low)))
+        pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    elif grey:
+        deep = np.clip(np.asarray(image, dtype=np.int64), 0, 65535).astype(np.uint16)
+        pixels = deep if keep else (deep >> 8).astype(np.uint8)
+    elif image.mode in ("1", "L"):
+        pixels = np.asarray(image.convert("L"))
+    else:
+        # Without a copy; numpy marks it as not to be written, though nobody else has these bytes.
+        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return turned(pixels, _OPPOSITE.get(own, own))
+
+
+def load_image(path: Path | str, values: Values | None = None) -> tuple[Tensor, int]:
     """A loose image file as it is displayed: pixels (3, H, W) uint8 RGB, and the EXIF orientation that was applied.
+
+    Args:
+        values: as of :func:`decode_image`.
 
     Raises:
         DataError: missing, broken or too large.
     """
     path = Path(path)
     orientation = read_header(path, str(path)).orientation
-    return decode_image(path, str(path), orientation), orientation
+    return decode_image(path, str(path), orientation, values), orientation

@@ -12,11 +12,12 @@ from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict
 
-from vitgraft.configs.schema.section import Positive, Section
+from vitgraft.configs.schema.section import Amount, Section
 
 Integers = npt.NDArray[np.int64]
 SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.tar$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[Amount, Field(ge=1)]
 _NAME = re.compile(SHARD_NAME)
 _NUMBERS, _HASHES = ("samples", "bytes", "index_size"), ("sha256", "index_sha256")
 _LIMIT = 1 << 62
@@ -26,11 +27,11 @@ class Shard(Section):
     """One tar file and its index."""
 
     name: Annotated[str, Field(pattern=SHARD_NAME)]
-    samples: Positive
-    bytes: Positive
+    samples: Size
+    bytes: Size
     sha256: Sha256
     index_sha256: Sha256
-    index_size: Positive | None = None
+    index_size: Size | None = None
     """Of a foreign tar's index, which holds metadata too; ``None``: the size follows from ``samples``."""
 
     @property
@@ -55,11 +56,11 @@ class _Row(TypedDict):
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
 
     name: Annotated[str, Field(pattern=SHARD_NAME)]
-    samples: Positive
-    bytes: Positive
+    samples: Size
+    bytes: Size
     sha256: Sha256
     index_sha256: Sha256
-    index_size: NotRequired[Positive | None]
+    index_size: NotRequired[Size | None]
 
 
 _ROWS: TypeAdapter[list[_Row]] = TypeAdapter(list[_Row])

@@ -29,6 +29,14 @@ OnErrorChoice = Annotated[
     typer.Option("--on-error", help="raise: faults in the data stop; skip: what is faulty is left out and listed."),
 ]
 DropFaulty = Annotated[bool, typer.Option("--drop-faulty", help="The same as --on-error skip.")]
+Exif = Annotated[
+    Literal["auto", "apply", "ignore"],
+    typer.Option("--exif", help="Turn images by their EXIF orientation; auto: unless the annotations' sizes deny it."),
+]
+Decode = Annotated[bool, typer.Option("--decode", help="Decode every image first, so that damaged ones are found.")]
+ValueRange = Annotated[
+    str, typer.Option("--range", metavar="LOW,HIGH", help="Values of black and white in grey images of 16 or 32 bits.")
+]
 
 
 @pack.command(epilog="Example: vitgraft shards pack coco --images photos --annotations boxes.json --out data/train")
@@ -38,6 +46,9 @@ def coco(
     out: Out,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
+    exif: Exif = "auto",
+    decode: Decode = False,
+    value_range: ValueRange = "",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -51,7 +62,7 @@ def coco(
             images,
             annotations,
             out,
-            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
 
@@ -89,6 +100,9 @@ def semantic(
     ] = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
+    exif: Exif = "auto",
+    decode: Decode = False,
+    value_range: ValueRange = "",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -109,7 +123,7 @@ def semantic(
             ids=_numbers("--ids", ids),
             colours=colours,
             pairing=Pairing(image_suffix, label_suffix, list_file),
-            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
 
@@ -127,6 +141,9 @@ def bdd100k(
     ] = "detection",
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
+    exif: Exif = "auto",
+    decode: Decode = False,
+    value_range: ValueRange = "",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -141,7 +158,7 @@ def bdd100k(
             labels,
             out,
             task=task,
-            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
 
@@ -158,6 +175,9 @@ def panoptic(
     ] = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
+    exif: Exif = "auto",
+    decode: Decode = False,
+    value_range: ValueRange = "",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -172,7 +192,7 @@ def panoptic(
             annotations,
             out,
             masks=masks,
-            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
+            **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
 
@@ -191,6 +211,9 @@ def imagefolder(
     classes: Annotated[str | None, typer.Option("--classes", help="Class names: a file or names with commas.")] = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
+    exif: Exif = "auto",
+    decode: Decode = False,
+    value_range: ValueRange = "",
     overwrite: Overwrite = False,
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
@@ -205,13 +228,16 @@ def imagefolder(
     if arrays is None and labels is not None:
         raise ConfigError("--labels belongs to --arrays; folders name the classes of their images")
     names = None if classes is None else _class_names(classes)
+    if arrays is not None and (exif != "auto" or decode or value_range):
+        raise ConfigError("--exif, --decode and --range are for image files; --arrays hold pixels")
     with Screen() as screen:
+        options = _options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range)
         if images is not None:
             manifest = pack_imagefolder(
                 images,
                 out,
                 classes=names,
-                **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
+                **options,
             )
         else:
             assert arrays is not None
@@ -220,7 +246,7 @@ def imagefolder(
                 out,
                 labels=labels,
                 classes=names,
-                **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
+                **options,
             )
     _say(manifest, out)
 
@@ -432,6 +458,9 @@ def _options(
     jobs: int | None,
     on_error: Literal["raise", "skip"],
     drop_faulty: bool,
+    exif: Literal["auto", "apply", "ignore"] = "auto",
+    decode: bool = False,
+    value_range: str = "",
 ) -> PackOptions:
     from vitgraft.data_shards.pack.items import PackOptions
     from vitgraft.data_shards.parallel import default_jobs
@@ -441,10 +470,25 @@ def _options(
         samples_per_shard=samples_per_shard,
         jobs=jobs or default_jobs(),
         on_error="skip" if drop_faulty else on_error,
+        exif=exif,
+        decode=decode,
+        values=_range(value_range),
         checked=screen.callback("check"),
         progress=screen.callback("pack"),
         say=screen.note,
     )
+
+
+def _range(text: str) -> tuple[float, float] | None:
+    from vitgraft.configs.errors import ConfigError
+
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        if not text:
+            return None
+        raise ConfigError(f"--range {text}: expected two numbers with a comma, e.g. 0,4095") from None
+    return low, high
 
 
 def _numbers(option: str, text: str) -> list[int]:

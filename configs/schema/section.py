@@ -24,6 +24,8 @@ Few = Annotated[int, Field(ge=1, le=1 << 10)]
 """Layers, heads, processes, and what else a host or a model has some of."""
 Many = Annotated[int, Field(ge=1, le=10**9)]
 """Steps, samples and what else a run counts up to."""
+Amount = Annotated[int, Field(ge=0, le=1 << 62)]
+"""Bytes and samples of what lies on a disk: nothing is made of that size."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

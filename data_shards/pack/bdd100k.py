@@ -11,11 +11,11 @@ import numpy as np
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
-from vitgraft.data_shards.images import image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
 from vitgraft.data_shards.pack.files import check_folder, read_json
-from vitgraft.data_shards.pack.items import PackOptions, checked
+from vitgraft.data_shards.pack.images import open_image, settle
+from vitgraft.data_shards.pack.items import PackOptions, checked, reading_of
 from vitgraft.data_shards.pack.label_ids import Labels, packed_ids
 from vitgraft.data_shards.pack.label_report import (
     BOXES,
@@ -137,11 +137,11 @@ def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoS
     content = CocoSet(DETECTION, list(range(1, len(DETECTION) + 1)), [], [], report)
     number = 0
     stems = _matched(images, frames, report)
-    sizes = checked(_size, [images[stem] for stem in stems], report, options)
-    for stem, size in zip(stems, sizes, strict=True):
-        if size is None:
+    opened = checked(partial(open_image, reading=reading_of(options)), [images[s] for s in stems], report, options)
+    for stem, image in zip(stems, opened, strict=True):
+        if image is None:
             continue
-        path, (where, items) = images[stem], frames[stem]
+        size, (where, items) = image.size, frames[stem]
         annotations: list[dict[str, Any]] = []
         for item in items:
             with report.collect():
@@ -149,16 +149,14 @@ def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoS
                 if annotation is not None:
                     number += 1
                     annotations.append({"id": number, **annotation})
-        metadata = {"image_id": len(content.images) + 1, "file_name": path.name, "height": size[0], "width": size[1]}
-        content.images.append(CocoImage(path, {**metadata, "annotations": annotations}))
+        metadata = {"image_id": len(content.images) + 1, "file_name": image.path.name}
+        metadata |= {"height": size[0], "width": size[1], "annotations": annotations}
+        content.images.append(CocoImage(image, metadata))
     report.samples = len(content.images)
     count_boxes(report, content.images)
+    settle([(image.opened, image.metadata) for image in content.images], report, options.get("say"))
     report.close(options.get("say"))
     return content
-
-
-def _size(path: Path) -> tuple[int, int]:
-    return image_size(path, str(path))
 
 
 def _frames(tree: Any, where: str) -> Iterator[tuple[str, list[Any]]]:

@@ -10,10 +10,10 @@ from typing import Any, Unpack
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import covered
-from vitgraft.data_shards.images import image_format, image_size
 from vitgraft.data_shards.manifest import Manifest
-from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_bytes, read_json
-from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
+from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_json
+from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
 from vitgraft.data_shards.pack.label_report import BOXES, MASKS, MISSING, SIZES, UNKNOWN, LabelFault, LabelReport
 
 TOLERANCE = 1.0
@@ -26,18 +26,17 @@ MAX_NUMBER = 1e15
 class CocoImage:
     """One image of a checked annotations file, its annotations in the form that is packed."""
 
-    path: Path
+    opened: OpenedImage
     metadata: dict[str, Any]
 
     @property
     def files(self) -> tuple[Path, ...]:
         """See :class:`~vitgraft.data_shards.pack.items.Item`."""
-        return (self.path,)
+        return (self.opened.path,)
 
     def prepare(self) -> Prepared:
-        """The image as it is."""
-        data = read_bytes(self.path)
-        return Prepared({image_format(data, str(self.path)): data}, self.metadata)
+        """The image, as it is where its format is a packed one."""
+        return Prepared(self.opened.member(), self.metadata)
 
 
 @dataclass
@@ -113,7 +112,7 @@ def read_coco(images: Path, annotations: Path, **options: Unpack[PackOptions]) -
     check_classes(classes, where)
     report = LabelReport("instances", classes, samples=len(listed), on_error=options.get("on_error", "raise"))
     entries = [entry for _, entry in sorted(listed.items())]
-    opened = checked(partial(_image, images, where), entries, report, options)
+    opened = checked(partial(_image, images, where, reading_of(options)), entries, report, options)
     found = {image.metadata["image_id"]: image for image in opened if image is not None}
     degenerate: list[int] = []
     numbers = {category: number for number, category in enumerate(ids)}
@@ -125,6 +124,7 @@ def read_coco(images: Path, annotations: Path, **options: Unpack[PackOptions]) -
     count_boxes(report, found.values())
     for number in degenerate:
         report.leave_out("boxes without area", f"annotation {number}")
+    settle([(image.opened, image.metadata) for image in found.values()], report, options.get("say"))
     report.close(options.get("say"))
     return CocoSet(classes, ids, list(found.values()), degenerate, report)
 
@@ -156,20 +156,22 @@ def by_id(tree: dict[str, Any], key: str, where: str) -> dict[int, dict[str, Any
     return found
 
 
-def _image(images: Path, where: str, entry: dict[str, Any]) -> CocoImage:
+def _image(images: Path, where: str, reading: Reading, entry: dict[str, Any]) -> CocoImage:
     path = inside(images, entry.get("file_name"), f"{where}: image {entry['id']}")
     if not is_file(path):
         message = f"{path}: no such image, though {where} lists it (id {entry['id']}); check --images"
         raise LabelFault(message, MISSING)
-    height, width = image_size(path, str(path))
-    if (entry.get("height"), entry.get("width")) != (height, width):
+    stated = (entry.get("height"), entry.get("width"))
+    opened = open_image(path, reading, stated)
+    height, width = opened.size
+    if stated != (height, width):
         raise LabelFault(
-            f"{path}: image {entry['id']} is {width}x{height} pixels (width x height), {where} says "
+            f"{path}: image {entry['id']} is {opened} (width x height), {where} says "
             f"{entry.get('width')}x{entry.get('height')}; the annotations belong to another version of it",
             SIZES,
         )
     keys = {"image_id": entry["id"], "file_name": entry["file_name"], "height": height, "width": width}
-    return CocoImage(path, {**keys, "annotations": []})
+    return CocoImage(opened, {**keys, "annotations": []})
 
 
 def _annotate(

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.images import MAX_PIXELS, image_format, image_size
+from vitgraft.data_shards.images import MAX_PIXELS
 from vitgraft.data_shards.manifest import Manifest
-from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
-from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
+from vitgraft.data_shards.pack.files import check_classes, check_folder
+from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
 from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.pairs import IMAGE_SUFFIXES
 from vitgraft.data_shards.pack.video_lists import sort_labels
@@ -42,18 +43,17 @@ _BROKEN_ARRAYS = (
 class ClassedImage:
     """An image file with one class. ``metadata``: as packed."""
 
-    path: Path
+    opened: OpenedImage
     metadata: dict[str, Any]
 
     @property
     def files(self) -> tuple[Path, ...]:
         """See :class:`~vitgraft.data_shards.pack.items.Item`."""
-        return (self.path,)
+        return (self.opened.path,)
 
     def prepare(self) -> Prepared:
-        """The image as it is."""
-        data = read_bytes(self.path)
-        return Prepared({image_format(data, str(self.path)): data}, self.metadata)
+        """The image, as it is where its format is a packed one."""
+        return Prepared(self.opened.member(), self.metadata)
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,21 @@ def pack_imagefolder(
                 message = f"{path}: folder {name.parts[0]!r} is none of the {len(names)} classes; add it to --classes"
                 raise LabelFault(message, UNKNOWN)
             found.append((path, by_name[name.parts[0]]))
-    items = [item for item in checked(partial(_opened, images), found, report, options) if item is not None]
+    items = [
+        item
+        for item in checked(partial(_opened, images, reading_of(options)), found, report, options)
+        if item is not None
+    ]
+    settle([(item.opened, item.metadata) for item in items], report, options.get("say"))
     return _pack(items, out, report, {"packer": "imagefolder", "images": str(images)}, options)
 
 
-def _opened(images: Path, labelled: tuple[Path, int]) -> ClassedImage:
+def _opened(images: Path, reading: Reading, labelled: tuple[Path, int]) -> ClassedImage:
     path, label = labelled
-    height, width = image_size(path, str(path))
+    opened = open_image(path, reading)
+    height, width = opened.size
     metadata = {"label": label, "file_name": str(path.relative_to(images)), "height": height, "width": width}
-    return ClassedImage(path, metadata)
+    return ClassedImage(opened, metadata)
 
 
 def pack_arrays(

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import canonical_json
+from vitgraft.data_shards.images import Values
 from vitgraft.data_shards.manifest import Kind, Manifest
+from vitgraft.data_shards.pack.images import Exif, Reading
 from vitgraft.data_shards.pack.label_report import LabelReport, OnError, Say
 from vitgraft.data_shards.pack.writer import DatasetWriter, Progress, check_sample
 from vitgraft.data_shards.parallel import Given, Value, outcomes
@@ -27,17 +29,27 @@ class PackOptions(TypedDict, total=False):
 
     ``overwrite``: replace a data set that is in the target (default false). ``samples_per_shard``: default 1000.
     ``jobs``: processes that check and prepare samples (default 1); they change no byte. ``on_error``: what faults in
-    the data do (default raise). ``checked``, ``progress``: told the samples checked and packed, of all. ``say``: told
-    the report on the labels, before anything is written, and what was found of an interrupted packing.
+    the data do (default raise). ``exif``, ``decode``, ``values``: how image files are read, see
+    :class:`~vitgraft.data_shards.pack.images.Reading`. ``checked``, ``progress``: told the samples checked and packed,
+    of all. ``say``: told the report on the labels, before anything is written, and what was found of an interrupted
+    packing.
     """
 
     overwrite: bool
     samples_per_shard: int
     jobs: int
     on_error: OnError
+    exif: Exif
+    decode: bool
+    values: Values | None
     checked: Progress
     progress: Progress
     say: Say
+
+
+def reading_of(options: PackOptions) -> Reading:
+    """How the options say that image files are read."""
+    return Reading(options.get("exif", "auto"), options.get("decode", False), options.get("values"))
 
 
 class Prepared(NamedTuple):
@@ -93,7 +105,7 @@ def pack_items(
     # Another version of these may encode the same pixels to other bytes.
     versions = [importlib.metadata.version(name) for name in ("pillow", "av")]
     on_error = options.get("on_error", "raise")
-    common = [*versions, on_error, *settings]
+    common = [*versions, on_error, options.get("values"), *settings]
     processes = options.get("jobs", 1)
     prepare = partial(_prepare, on_error)
     read: dict[int, Facts] = {}

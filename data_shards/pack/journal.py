@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.hashing import canonical_json, sha256_file
-from vitgraft.configs.schema.section import NonNegative, Section
+from vitgraft.configs.schema.section import Amount, Section
 from vitgraft.data_shards.shards import Sha256, Shard
 
 _NAMES = ("set", "old", "journal.jsonl", "journal.new", "lock")
@@ -41,7 +41,7 @@ class Finished(Section):
     """
 
     shard: Shard
-    items: NonNegative
+    items: Amount
     skipped: list[str]
     identity: Sha256
     last: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -10,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.images import decode_image, image_size
+from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import by_id
 from vitgraft.data_shards.pack.files import check_classes, check_folder, inside, is_file, read_json
-from vitgraft.data_shards.pack.items import PackOptions, checked
+from vitgraft.data_shards.pack.images import Reading, open_image
+from vitgraft.data_shards.pack.items import PackOptions, checked, reading_of
 from vitgraft.data_shards.pack.label_report import MISSING, SEGMENTS, SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.semantic import LabelledImage, pack_label_maps
 
@@ -72,7 +74,9 @@ def pack_panoptic(
     # The label maps, which take longer, are checked next: that is what is told.
     quietly = options.copy()
     quietly.pop("checked", None)
-    items = checked(partial(_item, images, masks, things, where), pairs, report, quietly)
+    items = checked(
+        partial(_item, images, masks, things, where, replace(reading_of(options), decode=False)), pairs, report, quietly
+    )
     for number in sorted(listed.keys() - given.keys()):
         report.leave_out("images without annotation", listed[number].get("file_name"))
     source = {
@@ -86,7 +90,12 @@ def pack_panoptic(
 
 
 def _item(
-    images: Path, masks: Path, things: dict[int, bool], where: str, pair: tuple[dict[str, Any], dict[str, Any]]
+    images: Path,
+    masks: Path,
+    things: dict[int, bool],
+    where: str,
+    reading: Reading,
+    pair: tuple[dict[str, Any], dict[str, Any]],
 ) -> LabelledImage:
     annotation, image = pair
     where = f"{where}: image {image['id']}"
@@ -95,10 +104,11 @@ def _item(
     for file, option in ((path, "--images"), (mask, "--masks")):
         if not is_file(file):
             raise LabelFault(f"{file}: no such file, though {where} lists it; check {option}", MISSING)
-    height, width = image_size(path, str(path))
-    if (image.get("height"), image.get("width")) != (height, width):
+    stated = (image.get("height"), image.get("width"))
+    opened = open_image(path, reading, stated)
+    if stated != opened.size:
         raise LabelFault(
-            f"{path}: {width}x{height} pixels, {where} says {image.get('width')}x{image.get('height')}; "
+            f"{path}: {opened}, {where} says {image.get('width')}x{image.get('height')}; "
             "the annotations belong to another version of it",
             SIZES,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.data_shards.images import image_format, image_size
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.files import check_classes, read_bytes
-from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items
+from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
+from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
 from vitgraft.data_shards.pack.label_ids import Labels, chosen_ids, coloured_ids, packed_ids, read_colours
 from vitgraft.data_shards.pack.label_report import SIZES, LabelFault, LabelReport
 from vitgraft.data_shards.pack.pairs import Pairing, find_pairs
@@ -30,6 +30,7 @@ class LabelledImage:
 
     ``ids``: (H, W) uint8, 255 ignored, as packed; read anew at each call, so that a data set is never held in memory.
     ``metadata``: besides height and width. ``more``: further members of the sample by extension, packed as they are.
+    ``opened``: the image, once it is checked.
     """
 
     image: Path
@@ -37,6 +38,7 @@ class LabelledImage:
     ids: Callable[[], Labels]
     metadata: dict[str, Any]
     more: dict[str, Path] = field(default_factory=dict)
+    opened: OpenedImage | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -44,11 +46,12 @@ class LabelledImage:
         return self.image, self.label, *self.more.values()
 
     def prepare(self) -> Prepared:
-        """The image as it is, and the class ids as a PNG."""
-        data, ids, stream = read_bytes(self.image), self.ids(), io.BytesIO()
+        """The image, as it is where its format is a packed one, and the class ids as a PNG."""
+        assert self.opened is not None
+        ids, stream = self.ids(), io.BytesIO()
         Image.fromarray(ids).save(stream, "PNG")
         members = {
-            image_format(data, str(self.image)): data,
+            **self.opened.member(),
             "label.png": stream.getvalue(),
             **{extension: read_bytes(path) for extension, path in self.more.items()},
         }
@@ -138,29 +141,32 @@ def pack_label_maps(
     """
     _check_names(report.classes)
     taken = []
-    for item, pixels in zip(items, checked(_pixels, items, report, options), strict=True):
-        if pixels is not None:
+    counted = checked(partial(_pixels, reading_of(options)), items, report, options)
+    for item, found in zip(items, counted, strict=True):
+        if found is not None:
+            pixels, opened = found
             report.unlabelled += pixels.pop(IGNORE, 0)
             report.counts.update(pixels)
             report.samples += 1
-            taken.append(item)
+            taken.append(replace(item, opened=opened))
+    settle([(item.opened, item.metadata) for item in taken if item.opened is not None], report, options.get("say"))
     report.close(options.get("say"))
     settings = [source, report.classes]
     return pack_items(taken, out, "semantic", report, source=source, settings=settings, **options)
 
 
-def _pixels(item: LabelledImage) -> dict[int, int]:
-    """Pixels by class id of a label map that fits its image."""
+def _pixels(reading: Reading, item: LabelledImage) -> tuple[dict[int, int], OpenedImage]:
+    """Pixels by class id of a label map that fits its image, and that image."""
     ids = item.ids()
-    size = image_size(item.image, str(item.image))
-    if ids.shape != size:
+    opened = open_image(item.image, reading, ids.shape)
+    if ids.shape != opened.size:
         raise LabelFault(
-            f"{item.label}: {ids.shape[1]}x{ids.shape[0]} pixels, its image {item.image} has "
-            f"{size[1]}x{size[0]}; label maps must have the size of their image",
+            f"{item.label}: {ids.shape[1]}x{ids.shape[0]} pixels, its image {item.image} has {opened}; "
+            "label maps must have the size of their image",
             SIZES,
         )
     pixels = np.bincount(ids.ravel())
-    return {int(number): int(pixels[number]) for number in np.flatnonzero(pixels)}
+    return {int(number): int(pixels[number]) for number in np.flatnonzero(pixels)}, opened
 
 
 def _check_names(classes: list[str]) -> None:
