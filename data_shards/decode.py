@@ -15,6 +15,7 @@ from torch import Tensor
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.images import MAX_PIXELS, opened
+from vitgraft.data_shards.listing import VIDEO_SUFFIXES
 from vitgraft.data_shards.video import Decoder, Video, open_video
 
 MAX_JSON_BYTES = 256 << 20
@@ -22,7 +23,9 @@ MAX_MASK_BYTES = 2 << 30
 """All masks of one image together, a byte for each pixel."""
 MAX_COORDINATE = 1e9
 MAX_AREA = MAX_COORDINATE**2
-VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov")
+_MORE_VIDEOS = {suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES} - {"mp4", "avi", "mkv", "webm", "mov"}
+VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov", *sorted(_MORE_VIDEOS))
+"""Of members, the usual ones first; decoders look at the content."""
 
 NO_JPEG = (
     "label maps in JPEG or WebP are refused, as they change ids at every edge; save them as PNG from their "

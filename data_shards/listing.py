@@ -12,7 +12,7 @@ from vitgraft.configs.errors import DataError
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
-        *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".sgi", ".qoi", ".jp2", ".j2k", ".avif"),
     }
 )
 """Names of images end so, in small letters; what a file really is, its content decides when it is read."""

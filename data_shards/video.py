@@ -28,6 +28,9 @@ from vitgraft.data_shards.seeking import SEEK_GAIN, stretches_of, times_of
 MAX_FRAME_PIXELS = 80_000_000
 """Videos are refused by their header, before they are decoded, or at the first frame that is larger."""
 MAX_FRAMES = 1_000_000
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,asf,flv,ogg,gif"
+"""FFmpeg's own names. Playlists and scripts are not among them: they would have it read other files, or a network."""
+_HEAD = 64 << 10
 
 Decoder = Literal["pyav", "torchcodec"]
 Pixels = npt.NDArray[np.uint8]
@@ -77,7 +80,18 @@ def open_video(
         )
     if decoder == "pyav" or _torchcodec() is None:
         return PyAVVideo(data, where, length)
+    if _is_text(data):
+        # torchcodec takes no list of containers.
+        raise DataError(f"{where}: a text and no video; playlists and scripts are not followed; replace it")
     return TorchcodecVideo(data, where, fall_back=decoder is None)
+
+
+def _is_text(data: bytes | Path) -> bool:
+    """Tell whether nothing near the start is a zero byte, as no container lacks one."""
+    if isinstance(data, bytes):
+        return b"\0" not in data[:_HEAD]
+    with data.open("rb") as stream:
+        return b"\0" not in stream.read(_HEAD)
 
 
 class PyAVVideo:
@@ -199,7 +213,8 @@ class PyAVVideo:
         try:
             # Metadata in any encoding: titles are never read, so they must not stop the decoding.
             source = io.BytesIO(self._data) if isinstance(self._data, bytes) else str(self._data)
-            with av.open(source, metadata_errors="ignore") as container:
+            allowed = {"format_whitelist": _CONTAINERS}
+            with av.open(source, metadata_errors="ignore", container_options=allowed) as container:
                 if not container.streams.video:
                     raise DataError(f"{self._where}: no video stream; expected a video")
                 stream = container.streams.video[0]

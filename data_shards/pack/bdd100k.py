@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Unpack
@@ -11,9 +11,10 @@ import numpy as np
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, list_files
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
-from vitgraft.data_shards.pack.files import check_folder, read_json
+from vitgraft.data_shards.pack.files import read_json
 from vitgraft.data_shards.pack.images import open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, checked, reading_of
 from vitgraft.data_shards.pack.label_ids import Labels, packed_ids
@@ -25,7 +26,7 @@ from vitgraft.data_shards.pack.label_report import (
     LabelFault,
     LabelReport,
 )
-from vitgraft.data_shards.pack.pairs import IMAGE_SUFFIXES
+from vitgraft.data_shards.pack.pairs import note_passed_over
 from vitgraft.data_shards.pack.semantic import LabelledImage, pack_label_maps
 
 Task = Literal["detection", "drivable", "semantic"]
@@ -89,7 +90,7 @@ def _images(folders: Sequence[Path], report: LabelReport) -> dict[str, Path]:
     """Images by stem; of several the first, in the order of folders and names."""
     found: dict[str, Path] = {}
     for folder in folders:
-        for path in _files(folder, IMAGE_SUFFIXES):
+        for path in _files(folder, IMAGE_SUFFIXES, report):
             if path.stem in found:
                 report.leave_out("images whose stem was there before", path)
             else:
@@ -100,11 +101,10 @@ def _images(folders: Sequence[Path], report: LabelReport) -> dict[str, Path]:
     return found
 
 
-def _files(folder: Path, suffixes: set[str]) -> Iterator[Path]:
-    check_folder(folder)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and path.is_file():
-            yield path
+def _files(folder: Path, suffixes: Collection[str], report: LabelReport) -> list[Path]:
+    listing = list_files(folder, suffixes)
+    note_passed_over(listing, report)
+    return listing.files
 
 
 def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelReport) -> list[str]:
@@ -118,7 +118,7 @@ def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelRepo
 def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoSet:
     report = LabelReport("instances", DETECTION, on_error=options.get("on_error", "raise"))
     images = _images(folders, report)
-    files = list(_files(labels, {".json"})) if labels.is_dir() else [labels]
+    files = _files(labels, {".json"}, report) if labels.is_dir() else [labels]
     if not files:
         raise DataError(f"{labels}: no JSON file; give the detection JSON or a folder of such files")
     frames: dict[str, tuple[str, list[Any]]] = {}
@@ -222,7 +222,7 @@ def _annotation(item: Any, size: tuple[int, int], where: str, report: LabelRepor
 def _masks(folders: Sequence[Path], labels: Path, task: Task, report: LabelReport) -> list[LabelledImage]:
     images = _images(folders, report)
     masks: dict[str, Path] = {}
-    for path in _files(labels, {".png"}):
+    for path in _files(labels, {".png"}, report):
         stem = stem_of(path.name)
         with report.collect():
             if stem not in images:

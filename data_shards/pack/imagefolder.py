@@ -20,12 +20,13 @@ from PIL import Image
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.images import MAX_PIXELS
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, is_hidden, list_files
 from vitgraft.data_shards.manifest import Manifest
-from vitgraft.data_shards.pack.files import check_classes, check_folder
+from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
 from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
-from vitgraft.data_shards.pack.pairs import IMAGE_SUFFIXES
+from vitgraft.data_shards.pack.pairs import note_passed_over
 from vitgraft.data_shards.pack.video_lists import sort_labels
 
 MAX_ARRAY_BYTES = 64 << 30
@@ -88,19 +89,18 @@ def pack_imagefolder(
     Raises:
         DataError: an image outside a class's folder, or broken, or a folder that is no class; nothing was written.
     """
-    check_folder(images)
-    folders = {path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    listing = list_files(images, IMAGE_SUFFIXES)
+    folders = {path.name for path in images.iterdir() if path.is_dir() and not is_hidden(path.name)}
     names = sort_labels(folders) if classes is None else classes
     if not names:
         raise DataError(f"{images}: the data set is empty: no folders; expected {images}/CLASS/NAME.jpg")
     check_classes(names, "classes")
     by_name = {name: number for number, name in enumerate(names)}
     report = LabelReport("images", names, on_error=options.get("on_error", "raise"))
+    note_passed_over(listing, report)
     found: list[tuple[Path, int]] = []
-    for path in sorted(images.rglob("*")):
+    for path in listing.files:
         name = path.relative_to(images)
-        if path.suffix.lower() not in IMAGE_SUFFIXES or name.parts[0].startswith(".") or not path.is_file():
-            continue
         with report.collect():
             if len(name.parts) < 2:
                 raise LabelFault(f"{path}: lies in no folder of a class; expected {images}/CLASS/{path.name}")

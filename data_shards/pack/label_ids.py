@@ -13,10 +13,44 @@ from vitgraft.data_shards.decode import decode_label
 from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import IGNORE
 from vitgraft.data_shards.pack.files import read_text
-from vitgraft.data_shards.pack.label_report import UNKNOWN, LabelFault
+from vitgraft.data_shards.pack.label_report import UNKNOWN, LabelFault, LabelReport
 
 Labels = npt.NDArray[np.uint8]
 """(H, W) uint8 as packed: 0..classes-1, or 255."""
+
+
+FEW = 4
+"""Classes of a set in which each should occur: where the last do not, they are more likely stored as 255."""
+
+
+def missing_class(report: LabelReport, ignored: Sequence[int]) -> str | None:
+    """Tell why the counted label maps of a set cannot be what was meant; ``None``: they may be.
+
+    Masks of 0 and 255 are the commonest there are, and 255 is ignored: the class that it stands for would be missing
+    without a word. So it is doubted where pixels are ignored and, of few classes, the last have none, or one alone has
+    any.
+
+    Args:
+        report: with the pixels of each class, and of those ignored as ``unlabelled``.
+        ignored: ids that count as unlabelled though nobody said so; none where the meaning of all is known.
+    """
+    classes = len(report.classes)
+    present = [number for number in range(classes) if report.counts[number]]
+    if not present:
+        return f"labels: no pixel is of any class, all {report.unlabelled:,} are ignored; give label maps of class ids"
+    absent = [name for number, name in enumerate(report.classes) if not report.counts[number]]
+    last = bool(absent) and present == list(range(len(present))) and classes <= FEW
+    if not ignored or not report.unlabelled or not (len(present) == 1 or last):
+        return None
+    share = report.unlabelled / (report.unlabelled + report.counts.total())
+    found = f"class {absent[0]!r} has no pixel" if absent else f"{report.classes[0]!r} is the only class"
+    known = list(ignored) == [IGNORE] and len(present) + 1 == max(classes, 2)
+    wanted = ",".join(map(str, [*present, IGNORE])) if known else "with the id of each class"
+    both = "" if absent else " and --classes with both names"
+    return (
+        f"labels: {found}, and {share:.0%} of all pixels are {' or '.join(map(str, ignored))}, which is ignored: if "
+        f"that is a class, pass --ids {wanted}{both}; if it means unlabelled, pass --ignore {IGNORE}"
+    )
 
 
 def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False) -> Labels:
@@ -39,7 +73,7 @@ def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero
         value = int(wrong[0]) + int(reduce_zero)
         raise LabelFault(
             f"{path}: label id {value} is none of the {classes} classes; "
-            f"list all classes, or pass the id as ignore if it means unlabelled",
+            "list all classes, give each one's id with --ids, or pass the id to --ignore if it means unlabelled",
             UNKNOWN,
         )
     return np.where(unlabelled, IGNORE, ids).astype(np.uint8)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.decode import NO_JPEG
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, Listing, is_hidden, list_files
 from vitgraft.data_shards.pack.files import check_folder, read_text
 from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-LABEL_SUFFIXES = {".png"}
+LABEL_SUFFIXES = frozenset((".png", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".pgm", ".ppm"))
+"""Of formats that keep every pixel's value."""
+_LOSSY = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".webp"))
 
 
 class Pairing(NamedTuple):
@@ -42,8 +47,8 @@ def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) ->
     """
     check_folder(images)
     check_folder(labels)
-    found = _by_key(images, "--image-suffix", how.image_suffix, IMAGE_SUFFIXES)
-    maps = _by_key(labels, "--label-suffix", how.label_suffix, LABEL_SUFFIXES)
+    found = _by_key(images, "--image-suffix", how.image_suffix, IMAGE_SUFFIXES, report)
+    maps = _by_key(labels, "--label-suffix", how.label_suffix, LABEL_SUFFIXES, report)
     if how.listed is not None:
         wanted = _listed(how.listed, images, found, how.image_suffix, report)
     else:
@@ -60,29 +65,53 @@ def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) ->
         else:
             with report.collect():
                 name = key + (how.label_suffix or ".png")
-                message = f"{wanted[key]}: no label map {name} in {labels}; see --image-suffix, --label-suffix, --list"
-                raise LabelFault(message, MISSING)
+                remedy = "see --image-suffix, --label-suffix, --list"
+                if how.label_suffix is None and any(os.path.isfile(f"{labels / key}{end}") for end in _LOSSY):
+                    remedy = f"there is one, but {NO_JPEG}"
+                raise LabelFault(f"{wanted[key]}: no label map {name} in {labels}; {remedy}", MISSING)
     return pairs
 
 
-def _by_key(folder: Path, option: str, suffix: str | None, extensions: set[str]) -> dict[str, Path]:
+def _by_key(
+    folder: Path, option: str, suffix: str | None, extensions: Collection[str], report: LabelReport
+) -> dict[str, Path]:
     if suffix is not None and Path(f"name{suffix}").suffix.lower() not in extensions:
         listed = ", ".join(sorted(extensions))
         raise ConfigError(f"{option} {suffix}: expected the end of the files' names with its extension ({listed})")
+    listing = list_files(folder, extensions)
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        taken = path.suffix.lower() in extensions if suffix is None else path.name.endswith(suffix)
-        if not taken or not path.is_file():
+    for path in listing.files:
+        if suffix is not None and not path.name.endswith(suffix):
+            report.pass_over(f"files that do not end in {suffix}", path)
             continue
         name = str(path.relative_to(folder))
         key = name[: -len(path.suffix if suffix is None else suffix)]
         if key in found:
-            raise DataError(f"{path}: has the same stem as {found[key].name}; names must pair images and labels")
+            raise DataError(
+                f"{path}: has the same stem as {found[key].name}; names must pair images and labels, see {option}"
+            )
         found[key] = path
+    note_passed_over(listing, report)
     if not found:
         ends = ", ".join(sorted(extensions)) if suffix is None else suffix
+        lossy = _lossy(listing) if extensions is LABEL_SUFFIXES else None
+        if lossy is not None:
+            raise DataError(f"{lossy}: {NO_JPEG}")
         raise DataError(f"{folder}: the data set is empty: no files that end in {ends}; check the path and {option}")
     return found
+
+
+def note_passed_over(listing: Listing, report: LabelReport) -> None:
+    """Have the report count and name what a packer found in a folder and has no use for."""
+    for reason, paths in listing.passed_over.items():
+        for path in paths:
+            report.pass_over(reason, path)
+
+
+def _lossy(listing: Listing) -> Path | None:
+    """The first file that may be a label map in a format that changes pixels."""
+    paths = (path for paths in listing.passed_over.values() for path in paths)
+    return next((path for path in paths if path.suffix.lower() in _LOSSY and not is_hidden(path.name)), None)
 
 
 def _listed(

@@ -17,8 +17,15 @@ from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.files import check_classes, read_bytes
 from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
-from vitgraft.data_shards.pack.label_ids import Labels, chosen_ids, coloured_ids, packed_ids, read_colours
-from vitgraft.data_shards.pack.label_report import SIZES, LabelFault, LabelReport
+from vitgraft.data_shards.pack.label_ids import (
+    Labels,
+    chosen_ids,
+    coloured_ids,
+    missing_class,
+    packed_ids,
+    read_colours,
+)
+from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, SIZES, LabelFault, LabelReport
 from vitgraft.data_shards.pack.pairs import Pairing, find_pairs
 
 EVERYTHING = Pairing()
@@ -92,8 +99,8 @@ def pack_semantic(
         ConfigError: options that exclude each other, ``ids`` that are not one for each class, or a wrong ``pairing``.
     """
     _check_names(classes)
-    if ids and (len(ids) != len(classes) or len(set(ids)) != len(ids) or IGNORE in ids):
-        raise ConfigError(f"--ids: {len(ids)} for {len(classes)} classes; give one for each, none twice, not {IGNORE}")
+    if ids and (len(ids) != len(classes) or len(set(ids)) != len(ids)):
+        raise ConfigError(f"--ids: {len(ids)} for {len(classes)} classes; give one for each class, none twice")
     if sum(map(bool, (ids, colours, ignore or reduce_zero))) > 1:
         raise ConfigError("--ids, --colours, and --ignore or --reduce-zero exclude each other; give one of them")
     packed: Callable[[Path], Labels]
@@ -119,7 +126,9 @@ def pack_semantic(
         "colours": {f"#{colour:06x}": number for colour, number in table},
         "list": None if pairing.listed is None else str(pairing.listed),
     }
-    return pack_label_maps(items, out, report, source=source, **options)
+    # Whoever says what the ids mean, or which mean nothing, is not asked again.
+    ignored = [] if ids or table or ignore else [*([0] if reduce_zero else []), IGNORE]
+    return pack_label_maps(items, out, report, source=source, ignored=ignored, **options)
 
 
 def pack_label_maps(
@@ -128,12 +137,14 @@ def pack_label_maps(
     report: LabelReport,
     *,
     source: dict[str, Any],
+    ignored: Sequence[int] = (),
     **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check every label map against its image, tell the report, then pack.
 
     Args:
         report: names the classes; what it holds already stays in it.
+        ignored: ids that nobody said to mean unlabelled; that is doubted where a class is missing.
         source: for the manifest; what it says decides the bytes, with the files and their metadata.
 
     Raises:
@@ -150,6 +161,8 @@ def pack_label_maps(
             report.samples += 1
             taken.append(replace(item, opened=opened))
     settle([(item.opened, item.metadata) for item in taken if item.opened is not None], report, options.get("say"))
+    if taken and not report.faults and (message := missing_class(report, ignored)) is not None:
+        report.doubt(message, NOTHING_TO_LEARN)
     report.close(options.get("say"))
     settings = [source, report.classes]
     return pack_items(taken, out, "semantic", report, source=source, settings=settings, **options)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.data_shards.decode import VIDEO_EXTENSIONS
+from vitgraft.data_shards.listing import VIDEO_SUFFIXES, Listing, is_hidden, list_files
 from vitgraft.data_shards.pack.files import check_classes, inside, is_file, read_json, read_text
 
 ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"]
@@ -36,11 +36,12 @@ class Named(NamedTuple):
 
 class VideoList(NamedTuple):
     """``classes``: every class that the list knows, in order, whether or not a video has it. ``exact``: names are
-    paths and nothing else."""
+    paths and nothing else. ``folder``: what lies in it, where the list is a folder."""
 
     videos: list[Named]
     classes: list[str]
     exact: bool
+    folder: Listing | None = None
 
 
 def read_video_list(
@@ -246,21 +247,15 @@ def _hmdb51_folder(folder: Path, split: str, fold: int) -> VideoList:
 
 def _folders(folder: Path) -> VideoList:
     """Folders of one class each, named after it; videos may lie deeper. Classes are the sorted names."""
-    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
+    listing = list_files(folder, VIDEO_SUFFIXES)
     videos = []
-    for path in sorted(folder.rglob("*")):
+    for path in listing.files:
         name = path.relative_to(folder)
-        if not is_video(path) or name.parts[0].startswith("."):
-            continue
         if len(name.parts) < 2:
             raise DataError(f"{path}: lies in no folder of a class; expected {folder}/CLASS/{path.name}")
         videos.append(Named((str(name),), name.parts[0], str(path)))
-    return VideoList(videos, sort_labels(names), exact=True)
-
-
-def is_video(path: Path) -> bool:
-    """Whether this is a file with a video's extension."""
-    return path.suffix.lower().removeprefix(".") in VIDEO_EXTENSIONS and path.is_file()
+    return VideoList(videos, sort_labels(names), exact=True, folder=listing)
 
 
 class VideoFinder:
@@ -287,9 +282,8 @@ class VideoFinder:
     def _by_stem(self, video: Named) -> Path | None:
         if self._stems is None:
             self._stems = {}
-            for path in sorted(self._root.rglob("*")):
-                if is_video(path):
-                    self._stems.setdefault(path.stem, []).append(path)
+            for path in list_files(self._root, VIDEO_SUFFIXES).files:
+                self._stems.setdefault(path.stem, []).append(path)
         for name in video.names:
             paths = self._stems.get(name, [])
             if len(paths) > 1:

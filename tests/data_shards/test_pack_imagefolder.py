@@ -207,3 +207,12 @@ def test_a_damaged_label_is_told(tmp_path: Path, configure: Callable[..., DataCo
     with pytest.raises(DataError, match="label 1 is not one of the 1 classes"):
         dataset.train_batch([Entry(0, 0, 0, 0)])
     assert torch.equal(dataset.eval_batch([0]).batch.weights, torch.zeros(1))
+
+
+def test_what_lies_among_the_images_is_counted_and_named(photographs: Path, tmp_path: Path) -> None:
+    for name in ("cat/Thumbs.db", "dog/._x.jpg", ".DS_Store"):
+        (photographs / name).write_bytes(b"")
+    told: list[str] = []
+    assert pack_imagefolder(photographs, tmp_path / "set", say=told.append).samples == 6
+    assert any("passed over: 2 hidden files and folders: " in line for line in told)
+    assert any("passed over: 2 other files: " in line and "Thumbs.db" in line for line in told)

@@ -68,7 +68,9 @@ def test_without_saying_what_is_ignored_the_id_is_named(test_data: Path, tmp_pat
 
 def test_the_report_counts_pixels_and_every_fault(pair: Path) -> None:
     told: list[str] = []
-    manifest = pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y", "z"], say=told.append)
+    manifest = pack_semantic(
+        pair / "images", pair / "labels", pair / "set", ["x", "y", "z"], ignore=[255], say=told.append
+    )
     assert told[0] == "labels: 1 samples, 11 pixels, 1 pixels without label"
     assert told[-2:] == [
         "  classes without any: z",
@@ -81,7 +83,7 @@ def test_the_report_counts_pixels_and_every_fault(pair: Path) -> None:
     Image.new("L", (5, 3), 9).save(pair / "labels" / "c.png")
     counted = r"b\.png: 4x3 .*\(2 faults in all: 1 size mismatches, 1 ids outside the class list\)"
     with pytest.raises(DataError, match=counted):
-        pack_semantic(pair / "images", pair / "labels", pair / "other", ["x", "y", "z"])
+        pack_semantic(pair / "images", pair / "labels", pair / "other", ["x", "y", "z"], ignore=[255])
     assert not (pair / "other").exists()
 
 
@@ -246,7 +248,7 @@ def test_voc_as_published(tmp_path: Path) -> None:
     train.parent.mkdir(parents=True)
     train.write_text("2007_000032\n2007_000039\n\n")
     words = ["--images", tmp_path / "JPEGImages", "--labels", tmp_path / "SegmentationClass", "--out", tmp_path / "set"]
-    words += ["--classes", "background,aeroplane,bicycle", "--list", train]
+    words += ["--classes", "background,aeroplane,bicycle,bird,boat", "--list", train]
     done = run(*words)
     assert done.exit_code == 0, done.output
     assert ", 0 left out, 0 passed over, " in done.output
@@ -307,11 +309,10 @@ def test_camvid_as_published(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"ids": [1, 2]}, "2 for 3 classes"),
-        ({"ids": [1, 2, 2]}, "none twice"),
-        ({"ids": [1, 2, 255]}, "not 255"),
+        ({"ids": [1, 2, 2]}, "one for each class, none twice"),
         ({"ids": [1, 2, 3], "ignore": [4]}, "exclude each other"),
         ({"colours": Path("x"), "reduce_zero": True}, "exclude each other"),
-        ({"pairing": Pairing(label_suffix="_L")}, r"--label-suffix _L: expected .*\(\.png\)"),
+        ({"pairing": Pairing(label_suffix="_L")}, r"--label-suffix _L: expected .*\.png, "),
         ({"pairing": Pairing(image_suffix="_leftImg8bit")}, "--image-suffix _leftImg8bit: expected"),
     ],
 )
@@ -319,3 +320,82 @@ def test_options_that_mean_nothing(pair: Path, options: dict[str, Any], message:
     with pytest.raises(ConfigError, match=message):
         pack_semantic(pair / "images", pair / "labels", pair / "set", ["x", "y", "z"], **options)
     assert not (pair / "set").exists()
+
+
+def masks(folder: Path, values: list[int], size: int = 3) -> list[str | Path]:
+    """Images and label maps of these ids, and the words that pack them."""
+    for number in range(2):
+        photograph(folder / "img" / f"{number}.jpg")
+        labelled(folder / "lab" / f"{number}.png", [[*values, *values[-1:] * (4 - len(values))]] * size)
+    return ["--images", folder / "img", "--labels", folder / "lab", "--out", folder / "set", "--overwrite"]
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "remedy"),
+    [
+        ([0, 255], "background,object", "pass --ids 0,255; if it means unlabelled, pass --ignore 255"),
+        ([0, 1, 255], "background,cat,dog", "pass --ids 0,1,255; "),
+        ([0, 255], "a,b,c,d,e,f", "pass --ids with the id of each class; "),
+        ([0, 255], "object", "'object' is the only class, .* --ids 0,255 and --classes with both names; "),
+    ],
+)
+def test_masks_whose_255_is_a_class(tmp_path: Path, values: list[int], classes: str, remedy: str) -> None:
+    """The class would vanish, and a model that never says it would score 1.0."""
+    words = masks(tmp_path, values)
+    with pytest.raises(DataError, match=remedy):
+        raise run(*words, "--classes", classes).exception or AssertionError
+    assert not (tmp_path / "set").exists()
+    # Both remedies work.
+    done = run(*words, "--classes", classes, "--ignore", "255")
+    assert done.exit_code == 0, done.output
+    if "," not in classes:
+        classes = "background,object"
+    ids = [*values[:-1], *range(100, 100 + classes.count(",") + 1 - len(values)), 255]
+    done = run(*words, "--classes", classes, "--ids", ",".join(map(str, ids)))
+    assert done.exit_code == 0, done.output
+    last = classes.count(",")
+    assert label_of(tmp_path / "set").tolist()[0] == [ids.index(v) for v in [*values, *values[-1:] * 4][:4]]
+    assert read_manifest(tmp_path / "set").source["label_report"]["classes"][classes.split(",")[last]] > 0
+
+
+def test_masks_of_the_faults_folder(fault_data: Path, tmp_path: Path) -> None:
+    folder = fault_data / "masks_0_255"
+    words = ["--images", folder / "img", "--labels", folder / "lab", "--classes", folder / "names.txt"]
+    with pytest.raises(DataError, match=r"class 'object' has no pixel, and \d+% of all pixels are 255"):
+        raise run(*words, "--out", tmp_path / "set").exception or AssertionError
+    done = run(*words, "--out", tmp_path / "set", "--ids", "0,255")
+    assert done.exit_code == 0, done.output
+    folder = fault_data / "labels_rgb_grey"
+    words = ["--images", folder / "img", "--labels", folder / "lab", "--classes", "background,object"]
+    done = run(*words, "--out", tmp_path / "grey")
+    assert done.exit_code == 0, done.output
+    assert min(read_manifest(tmp_path / "grey").source["label_report"]["classes"].values()) > 0
+
+
+def test_an_absent_class_among_many_is_no_fault(tmp_path: Path) -> None:
+    done = run(*masks(tmp_path, [0, 1, 255]), "--classes", "a,b,c,d,e")
+    assert done.exit_code == 0, done.output
+    assert "classes without any: c, d, e" in done.output
+    with pytest.raises(DataError, match="no pixel is of any class, all 24 are ignored"):
+        raise run(*masks(tmp_path, [0]), "--classes", "a,b", "--reduce-zero").exception or AssertionError
+
+
+def test_label_maps_in_jpeg_are_refused_with_the_reason(tmp_path: Path) -> None:
+    words = [*masks(tmp_path, [0, 1]), "--classes", "a,b"]
+    Image.new("L", (4, 3)).save(tmp_path / "lab" / "0.jpg")
+    (tmp_path / "lab" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"no label map 0\.png in .*; there is one, but label maps in JPEG"):
+        raise run(*words).exception or AssertionError
+    (tmp_path / "lab" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"0\.jpg: label maps in JPEG or WebP are refused"):
+        raise run(*words).exception or AssertionError
+
+
+def test_what_lies_among_images_and_labels_is_counted_and_named(tmp_path: Path) -> None:
+    words = masks(tmp_path, [0, 1])
+    for name in ("img/._0.jpg", "img/.DS_Store", "img/notes.txt", "lab/Thumbs.db", "lab/._0.png"):
+        (tmp_path / name).write_bytes(b"")
+    done = run(*words, "--classes", "a,b")
+    assert done.exit_code == 0, done.output
+    assert "passed over: 3 hidden files and folders: " in done.output
+    assert "passed over: 2 other files: " in done.output

@@ -152,7 +152,7 @@ def test_lists(clips: Path, text: str, classes: list[str] | None, expected: Any)
         ("a.mp4\n", r"list\.txt:1: 'a\.mp4'; expected PATH LABEL"),
         ("a.mp4 x\nc.mp4 x\n", r"list\.txt:2: .*c\.mp4: no such video"),
         ("../a.mp4 x\n", "leads out of"),
-        ("list.txt x\n", "expected a video of type"),
+        ("list.txt x\n", "broken video"),
         ("a.mp4 x\nb.mp4 unknown\n", r"list\.txt:2: label 'unknown' is none of the 2 classes"),
     ],
 )
@@ -168,3 +168,47 @@ def test_a_list_that_is_no_text_or_missing(clips: Path) -> None:
         pack_video(clips / "list.txt", clips / "set")
     with pytest.raises(DataError, match=r"none\.txt: no such file"):
         pack_video(clips / "none.txt", clips / "set")
+
+
+def odd_folder(folder: Path, videos: Path) -> Path:
+    """CLASS/CLIP of suffixes that are not the usual ones, and what systems leave among them."""
+    for label in ("wave", "jump"):
+        (folder / label).mkdir(parents=True)
+        (folder / label / f"{label}.M4V").write_bytes((videos / "m.m4v").read_bytes())
+        (folder / label / f"{label}2.mpg").write_bytes((videos / "m.mpg").read_bytes())
+        (folder / label / f"._{label}.M4V").write_bytes(b"Mac OS X        ")
+    (folder / "wave" / "Thumbs.db").write_bytes(b"")
+    (folder / ".DS_Store").write_bytes(b"")
+    return folder
+
+
+def test_videos_of_other_names_and_what_lies_among_them(fault_data: Path, tmp_path: Path) -> None:
+    folder, told = odd_folder(tmp_path / "clips", fault_data / "videos_odd"), list[str]()
+    manifest = pack_video(folder, tmp_path / "set", say=told.append)
+    assert manifest.samples == 4
+    assert verify(tmp_path / "set").ok
+    members = [sorted(raw.members) for raw in raws(tmp_path / "set", manifest)]
+    assert members == [["json", "m4v"], ["json", "mpg"]] * 2
+    assert any("passed over: 3 hidden files" in line and "._jump.M4V" in line for line in told)
+    assert any("passed over: 1 other files" in line and "Thumbs.db" in line for line in told)
+
+
+def test_a_listed_video_may_have_any_name(clips: Path) -> None:
+    """Its content decides, and so it does of a text that is called mp4."""
+    (clips / "a.mp4").rename(clips / "a.video")
+    manifest = pack_video(write(clips, "a.video x\nb.mp4 y\n"), clips / "set")
+    assert [sorted(raw.members) for raw in raws(clips / "set", manifest)] == [["json", "mp4"]] * 2
+    (clips / "c.mp4").write_text("just a note")
+    with pytest.raises(DataError, match=r"c\.mp4: broken video"):
+        pack_video(write(clips, "c.mp4 x\nb.mp4 y\n"), clips / "other")
+
+
+@pytest.mark.parametrize("decoder", ["pyav", None])
+def test_a_playlist_is_no_video(clips: Path, monkeypatch: pytest.MonkeyPatch, decoder: Any) -> None:
+    """FFmpeg would open the files and addresses that such a text names."""
+    monkeypatch.chdir(clips)
+    for text in ("ffconcat version 1.0\nfile 'a.mp4'\n", "#EXTM3U\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n"):
+        (clips / "list.mp4").write_text(text)
+        for data in (text.encode(), clips / "list.mp4"):
+            with pytest.raises(DataError, match=r"list: (broken video|a text and no video)"):
+                decode_frames(data, [0], "list", decoder)
