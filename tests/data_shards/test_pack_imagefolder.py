@@ -216,3 +216,11 @@ def test_what_lies_among_the_images_is_counted_and_named(photographs: Path, tmp_
     assert pack_imagefolder(photographs, tmp_path / "set", say=told.append).samples == 6
     assert any("passed over: 2 hidden files and folders: " in line for line in told)
     assert any("passed over: 2 other files: " in line and "Thumbs.db" in line for line in told)
+
+
+def test_bitmaps_among_the_photographs(fault_data: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    manifest = pack_imagefolder(fault_data / "imagefolder_with_bmp", tmp_path / "set", say=told.append)
+    assert manifest.source["label_report"]["classes"] == {"cat": 3, "dog": 3}
+    assert any("passed over: 2 other files: " in line and "Thumbs.db" in line for line in told)
+    assert verify(tmp_path / "set").ok
