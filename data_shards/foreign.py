@@ -32,6 +32,7 @@ from vitgraft.data_shards.manifest import (
     parse_manifest,
 )
 from vitgraft.data_shards.pack.files import check_classes
+from vitgraft.data_shards.pack.images import Exif
 from vitgraft.data_shards.pack.label_report import OnError
 from vitgraft.data_shards.remote import download, is_url, join, list_names, shown
 from vitgraft.data_shards.shards import index_name
@@ -52,6 +53,7 @@ def index_tars(
     out: Path | None = None,
     members: Mapping[str, Sequence[str]] | None = None,
     on_error: OnError = "raise",
+    exif: Exif = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -64,6 +66,8 @@ def index_tars(
         members: for roles of ``ROLES``: other members to take.
         on_error: ``skip`` leaves out samples that lack something or are broken, and counts them in the manifest's
             ``source``. A tar that is broken itself always raises.
+        exif: whether images are turned by their EXIF orientation, see
+            :class:`~vitgraft.data_shards.foreign_samples.SampleChecker`; the manifest's ``source`` counts them.
         progress: called with tars done and in all.
 
     Raises:
@@ -74,10 +78,10 @@ def index_tars(
     roles = take_roles(kind, members or {})
     check_classes(list(classes), "classes")
     target, names = _target(source, out), _tar_names(source)
-    check = SampleChecker(kind, list(classes), roles)
+    check = SampleChecker(kind, list(classes), roles, exif)
     shards: list[Shard] = []
     faults: list[str] = []
-    skipped = 0
+    skipped = turned = 0
     try:
         with IndexFolder(target) as folder:
             _check_unused(target, overwrite or folder.resumed)
@@ -87,13 +91,15 @@ def index_tars(
                     for group in scan_tar(tar.path, tar.where):
                         where = f"{tar.where}:{group.key}"
                         try:
-                            texts.append(canonical_json(check(group, tar.descriptor, where)).encode())
+                            metadata = check(group, tar.descriptor, where)
                         except DataError as error:
                             if on_error == "raise":
                                 raise
                             skipped += 1
                             faults += [str(error)] if len(faults) < _LISTED_FAULTS else []
                             continue
+                        texts.append(canonical_json(metadata).encode())
+                        turned += "orientation" in metadata
                         starts.append(group.start)
                         ends.append(group.end)
                     if starts:
@@ -106,7 +112,7 @@ def index_tars(
             root = None if target == source else str(source) if is_url(source) else str(Path(source).resolve())
             foreign = Foreign(members=check.renamed, root=root)
             facts: dict[str, Any] = {"packer": "index", "members": {role: list(taken) for role, taken in roles.items()}}
-            facts |= {"skipped": skipped, "first_skipped": faults}
+            facts |= {"turned": turned, "skipped": skipped, "first_skipped": faults}
             manifest = make_manifest(kind, list(classes), None, shards, facts, foreign)
             folder.publish(dump_manifest(manifest).encode())
     except OSError as error:

@@ -15,8 +15,9 @@ from vitgraft.data_shards.decode import (
     probe_video,
 )
 from vitgraft.data_shards.files import pread
-from vitgraft.data_shards.images import IMAGE_EXTENSIONS, image_size
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, oriented_size, read_header
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
+from vitgraft.data_shards.pack.images import Exif, which_way_up
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 from vitgraft.data_shards.tar_scan import Group
 
@@ -55,10 +56,14 @@ def take_roles(kind: Kind, given: Mapping[str, Sequence[str]]) -> dict[str, tupl
 
 
 class SampleChecker:
-    """Makes a sample's metadata from its members, and refuses samples that training could not use."""
+    """Makes a sample's metadata from its members, and refuses samples that training could not use.
 
-    def __init__(self, kind: Kind, classes: list[str], roles: dict[str, tuple[str, ...]]) -> None:
-        self.kind, self.classes, self.roles = kind, classes, roles
+    Args:
+        exif: whether images are turned; ``auto``: unless label map, masks or stated size are those of stored pixels.
+    """
+
+    def __init__(self, kind: Kind, classes: list[str], roles: dict[str, tuple[str, ...]], exif: Exif = "auto") -> None:
+        self.kind, self.classes, self.roles, self.exif = kind, classes, roles, exif
         self._by_name = {name: number for number, name in enumerate(classes)}
         self.renamed: dict[str, str] = {}
         for role, wanted in roles.items():
@@ -81,10 +86,10 @@ class SampleChecker:
         metadata: dict[str, Any] = {"file_name": f"{group.key}.{pixels}"}
         if self.kind == "video":
             metadata |= probe_video(data, where)
-        else:
-            metadata["height"], metadata["width"] = image_size(data, where)
         member, _, name = label.partition(":")
         text = _bytes_of(group, member, descriptor, where)
+        if self.kind != "video":
+            metadata |= self._image_facts(data, text, where)
         if self.kind == "semantic":
             self._check_label_map(text, (metadata["height"], metadata["width"]), where)
         elif self.kind == "detection":
@@ -92,6 +97,34 @@ class SampleChecker:
         else:
             metadata["label"] = self._class_of(text, name, where)
         return metadata
+
+    def _stated_size(self, label: bytes, where: str) -> tuple[Any, Any] | None:
+        """(height, width) for which the labels were made, where they say."""
+        if self.kind == "semantic":
+            height, width = decode_label(label, where).shape
+            return height, width
+        if self.kind != "detection":
+            return None
+        tree = decode_json(label, where)
+        if "height" in tree and "width" in tree:
+            return tree["height"], tree["width"]
+        items = tree.get("annotations")
+        for item in items if isinstance(items, list) else ():
+            segmentation = item.get("segmentation") if isinstance(item, dict) else None
+            size = segmentation.get("size") if isinstance(segmentation, dict) else None
+            if isinstance(size, list) and len(size) == 2:
+                return size[0], size[1]
+        return None
+
+    def _image_facts(self, data: bytes, label: bytes, where: str) -> dict[str, int]:
+        """Height, width and, where one is applied, orientation."""
+        header = read_header(data, where)
+        if header.depth > 16:
+            raise DataError(f"{where}: an image of 32-bit values, of which nobody knows the white; leave it out")
+        stated = self._stated_size(label, where) if header.orientation > 1 else None
+        orientation, _ = which_way_up(header, self.exif, stated)
+        height, width = oriented_size(header.size, orientation)
+        return {"height": height, "width": width} | ({"orientation": orientation} if orientation > 1 else {})
 
     def _take(self, group: Group, role: str, where: str) -> str:
         """Which of the role's members the sample has."""

@@ -371,6 +371,7 @@ def index_shards(
     ] = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
+    exif: Exif = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Index again what is indexed already.")] = False,
 ) -> None:
     """Make tars that others wrote readable as they are: indices and a manifest, no copy."""
@@ -392,14 +393,15 @@ def index_shards(
             out=out,
             members=members,
             on_error="skip" if drop_faulty else on_error,
+            exif=exif,
             overwrite=overwrite,
             progress=screen.callback("index"),
         )
     for line in manifest.source["first_skipped"]:
         typer.echo(f"left out: {line}")
     typer.echo(
-        f"{manifest.samples} samples in {len(manifest.shards)} tars indexed, {manifest.source['skipped']} left out; "
-        f"the data set is {out or source}"
+        f"{manifest.samples} samples in {len(manifest.shards)} tars indexed, {manifest.source['turned']} turned, "
+        f"{manifest.source['skipped']} left out; the data set is {out or source}"
     )
 
 

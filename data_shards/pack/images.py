@@ -111,14 +111,22 @@ def open_image(path: Path, reading: Reading, stated: tuple[Any, Any] | None = No
     found = value_range(path, where) if header.depth > 8 else None
     if reading.decode and found is None:
         decode_image(path, where)
-    orientation, unsure = header.orientation, False
-    if reading.exif == "ignore" or orientation == 1:
-        orientation = 1
-    elif reading.exif == "auto" and stated is not None:
-        fits_stored, fits_displayed = stated == header.size, stated == header.displayed
-        unsure = fits_stored == fits_displayed
-        orientation = 1 if fits_stored and not fits_displayed else orientation
+    orientation, unsure = which_way_up(header, reading.exif, stated)
     return OpenedImage(path, header, orientation, unsure, found, reading)
+
+
+def which_way_up(header: Header, exif: Exif, stated: tuple[Any, Any] | None) -> tuple[int, bool]:
+    """The orientation to apply, and whether the sizes leave open which one.
+
+    Args:
+        stated: as of :func:`open_image`.
+    """
+    if exif == "ignore" or header.orientation == 1:
+        return 1, False
+    if exif == "apply" or stated is None:
+        return header.orientation, False
+    fits_stored, fits_displayed = stated == header.size, stated == header.displayed
+    return (1 if fits_stored and not fits_displayed else header.orientation), fits_stored == fits_displayed
 
 
 def settle(opened: Iterable[tuple[OpenedImage, dict[str, Any]]], report: LabelReport, say: Say | None) -> None:

@@ -522,7 +522,7 @@ def test_the_command(laion: Path, tmp_path: Path) -> None:
     base = ["index", str(laion), "--kind", "image", "--classes", "manx,tabby", "--member", "label=json:breed"]
     done = run.invoke(shards, [*base, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "9 samples in 3 tars indexed, 0 left out" in done.output
+    assert "9 samples in 3 tars indexed, 0 turned, 0 left out" in done.output
     assert run.invoke(shards, ["verify", str(tmp_path / "out")]).exit_code == 0
     wrong = run.invoke(shards, [*base, "--member", "label"])
     assert isinstance(wrong.exception, ConfigError)
@@ -708,3 +708,33 @@ def test_class_names_that_cannot_be_written(laion: Path) -> None:
     with pytest.raises(DataError, match="holds what is no character"):
         index_tars(laion, "image", ["manx", "tab\udce9"], **BREEDS)
     assert not list(laion.glob("*.idx"))
+
+
+@pytest.mark.parametrize("kind", ["image", "detection", "semantic"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_images_in_tars_are_turned_unless_their_labels_are_of_stored_pixels(
+    kind: Any, stored: bool, tmp_path: Path, configure: Configure
+) -> None:
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    pixels = np.random.RandomState(0).randint(0, 255, (30, 40, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG" if kind != "semantic" else "WEBP", lossless=True, exif=exif)
+    size = (30, 40) if stored else (40, 30)
+    box = {"bbox": [1, 2, 3, 4], "class": 0}
+    members = {
+        "image": [("a.png", stream.getvalue()), ("a.cls", b"0")],
+        "semantic": [("a.webp", stream.getvalue()), ("a.png", label_map(0, size[::-1]))],
+        "detection": [
+            ("a.png", stream.getvalue()),
+            ("a.json", json.dumps({"height": size[0], "width": size[1], "annotations": [box]}).encode()),
+        ],
+    }
+    write_tar(tmp_path / "tars" / "0.tar", members[kind])
+    turned = kind == "image" or not stored
+    assert index_tars(tmp_path / "tars", kind, ["x"]).source["turned"] == turned
+    dataset = PackedDataset(tmp_path / "tars", configure(tmp_path / "tars"), kind, train=False)
+    raw = dataset.reader.read(0)
+    image = dataset._pixels(raw, dataset._metadata(raw)).permute(1, 2, 0).numpy()
+    assert np.array_equal(image, np.rot90(pixels, -1) if turned else pixels)
+    assert verify(tmp_path / "tars").ok
+    index_tars(tmp_path / "tars", kind, ["x"], exif="ignore" if stored or kind == "image" else "apply", overwrite=True)
