@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
+from vitgraft.configs.outputs import write_output
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.decode import check_annotations, decode_json, decode_label, decode_masks, probe_video
 from vitgraft.data_shards.frames import ImageFrames, clip_of
@@ -45,6 +47,19 @@ class VerifyReport:
     def ok(self) -> bool:
         """No damage at all."""
         return not self.bad_files and not self.bad_samples
+
+    @property
+    def remedy(self) -> str:
+        """What helps against the damage: another copy, unless what was packed was damaged before."""
+        if self.bad_files:
+            return "copy it again or pack again"
+        same = "the shards are as they were written, so these were damaged before"
+        if self.manifest.foreign is not None:
+            return f"{same}: index again with --drop-faulty, or train with data.on_error: skip"
+        return (
+            f"{same}: replace their files and pack again, or pack with --decode --drop-faulty, which leaves them out, "
+            "or train with data.on_error: skip"
+        )
 
 
 def verify(folder: Path | str, progress: Progress | None = None, jobs: int = 1) -> VerifyReport:
@@ -160,10 +175,11 @@ class InspectReport:
 def inspect(
     folder: Path | str, draw: int = 0, out: Path | None = None, progress: Progress | None = None
 ) -> InspectReport:
-    """Count classes and sizes; draw the first ``draw`` samples with their labels as PNGs into ``out``.
+    """Count classes and sizes; draw the first ``draw`` readable samples with their labels as PNGs into ``out``.
 
     Raises:
         DataError: there is no readable manifest.
+        ConfigError: ``out`` cannot be written.
     """
     from vitgraft.data_shards.draw import draw_sample
 
@@ -179,10 +195,11 @@ def inspect(
         try:
             raw = reader.read(sample)
             found, size, without = _statistics(raw, manifest)
-            if sample < draw and out is not None:
-                out.mkdir(parents=True, exist_ok=True)
+            if len(pictures) < draw and out is not None:
+                stream = io.BytesIO()
+                draw_sample(raw, manifest).save(stream, "PNG")
+                write_output(out / f"{raw.key}.png", stream.getvalue(), f"--out {out}")
                 pictures.append(out / f"{raw.key}.png")
-                draw_sample(raw, manifest).save(pictures[-1])
         except UnreachableError:
             raise
         except DataError as error:

@@ -422,7 +422,7 @@ def verify_shards(
     if not report.ok:
         raise DataError(
             f"{folder}: {len(report.bad_files)} damaged files, {len(report.bad_samples)} damaged samples; "
-            "copy it again or pack again"
+            f"{report.remedy}"
         )
     typer.echo(f"{folder}: {report.manifest.samples} samples in {len(report.manifest.shards)} shards, all valid")
 
@@ -449,8 +449,9 @@ def inspect_shards(
     typer.echo(f"  without label: {report.unlabelled:,}; unreadable: {len(report.unreadable)}")
     for line in report.unreadable.values():
         typer.echo(f"  {line}")
-    if report.pictures:
-        typer.echo(f"{len(report.pictures)} pictures in {out}")
+    if draw:
+        fewer = f" of the {draw} asked for" if len(report.pictures) < draw else ""
+        typer.echo(f"{len(report.pictures)} pictures{fewer} in {out}")
 
 
 def _options(

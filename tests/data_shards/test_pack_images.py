@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from typer.testing import CliRunner
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.dataset import PackedDataset
@@ -25,6 +26,7 @@ from vitgraft.data_shards.pack.panoptic import pack_panoptic
 from vitgraft.data_shards.pack.semantic import pack_semantic
 from vitgraft.data_shards.report import inspect, verify
 from vitgraft.data_shards.stream import RawSample, ShardReader
+from vitgraft.launch.shards_cli import shards
 
 
 def save(path: Path, orientation: int = 1, size: tuple[int, int] = (12, 16), mode: str = "RGB", **options: Any) -> Any:
@@ -275,3 +277,42 @@ def test_decoding_finds_what_is_cut_short(tmp_path: Path) -> None:
     manifest = pack_coco(tmp_path / "img", annotations, tmp_path / "out", decode=True, on_error="skip", **options)
     assert manifest.samples == 1
     assert verify(tmp_path / "out").ok
+
+
+def test_what_was_damaged_before_packing_is_told_so(tmp_path: Path) -> None:
+    annotations = cut_jpeg(tmp_path)
+    pack_coco(tmp_path / "img", annotations, tmp_path / "out")
+    report = verify(tmp_path / "out")
+    assert list(report.bad_samples) == ["000000001"]
+    assert "or pack with --decode --drop-faulty, which leaves them out" in report.remedy
+    drawn = inspect(tmp_path / "out", 2, tmp_path / "pictures")
+    assert drawn.pictures == [tmp_path / "pictures" / "000000000.png"] == list((tmp_path / "pictures").iterdir())
+    assert list(drawn.unreadable) == ["000000001"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out .*file.* cannot be written"):
+        inspect(tmp_path / "out", 1, tmp_path / "file")
+
+
+def test_the_truncated_photo(fault_data: Path, tmp_path: Path) -> None:
+    folder = fault_data / "truncated_jpeg"
+    with pytest.raises(DataError, match=r"001\.jpg: broken image"):
+        pack_coco(folder / "img", folder / "ann.json", tmp_path / "out", decode=True)
+    manifest = pack_coco(folder / "img", folder / "ann.json", tmp_path / "out", decode=True, on_error="skip")
+    assert manifest.samples == 3
+
+
+def test_the_command_line_passes_on_how_images_are_read(fault_data: Path, tmp_path: Path) -> None:
+    def pack(name: str, *options: str) -> Any:
+        folder, out = fault_data / name, str(tmp_path / "out")
+        words = ["pack", "coco", "--images", str(folder / "img"), "--annotations", str(folder / "ann.json")]
+        return CliRunner().invoke(shards, [*words, "--out", out, "--overwrite", *options])
+
+    assert pack("exif_turned_180", "--exif", "ignore").exit_code == 0
+    assert repaired(read_manifest(tmp_path / "out")) == {}
+    assert pack("png_12bit", "--range", "0,4095").exit_code == 0
+    assert repaired(read_manifest(tmp_path / "out")) == {"converted": 4}
+    assert isinstance(pack("png_12bit").exception, DataError)
+    assert isinstance(pack("truncated_jpeg", "--decode").exception, DataError)
+    for text in ("5", "a,b", "1,2,3", "9,0"):
+        assert isinstance(pack("png_12bit", "--range", text).exception, ConfigError)
+    assert pack("images_tiff").exit_code == 0
