@@ -201,6 +201,20 @@ def test_images_of_other_formats_are_packed_as_png(tmp_path: Path, configure: An
         assert np.array_equal(image.numpy(), expected)
 
 
+def test_images_of_other_formats_in_the_other_packers(tmp_path: Path) -> None:
+    save(tmp_path / "img" / "a.bmp")
+    (tmp_path / "lab").mkdir()
+    Image.fromarray(np.zeros((12, 16), np.uint8)).save(tmp_path / "lab" / "a.png")
+    assert repaired(pack_semantic(tmp_path / "img", tmp_path / "lab", tmp_path / "1", ["x"])) == {"converted": 1}
+    assert "png" in samples(tmp_path / "1")[0][0].members
+    (tmp_path / "det.json").write_text(json.dumps([{"name": "a.bmp", "labels": []}]))
+    assert repaired(pack_bdd100k([tmp_path / "img"], tmp_path / "det.json", tmp_path / "2")) == {"converted": 1}
+    save(tmp_path / "folders" / "cat" / "a.tiff")
+    save(tmp_path / "folders" / "dog" / "a.jpg")
+    manifest = pack_imagefolder(tmp_path / "folders", tmp_path / "3")
+    assert (manifest.samples, repaired(manifest)) == (2, {"converted": 1})
+
+
 def test_the_first_page_counts_and_is_said_to(tmp_path: Path, configure: Any) -> None:
     pages = [Image.new("RGB", (16, 12), colour) for colour in ("red", "green")]
     (tmp_path / "img").mkdir()
