@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
+from vitgraft.configs.files import read_text
 from vitgraft.configs.schema.recipe import METRICS
 from vitgraft.trainer.checkpoint.layout import MANIFEST, POINTER, parse_step
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint, scan, verify
@@ -156,7 +157,10 @@ def _best(run: Path, figures: dict[int, dict[str, float]]) -> int | None:
     config = run / "config.yaml"
     if not figures or not config.is_file():
         return None
-    recipe = load_recipe(str(config))
+    try:
+        recipe = load_recipe(str(config))
+    except ConfigError:  # the checkpoints are there all the same
+        return None
     wanted = recipe.train.checkpoint.keep_best
     names = [wanted] if wanted is not None else list(METRICS[recipe.task])
     metric = next((name for name in names if any(name in found for found in figures.values())), None)
@@ -165,8 +169,8 @@ def _best(run: Path, figures: dict[int, dict[str, float]]) -> int | None:
 
 def _pointed_to(run: Path) -> str | None:
     try:
-        return (run / "checkpoints" / POINTER).read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        return read_text(run / "checkpoints" / POINTER, 1000).strip()
+    except DataError:
         return None
 
 

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from vitgraft.configs.files import open_regular
+
 _OWNER = re.compile(r"pid ([0-9]{1,10}) on (\S+)")
 
 
@@ -13,7 +15,8 @@ def ownership(run: Path) -> tuple[bool | None, str | None, float]:
     """Whether the process that RUN/lock names owns the run (``None``: it is on another host), its record, and when that
     was written. The lock itself is not touched: even a moment's hold could make somebody's start wait."""
     try:
-        record, written = (run / "lock").read_text(errors="replace").strip(), (run / "lock").stat().st_mtime
+        with open(open_regular(run / "lock"), "rb") as stream:
+            record, written = stream.read(1000).decode(errors="replace").strip(), os.fstat(stream.fileno()).st_mtime
     except OSError:
         return False, None, 0.0
     found = _OWNER.fullmatch(record)

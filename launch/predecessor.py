@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import read_json
 from vitgraft.launch.processes import kill_with
 from vitgraft.trainer.checkpoint.files import replace_text
 
@@ -31,8 +33,8 @@ def end_predecessor(run: Path, host: str) -> None:
     path = folder / f"{host}.json"
     me = _facts(os.getpid())
     earlier: Any = None
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(path.read_bytes())
+    with contextlib.suppress(DataError):
+        earlier = read_json(path, 1 << 16)
     if isinstance(earlier, dict) and earlier != me and isinstance(earlier.get("pid"), int):
         _kill(earlier)
         kill_with(f"{MARK_VARIABLE}={_mark(earlier)}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vitgraft.configs.errors import InterruptedRun, PreemptedRun
+from vitgraft.trainer.monitor_files import moment, whole
 
 State = Literal["running", "finished", "stopped", "failed", "dead"]
 _STOPS = (PreemptedRun.exit_code, InterruptedRun.exit_code)
@@ -15,13 +16,14 @@ _STOPS = (PreemptedRun.exit_code, InterruptedRun.exit_code)
 @dataclass(frozen=True)
 class RunEnd:
     """The last word about how a run ended. ``when``: seconds since 1970. ``over``: the command left with this code, and
-    not only an attempt, which another one may follow. ``restarting``: one was announced."""
+    not only an attempt, which another one may follow. ``restarting``: one was announced. ``attempt``: whose end."""
 
     code: int
     reason: str | None
     when: float
     over: bool
     restarting: bool = False
+    attempt: int = 0
 
 
 def run_end(events: Iterable[dict[str, Any]]) -> RunEnd | None:
@@ -41,25 +43,29 @@ def run_end(events: Iterable[dict[str, Any]]) -> RunEnd | None:
             end = replace(end, restarting=True)
         elif name in ("end", "give_up"):
             try:
-                code, when = int(event["code"]), float(event["time"])
+                code, when = whole(event["code"]), moment(event["time"])
             except (KeyError, TypeError, ValueError):
                 continue
             reason = event.get("reason", event.get("text"))
             # A failure of an attempt has a kind; what ends the command for another reason has none.
             over = name == "give_up" or code in (0, *_STOPS) or "kind" not in event
-            end = RunEnd(code, reason if isinstance(reason, str) else end.reason if end else None, when, over)
+            text = reason if isinstance(reason, str) else end.reason if end else None
+            end = RunEnd(code, text, when, over, attempt=attempt if isinstance(attempt, int) else newest)
     return end
 
 
-def judge(end: RunEnd | None, started: bool, held: bool | None, claimed: float) -> tuple[State, str | None, int | None]:
+def judge(
+    end: RunEnd | None, started: bool, held: bool | None, claimed: float, attempt: int = 0
+) -> tuple[State, str | None, int | None]:
     """State, its reason and the exit code.
 
     Args:
         started: whether it ever was.
         held: whether a process owns the run; ``None``: that cannot be told from here.
         claimed: when the lock was taken last (seconds since 1970).
+        attempt: the newest that took the run: it tells a new start from the old end, too, where a clock was put back.
     """
-    if end is not None and not (held and claimed > end.when):
+    if end is not None and not (held and (claimed > end.when or attempt > end.attempt)):
         if not end.over:
             # The supervisor that saw this end pauses, connects to the hosts again or examines them.
             if held:

@@ -6,7 +6,6 @@ sees its directory.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,18 +13,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.files import MAX_SMALL_BYTES, read_json, read_text
 from vitgraft.launch.ownership import ownership
 from vitgraft.launch.run_state import State, judge, run_end
-from vitgraft.trainer.monitor_files import Attempt, attempts, read_rows
+from vitgraft.trainer.monitor_files import MAX_WHOLE, Attempt, attempts, moment, read_rows
 
 TAIL_BYTES = 1 << 18
 """How much is read from the end of metrics.jsonl: some hundred rows."""
 SHOWN_EVENTS = 5
-MAX_JSON_BYTES = 64 << 20
 # Supervisors and agents have one for all attempts: the last part of an address as a host's name is no attempt.
 _LOG = re.compile(r"(?!agent\.|supervisor\.)([a-z]+)(?:-[0-9]+)?\.(.+)\.([0-9]+)\.log")
 
@@ -105,27 +105,27 @@ def read_status(run: Path, now: float | None = None) -> Status:
     Raises:
         ConfigError: there is no run in that directory.
     """
-    if not any((run / name).is_file() for name in ("config.yaml", "events.jsonl", "lock")):
+    if not any(os.path.isfile(run / name) for name in ("config.yaml", "events.jsonl", "lock")):
         raise ConfigError(f"{run}: no run directory (it has neither config.yaml nor events.jsonl); name one of train's")
     now = time.time() if now is None else now
     config, events = _config(run), read_rows(run / "events.jsonl")
     starts = attempts(events)
     held, owner, claimed = ownership(run)
-    state, reason, code = judge(run_end(events), bool(starts), held, claimed)
     start = starts[-1] if starts else None
+    number = _attempt(run, start)
+    state, reason, code = judge(run_end(events), bool(starts), held, claimed, number)
     begins = [event for event in events if event.get("event") == "start"]
     rows = read_rows(run / "metrics.jsonl", TAIL_BYTES)
-    number = _attempt(run, start)
     # Rows of an earlier attempt tell nothing about this one, but where it goes on.
     own = [row for row in rows if row.get("attempt") == number]
     begin = start.resumed_step if start is not None and start.number == number else 0
-    before = [row for row in rows if (_number(row, "step") or math.inf) <= begin]
+    before = [row for row in rows if (_whole(row, "step") or math.inf) <= begin]
     row: dict[str, Any] = next(reversed(own or before), {})
-    step, pace = int(_number(row, "step") or begin), pace_of(own)
-    steps = _number(row, "steps") or _number(config.get("train"), "steps")
-    written = _number(row, "time")
+    step, pace = _whole(row, "step") or begin, pace_of(own)
+    steps = _whole(row, "steps") or _whole(config.get("train"), "steps")
+    written = _time(row, "time")
     checkpoint, result = _newest_json(run, "checkpoints/step-*/manifest.json"), _newest_json(run, "results/step-*.json")
-    made, metrics = _number(checkpoint, "created"), _tree((result or {}).get("metrics"))
+    made, metrics = _time(checkpoint, "created"), _tree((result or {}).get("metrics"))
     return Status(
         run=str(run),
         name=_text(config, "name"),
@@ -139,7 +139,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
         device=_text(begins[-1], "device") if begins else None,
         world=start.world if start is not None else None,
         step=step,
-        steps=None if steps is None else int(steps),
+        steps=steps,
         epoch=_whole(row, "epoch"),
         epochs=_whole(config.get("train"), "epochs"),
         samples=_whole(row, "samples"),
@@ -164,8 +164,10 @@ def pace_of(rows: list[dict[str, Any]]) -> Pace:
     """``rows``: of one attempt, in order. The time between rows contains checkpoints and evaluations, as what is left
     of the run will."""
     seconds = sum(_number(row, "seconds") or 0.0 for row in rows)
-    timed = [(step, when) for row in rows if (step := _number(row, "step")) and (when := _number(row, "time"))]
+    timed = [(step, when) for row in rows if (step := _whole(row, "step")) and (when := _time(row, "time"))]
     passed = timed[-1][0] - timed[0][0] if timed else 0
+    # A clock that was put back counts for nothing.
+    between = math.fsum(max(0.0, later[1] - earlier[1]) for earlier, later in pairwise(timed))
     images = sum((_number(row, "images_per_second") or 0.0) * (_number(row, "seconds") or 0.0) for row in rows)
     slowest = Counter(rank for row in rows if (rank := _whole(row, "slowest_rank")) is not None).most_common(1)
 
@@ -177,7 +179,7 @@ def pace_of(rows: list[dict[str, Any]]) -> Pace:
         return sum(values) / len(values) if values else None
 
     return Pace(
-        seconds_per_step=(timed[-1][1] - timed[0][1]) / passed if passed > 0 else None,
+        seconds_per_step=between / passed if passed > 0 else None,
         images_per_second=images / seconds if seconds > 0 else None,
         data_wait_share=share("data_wait_s"),
         checkpoint_stall_share=share("checkpoint_stall_s"),
@@ -199,8 +201,8 @@ def eta(step: int, steps: float | None, pace: Pace, row_age: float | None) -> fl
 def _attempt(run: Path, start: Attempt | None) -> int:
     """The attempt that owns the run: RUN/attempt is written before the event of its start."""
     try:
-        text = (run / "attempt").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        text = read_text(run / "attempt", MAX_SMALL_BYTES).strip()
+    except DataError:
         text = ""
     owned = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     return max(owned, start.number if start is not None else 0)
@@ -224,21 +226,20 @@ def _is_role_restart(event: dict[str, Any], attempt: int) -> bool:
 
 def _config(run: Path) -> dict[str, Any]:
     """RUN/config.yaml without the schema, which takes long to import: only a few keys are shown."""
-    import yaml
+    from vitgraft.configs.yaml_text import parse_yaml
 
     try:
-        tree = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        return _tree(parse_yaml(read_text(run / "config.yaml", MAX_SMALL_BYTES), "config.yaml"))
+    except (DataError, ConfigError):
         return {}
-    return _tree(tree)
 
 
 def _newest_json(run: Path, pattern: str) -> dict[str, Any] | None:
     """The last by name that can be read."""
     for path in sorted(run.glob(pattern), reverse=True):
         try:
-            tree = _tree(json.loads(path.read_bytes()) if path.stat().st_size <= MAX_JSON_BYTES else None)
-        except (OSError, ValueError, RecursionError):
+            tree = _tree(read_json(path, MAX_SMALL_BYTES, finite=False))
+        except DataError:
             continue
         if tree:
             return tree
@@ -253,12 +254,22 @@ def _tree(value: Any) -> dict[str, Any]:
 def _number(tree: Any, key: str) -> float | None:
     """A number of a tree that somebody else wrote."""
     value = tree.get(key) if isinstance(tree, dict) else None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # A loss may be infinite, or no number; an integer of a thousand digits is nobody's.
+    return None if isinstance(value, int) and abs(value) > MAX_WHOLE else value
 
 
 def _whole(tree: Any, key: str) -> int | None:
     value = _number(tree, key)
-    return int(value) if value is not None and math.isfinite(value) else None
+    return int(value) if value is not None and abs(value) < MAX_WHOLE else None
+
+
+def _time(tree: Any, key: str) -> float | None:
+    try:
+        return moment(tree.get(key) if isinstance(tree, dict) else None)
+    except ValueError:
+        return None
 
 
 def _text(tree: dict[str, Any], key: str) -> str | None:

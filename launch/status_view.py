@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vitgraft.launch.status import Status, read_status
+from vitgraft.trainer.monitor_files import moment
 
 WATCH_INTERVAL_S = 1.0
 PRIMARY = ("box_AP", "mask_AP", "mIoU", "top1", "top5")
@@ -72,14 +74,18 @@ def watch(run: Path) -> None:
 
 def event_text(event: dict[str, Any]) -> str:
     """One event in one line."""
-    when = event.get("time")
-    clock = time.strftime("%m-%d %H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "?"
+    try:
+        clock = time.strftime("%m-%d %H:%M:%S", time.localtime(moment(event.get("time"))))
+    except ValueError:
+        clock = "?"
     facts = [f"{key} {value}" for key, value in event.items() if key in _MEANT and value is not None]
     return "  ".join([clock, str(event.get("event", "?")), *facts])
 
 
 def duration(seconds: float) -> str:
     """``45 s``, ``12 min``, ``3 h 05 min``, ``2 d 4 h``."""
+    if not math.isfinite(seconds):
+        return "?"
     whole = int(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -123,4 +129,6 @@ def _said(name: str, value: float | None) -> str | None:
 
 
 def _line(label: str, facts: list[str | None]) -> str:
-    return f"{label:<11}" + "  ".join(fact for fact in facts if fact is not None)
+    text = "  ".join(fact for fact in facts if fact is not None)
+    # What others wrote into the run's files must not steer the terminal.
+    return f"{label:<11}" + "".join(letter if letter.isprintable() else "?" for letter in text)

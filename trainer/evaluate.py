@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import MAX_SMALL_BYTES, read_json
 from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.model import MaskRCNNConfig
@@ -231,10 +232,10 @@ def headline(evaluator: Evaluator, evaluation: Evaluation) -> str:
 def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -> bool:
     """Whether RUN/results holds this checkpoint's evaluation under this very protocol."""
     try:
-        stored = json.loads(result_path(run, checkpoint.step).read_text())["id"]
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = read_json(result_path(run, checkpoint.step), MAX_SMALL_BYTES, finite=False)
+    except DataError:
         return False
-    return bool(stored == evaluation_id(evaluator, checkpoint))
+    return bool(isinstance(stored, dict) and stored.get("id") == evaluation_id(evaluator, checkpoint))
 
 
 def evaluation_id(evaluator: Evaluator, checkpoint: Checkpoint) -> str:

@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.files import MAX_SMALL_BYTES, json_rows, open_regular
+
+MAX_WHOLE = 1 << 53
+"""Numbers of rows beyond this are nobody's."""
+_CHUNK = 1 << 16
+
 
 def drop_torn_line(path: Path) -> None:
     """Cut off the incomplete last line that a kill may have left."""
-    if not path.exists():
+    try:
+        descriptor = open_regular(path, os.O_RDWR)
+    except FileNotFoundError:
         return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
+    with open(descriptor, "r+b") as stream:
+        end = size = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _CHUNK)
+            stream.seek(start)
+            cut = stream.read(end - start).rfind(b"\n")
+            if cut >= 0:
+                end = start + cut + 1
+                break
+            end = start
+        if end < size:
+            stream.truncate(end)
 
 
 def audited_history(path: Path) -> dict[int, dict[str, Any]]:
     """The last attempt's row for each step: what the run that counts did."""
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        if row["step"] not in rows or row["attempt"] >= rows[row["step"]]["attempt"]:
-            rows[row["step"]] = row
+    for row in read_rows(path):
+        step, attempt = row.get("step"), row.get("attempt")
+        if not isinstance(step, int) or not isinstance(attempt, int):
+            continue
+        if step not in rows or attempt >= rows[step]["attempt"]:
+            rows[step] = row
     return rows
 
 
-def read_rows(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The whole rows of a file that somebody may be writing to; of a missing one, none.
+def read_rows(path: Path, last_bytes: int = MAX_SMALL_BYTES) -> list[dict[str, Any]]:
+    """The whole rows of a file that somebody may be writing to; of a missing one, and of what is no file, none.
 
     Args:
         last_bytes: read so much from the end only; the row that this cuts is left out.
     """
     try:
-        with path.open("rb") as stream:
-            start = 0 if last_bytes is None else max(0, stream.seek(0, os.SEEK_END) - last_bytes)
-            stream.seek(start)
-            lines = stream.read().split(b"\n")
+        descriptor = open_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    # What follows the last newline is torn, or still being written.
-    return [row for line in lines[1 if start else 0 : -1] if (row := _row(line)) is not None]
+    with open(descriptor, "rb") as stream:
+        start = max(0, stream.seek(0, os.SEEK_END) - last_bytes)
+        stream.seek(start)
+        data = stream.read(last_bytes)
+    # What follows the last newline is torn, or still being written. Two kills may have left a torn line within.
+    begin, end = data.find(b"\n") + 1 if start else 0, data.rfind(b"\n") + 1
+    return list(json_rows(data[begin:end]))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # two kills may have left a torn line within the file
-        return None
-    return row if isinstance(row, dict) else None
+def whole(value: Any) -> int:
+    """A whole number of a row that somebody else wrote.
+
+    Raises:
+        ValueError: it is none, or larger than any that a run counts up to.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_WHOLE < value < MAX_WHOLE:
+        raise ValueError(f"{type(value).__name__} instead of a whole number")
+    return int(value)
+
+
+def moment(value: Any) -> float:
+    """A time of a row, in seconds since 1970.
+
+    Raises:
+        ValueError: it is none that a calendar has.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e11:
+        raise ValueError(f"{type(value).__name__} instead of a time")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -71,12 +105,12 @@ def attempts(events: list[dict[str, Any]]) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     for event in events:
         try:
-            number, when = int(event["attempt"]), float(event["time"])
+            number, when = whole(event["attempt"]), moment(event["time"])
             if event["event"] == "start":
-                found[number] = Attempt(number, when, int(event.get("resume") or 0), int(event["world"]))
+                found[number] = Attempt(number, when, whole(event.get("resume") or 0), whole(event["world"]))
             elif event["event"] == "end" and number in found:
                 start = found[number]
-                code, reason = int(event["code"]), str(event.get("reason", ""))
+                code, reason = whole(event["code"]), str(event.get("reason", ""))
                 found[number] = Attempt(number, start.started, start.resumed_step, start.world, code, reason, when)
         except (KeyError, TypeError, ValueError):
             continue

@@ -37,7 +37,7 @@ class SkipLog:
         self.samples = {
             row["sample"]
             for row in read_skipped(run)
-            if row["reason"] != NOT_FINITE
+            if row.get("reason") != NOT_FINITE
             and row["step"] <= min([first_step, *(first for number, first in starts if number > row["attempt"])])
         }
 
@@ -69,15 +69,6 @@ class SkipLog:
 
 
 def read_skipped(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run, in the order of writing; a last line that a kill cut off is left out."""
-    try:
-        lines = (run / NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The rows of a run, in the order of writing; what is no such row, e.g. because a kill cut it off, is left out."""
+    rows = read_rows(run / NAME)
+    return [row for row in rows if all(type(row.get(key)) is int for key in ("sample", "step", "attempt"))]

@@ -120,7 +120,7 @@ def test_numbers_that_are_none(tmp_path: Path, field: str, value: str) -> None:
     tree = json.loads(file.read_text())
     tree[field] = {"created": "@", "scalars": {"step": "@"}, "groups": [{"lr": "@"}]}[field]
     file.write_text(json.dumps(tree).replace('"@"', value))
-    with pytest.raises(CheckpointError, match="not a manifest"):
+    with pytest.raises(CheckpointError, match=r"is not a number of JSON|is not finite"):
         open_checkpoint(path)
 
 
@@ -138,7 +138,7 @@ CONTENTS: dict[str, bytes] = {
 def test_files_that_are_no_manifest(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, WHOLE)
     (path / layout.MANIFEST).write_bytes(CONTENTS[name])
-    with pytest.raises(CheckpointError, match=r"manifest\.json: "):
+    with pytest.raises(CheckpointError, match=r"manifest\.json(:1)?: "):
         open_checkpoint(path)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError, ErrorCause, cause_of
+from vitgraft.configs.files import open_regular, read_bytes, read_text
 from vitgraft.trainer.checkpoint.files import (
     remove_file,
     remove_tree,
@@ -39,6 +41,8 @@ _NO_SPACE = "no space left on the disk of"
 _READ_ONLY = "cannot write to the folder"
 ATTEMPT = "attempt"
 """RUN/attempt: the number of the attempt that owns the run. Another one may not commit."""
+MAX_ATTEMPT = 10**9
+_MAX_RECORD_BYTES = 1 << 20
 COMMITTED = "committed"
 """RUN/committed: the name of the first checkpoint that is known of. While it is there the run does not start afresh by
 itself, even when RUN/checkpoints is lost."""
@@ -98,12 +102,13 @@ def write_record(folder: Path, record: RankRecord) -> None:
 def read_record(folder: Path, rank: int, *, attempt: int, step: int, world: int) -> RankRecord | None:
     """What a rank's writer has reported; ``None``: nothing yet, or another attempt's, or of lost files."""
     try:
-        record = RankRecord.model_validate_json((folder / record_name(rank)).read_bytes())
+        data = read_bytes(folder / record_name(rank), _MAX_RECORD_BYTES, CheckpointError)
+        record = RankRecord.model_validate_json(data)
         if (record.attempt, record.step, record.world, record.rank) != (attempt, step, world, rank):
             return None
         if any((folder / file.path).stat().st_size != file.bytes for file in record.files):
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, CheckpointError):
         return None
     return record
 
@@ -180,12 +185,24 @@ def check_owner(run: Path, attempt: int) -> None:
 
 
 def owning_attempt(run: Path) -> int | None:
-    """The attempt that owns the run; ``None`` for a run that no launcher has opened."""
+    """The attempt that owns the run; ``None`` for a run that no launcher has opened.
+
+    Raises:
+        CheckpointError: the file says no number, so that nobody can be told to own the run.
+        OSError: it cannot be read.
+    """
     try:
-        text = (run / ATTEMPT).read_text().strip()
+        descriptor = open_regular(run / ATTEMPT)
     except FileNotFoundError:
         return None
-    return int(text) if text.isascii() and text.isdigit() else None
+    with open(descriptor, "rb") as stream:
+        said = stream.read(100).strip()
+    if not re.fullmatch(rb"[0-9]{1,9}", said):
+        raise CheckpointError(
+            f"{run / ATTEMPT}: {said[:20]!r} is no number of an attempt, so nobody may commit; start "
+            "the same command again"
+        )
+    return int(said)
 
 
 def point_to(final: Path, attempt: int) -> None:
@@ -197,8 +214,8 @@ def point_to(final: Path, attempt: int) -> None:
     pointer, line, run = final.parent / POINTER, final.name + "\n", final.parent.parent
     if not (run / COMMITTED).exists():
         _replace_as_owner(run / COMMITTED, line, run, attempt)
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if pointer.read_text() == line:
+    with contextlib.suppress(CheckpointError):
+        if read_text(pointer, 1000, CheckpointError) == line:
             return
     _replace_as_owner(pointer, line, run, attempt)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
+import reprlib
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.files import open_regular
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.trainer.checkpoint.layout import (
     BUFFERS,
@@ -36,6 +39,7 @@ from vitgraft.trainer.checkpoint.manifest import read_manifest
 from vitgraft.trainer.checkpoint.shard_file import OF_THE_FILE, ShardFile, open_safetensors
 
 MAX_HASH_THREADS = 16
+_MAX_DIMENSIONS = 32
 PAUSES_S = (1.0, 2.0, 4.0)
 """Before a file that its storage refuses to give is tried again: for that alone no newest checkpoint is put aside."""
 READ_THREADS = 4
@@ -63,12 +67,16 @@ class Checkpoint:
     def reading(self) -> Iterator[None]:
         """Hold a shared lock, so that retention leaves this checkpoint alone."""
         try:
-            stream = (self.path / MANIFEST).open("rb")
+            descriptor = open_regular(self.path / MANIFEST)
         except OSError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: cannot be read: {error.strerror}") from None
-        with stream:
-            fcntl.flock(stream, fcntl.LOCK_SH)
+        try:
+            # Where there are no locks, retention cannot take one either, and deletes nothing.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield
+        finally:
+            os.close(descriptor)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -88,7 +96,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path / record.path}: {state}, the manifest says {record.bytes} bytes")
     if parse_step(path.name) not in (None, manifest.step):
         raise CheckpointError(f"{file}: the manifest is of step {manifest.step}")
+    _check_sizes(file, manifest)
     return Checkpoint(path, manifest)
+
+
+def _check_sizes(file: Path, manifest: Manifest) -> None:
+    """Refuse shapes that the files cannot hold, before memory is taken for them."""
+    room = sum(record.bytes for record in manifest.files if record.path != BUFFERS) // 4
+    needed = 0
+    for name, shape in manifest.parameters.items():
+        needed += len(manifest.kinds) * math.prod(shape)
+        # A dimension of zero hides the others.
+        if len(shape) > _MAX_DIMENSIONS or needed > room or math.prod(filter(None, shape)) >= 1 << 40:
+            raise CheckpointError(
+                f"{file}: parameter {name} of shape {reprlib.repr(shape)} does not fit into the checkpoint's files; "
+                "it was not written by vitgraft"
+            )
 
 
 def verify(

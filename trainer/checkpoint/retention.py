@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import MAX_SMALL_BYTES, read_json
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.recipe import Backlog
 from vitgraft.trainer.checkpoint.commit import TEMPORARY
@@ -17,7 +18,6 @@ from vitgraft.trainer.checkpoint.files import remove_tree
 from vitgraft.trainer.checkpoint.layout import MANIFEST, step_name
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 
-MAX_RESULT_BYTES = 64 << 20
 _DELETED = f".deleted{TEMPORARY}"
 
 
@@ -107,14 +107,18 @@ def figures_of(run: Path, steps: Collection[int]) -> dict[int, dict[str, float]]
     """The figures of those steps that were evaluated."""
     found: dict[int, dict[str, float]] = {}
     for step in steps:
-        path = result_path(run, step)
         try:
-            if path.stat().st_size <= MAX_RESULT_BYTES:
-                metrics = json.loads(path.read_bytes())["metrics"]
-                found[step] = {str(k): float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            tree = read_json(result_path(run, step), MAX_SMALL_BYTES, finite=False)
+        except DataError:
             continue  # not evaluated, or not by this version: no figure to go by
+        metrics = tree.get("metrics") if isinstance(tree, dict) else None
+        if isinstance(metrics, dict):
+            found[step] = {name: float(value) for name, value in metrics.items() if _is_figure(value)}
     return found
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e15
 
 
 def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list[str]:
