@@ -45,7 +45,7 @@ ADVICE: dict[Kind, str] = {
     "hang": "look at that rank's log and host: a stopped process, a stuck disk or GPU, a broken link",
     "host_memory": "lower data.workers or train.global_batch, or give the host more memory",
     "device_memory": "lower train.global_batch, raise train.accumulation, or set train.activation_checkpointing: full",
-    "non_finite": "look at the samples that are named, or leave them out by train.on_non_finite: skip; lower the rate",
+    "non_finite": "look at the samples that are named, or leave them out by train.on_non_finite: skip",
     "bad_data": "repair the data, or leave damaged samples out with data.on_error",
     "lost_node": "look at the host: power, kernel log, network",
     "network": "look at the links and ports between the hosts: vitgraft doctor",

@@ -71,7 +71,20 @@ def train(
     loaded = load_recipe(recipe, overrides)
     run = run_dir or Path("runs") / loaded.name
     place = None if hostfile is not None and nodes is None else node_place(nodes, node_rank, leader, os.environ)
-    where = training.Where(processes, hostfile, include, exclude, place)
+    options = {
+        "--processes": processes,
+        "--hostfile": hostfile,
+        "--include": include or None,
+        "--exclude": exclude or None,
+        "--nodes": nodes,
+        "--node-rank": node_rank,
+        "--leader": leader,
+    }
+    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    changes = [word for override in overrides or [] for word in ("--set", override)]
+    where = training.Where(
+        processes, hostfile, include, exclude, place, ["vitgraft", "train", recipe, *given, *changes]
+    )
     with Screen() as screen:
         training.train(loaded, run, screen, where, resume=resume)
     with contextlib.suppress(OSError):  # it is done, whether or not anybody can be told

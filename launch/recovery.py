@@ -83,7 +83,7 @@ def decide(
     skip, notes = _skipped(record, policy, earlier), []
     if culprits := culprits_of(record, earlier):
         if policy.non_finite == "stop":
-            text = f"{last.cause.text}, again with the same samples: it is the data; {last.cause.advice}"
+            text = f"again with the same samples: it is the data; {last.cause.line}"
             return Stop(last.cause.exit_code, text)
         notes.append(f"not finite twice with the same samples, so they are left out: {', '.join(sorted(culprits))}")
     vain = restarts_in_vain(record)

@@ -8,22 +8,36 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, VitgraftError, cause_of
-from vitgraft.configs.load import dump_recipe, read_tree, validate_recipe
+from vitgraft.configs.load import dump_recipe
 from vitgraft.configs.schema import Recipe
-from vitgraft.trainer.checkpoint.commit import ATTEMPT, COMMITTED, all_step_names, owning_attempt, set_aside, sweep
+from vitgraft.launch.run_recipe import CONFIG, check_recipe, is_another, is_bound
+from vitgraft.trainer.checkpoint.commit import (
+    ATTEMPT,
+    COMMITTED,
+    MAX_ATTEMPT,
+    all_step_names,
+    owning_attempt,
+    set_aside,
+    sweep,
+)
 from vitgraft.trainer.checkpoint.files import make_folders, replace_text
 from vitgraft.trainer.checkpoint.layout import POINTER, parse_step, step_name
-from vitgraft.trainer.checkpoint.read import Checkpoint, newest_valid, resolve_checkpoint
+from vitgraft.trainer.checkpoint.read import Checkpoint, complete_checkpoints, newest_valid, resolve_checkpoint
+from vitgraft.trainer.monitor_files import drop_torn_line, read_rows
+from vitgraft.trainer.non_finite import LEFT_OUT, NON_FINITE
 
 LOCK_PATIENCE_S = 20.0
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # What says that the run has a past goes last.
 _OF_THE_OLD_START = ("metrics.jsonl", "results", "ledger", "tensorboard", COMMITTED)
+# What names entries by their place in an order, which another recipe changes.
+_OF_THE_OLD_ORDER = ("skipped.jsonl", NON_FINITE, LEFT_OUT)
 
 
 @dataclass
@@ -59,7 +73,7 @@ class RunHandle:
         """
         self.notes = []
         try:
-            owner = owning_attempt(self.path)
+            owner = _owner(self.path)
             if owner not in (None, self.attempt):  # locks do not reach across hosts everywhere
                 raise ConfigError(
                     f"{self.path}: another supervisor owns the run now (attempt {owner}; this one's was "
@@ -83,12 +97,13 @@ class RunHandle:
         self.lock.close()
 
 
-def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
+def open_run(path: Path, recipe: Recipe, resume: str, command: Sequence[str] | None = None) -> RunHandle:
     """Own the run directory, check the recipe against it and find where to go on.
 
     Args:
         resume: ``auto`` (the newest valid checkpoint, else the start), ``never`` (the start; old ones are set aside) or
             the path of a checkpoint of this run.
+        command: how training was asked for, without the run directory: for messages.
 
     Raises:
         ConfigError: another process owns the run, the recipe is another one, or the folder cannot be used.
@@ -104,17 +119,21 @@ def open_run(path: Path, recipe: Recipe, resume: str) -> RunHandle:
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
-        if resume != "never":
-            _check_recipe(path, recipe)
+        note = check_recipe(path, recipe, resume, command) if resume != "never" and is_bound(path) else None
         handle = RunHandle(path, 0, None, lock, [])
         # Before anything is looked at: ranks of a killed attempt may live on hosts that this lock does not reach, and
         # what they committed behind our back would be in the way of this attempt's checkpoints.
         handle.claim()
         sweep(path)
+        another = is_another(path, recipe)
+        if note is not None:
+            handle.notes.append(note)
         handle.resume = _where_to_go_on(path, resume, handle.notes)
+        if handle.resume is None and another:
+            _forget_another(path, handle.notes)
         for folder in ("logs", "results", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
-        replace_text(path / "config.yaml", dump_recipe(recipe))
+        replace_text(path / CONFIG, dump_recipe(recipe))
         return handle
     except BaseException as error:
         lock.close()
@@ -159,31 +178,6 @@ def _own(path: Path) -> IO[str]:
     return lock
 
 
-def _check_recipe(path: Path, recipe: Recipe) -> None:
-    config = path / "config.yaml"
-    if not config.is_file():
-        return
-    old = validate_recipe(read_tree(config), str(config))
-    difference = first_difference(old.identity(), recipe.identity())
-    if difference is not None:
-        key, before, now = difference
-        raise ConfigError(
-            f"{config}: {key} was {before!r}, now {now!r}; a resumed run keeps its model, data and optimisation: "
-            "use the old value, another --run-dir, or --resume never to start afresh"
-        )
-
-
-def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key in which two trees differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
-            found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (key, old, new)
-
-
 def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | None:
     names = all_step_names(path)
     pointer = path / "checkpoints" / POINTER
@@ -221,6 +215,15 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
     return _set_later_aside(path, names, found, "invalid, found when resuming", notes)
 
 
+def _forget_another(path: Path, notes: list[str]) -> None:
+    """Nothing that a start with another recipe has left is part of this run."""
+    left = [name for name in (*_OF_THE_OLD_START, *_OF_THE_OLD_ORDER) if (path / name).exists()]
+    left = [name for name in left if name != "results" or any((path / name).iterdir())]
+    if left:
+        folder = set_aside(path, left, "of a start with another recipe")
+        notes.append(f"the recipe is another than at the last start; what that one left is moved to {folder}")
+
+
 def _remember(path: Path, found: Checkpoint) -> None:
     """Let the run say that it has a checkpoint, where its commit did not: in a copy of it, or in an earlier version."""
     if not (path / COMMITTED).exists():
@@ -244,15 +247,24 @@ def _step(result: Path) -> int:
     return parse_step(result.stem) or 0
 
 
-def _next_attempt(path: Path) -> int:
-    events, last = path / "events.jsonl", owning_attempt(path) or 0
-    if not events.is_file():
-        return 1 + last
-    from vitgraft.trainer.monitor_files import drop_torn_line
+def _owner(path: Path) -> int | None:
+    """The attempt that owns the run; ``None``: none, or a damaged file does not tell."""
+    try:
+        return owning_attempt(path)
+    except CheckpointError:
+        return None
 
+
+def _next_attempt(path: Path) -> int:
+    """One more than any attempt that the run's files know of: each may lack what a full disk could not take."""
+    known = [_owner(path) or 0]
+    events = path / "events.jsonl"
     drop_torn_line(events)
-    # The record lacks what a full disk could not take.
-    return 1 + max(last, sum('"event": "start"' in line for line in events.read_text().splitlines()))
+    rows = read_rows(events)
+    known.append(sum(row.get("event") == "start" for row in rows))
+    known += [number for row in rows if type(number := row.get("attempt")) is int and 0 < number < MAX_ATTEMPT]
+    known += [checkpoint.manifest.attempt for checkpoint in complete_checkpoints(path)]
+    return 1 + max(number for number in known if number < MAX_ATTEMPT)
 
 
 def record_failed_start(path: Path, error: VitgraftError) -> None:
@@ -262,5 +274,5 @@ def record_failed_start(path: Path, error: VitgraftError) -> None:
         make_folders(path)
         with (path / "lock").open("a+", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            handle = RunHandle(path, owning_attempt(path) or 0, None, lock, [])
+            handle = RunHandle(path, _owner(path) or 0, None, lock, [])
             handle.event("end", code=error.exit_code, reason=str(error))

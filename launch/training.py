@@ -35,13 +35,15 @@ from vitgraft.trainer.deepspeed_config import render
 @dataclass(frozen=True)
 class Where:
     """On which hosts a run is to be. ``processes``: ranks on this host. ``include`` and ``exclude`` choose slots of the
-    hostfile. ``place``: this node's, where one command runs on each."""
+    hostfile. ``place``: this node's, where one command runs on each. ``command``: how training was asked for, without
+    the run directory, for messages."""
 
     processes: int | None = None
     hostfile: Path | None = None
     include: str = ""
     exclude: str = ""
     place: NodePlace | None = None
+    command: Sequence[str] | None = None
 
 
 def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None, *, resume: str = "auto") -> None:
@@ -62,7 +64,7 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
             check_copy(recipe)
             if resume == "never" or not all_step_names(run):
                 check_start(recipe)
-            handle = open_run(run, recipe, resume)
+            handle = open_run(run, recipe, resume, where.command)
     except VitgraftError as error:
         if where.place is not None:
             # Nodes that wait for this one read there that it will not lead.

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitgraft.configs.errors import DataError
+from vitgraft.configs.schema import Recipe
+from vitgraft.trainer.checkpoint.commit import all_step_names
 from vitgraft.trainer.checkpoint.files import sync_folder
 from vitgraft.trainer.monitor_files import read_rows
+from vitgraft.trainer.new_run import new_run, same_run
 
 if TYPE_CHECKING:  # the supervisor reads these files without torch
     from vitgraft.data_shards.batch import Entry
@@ -55,6 +58,23 @@ def read_left_out(run: Path) -> frozenset[tuple[int, int]]:
             )
         found |= {(epoch, position) for epoch, position in entries}
     return frozenset(found)
+
+
+def remedy(run: Path, recipe: Recipe) -> str:
+    """What to do about a loss or gradient that is not finite: ends with the command that works.
+
+    A run that has committed a checkpoint keeps its rate; one that has not may be started again with another.
+    """
+    slower = {"train.optimizer.lr": recipe.train.optimizer.lr / 2}
+    if all_step_names(run):
+        return (
+            "look at the samples, leave them out by train.on_non_finite: skip, or start a new run from this one's "
+            f"weights at a lower rate or with train.clip_grad: {new_run(run, recipe, slower)}"
+        )
+    return (
+        "look at the samples, leave them out by train.on_non_finite: skip, or start again at a lower rate or with "
+        f"train.clip_grad: {same_run(run, slower)}"
+    )
 
 
 def append_durably(path: Path, row: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from vitgraft.trainer.checkpoint.save import RunFacts, TrainerState, load_checkp
 from vitgraft.trainer.checkpoint.savers import Saver, make_saver
 from vitgraft.trainer.deepspeed_config import render
 from vitgraft.trainer.init_from import start_from
+from vitgraft.trainer.new_run import new_run
 from vitgraft.trainer.non_finite import read_left_out
 from vitgraft.trainer.report import Reporter
 
@@ -180,12 +181,14 @@ def _check_same_run(recipe: Recipe, dataset: PackedDataset, checkpoint: Checkpoi
         paths = ", ".join(source.path for source in recipe.data.train)
         raise DataError(
             f"{paths}: changed since {checkpoint.path.name} was written (fingerprint "
-            f"{dataset.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it"
+            f"{dataset.fingerprint[:12]}, expected {manifest.data.fingerprint[:12]}); restore it, or start a new run "
+            f"from this one's weights: {new_run(checkpoint.run, recipe)}"
         )
     if not recipe.has_hash(manifest.recipe_hash):
         raise CheckpointError(
             f"{checkpoint.path}: written under another recipe (hash {manifest.recipe_hash[:12]}, this one "
-            f"{recipe.identity_hash()[:12]}); resume with RUN/config.yaml or start a new run"
+            f"{recipe.identity_hash()[:12]}); use that one, or start a new run from this one's weights: "
+            f"{new_run(checkpoint.run, recipe)}"
         )
 
 

@@ -29,7 +29,7 @@ from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_al
 from vitgraft.trainer.heartbeat import Heart
 from vitgraft.trainer.mfu import Arithmetic, arithmetic_of
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
-from vitgraft.trainer.non_finite import record_non_finite
+from vitgraft.trainer.non_finite import record_non_finite, remedy
 from vitgraft.trainer.own_time import clock_for, spread
 from vitgraft.trainer.schedule import lr_factor
 from vitgraft.trainer.session import Session
@@ -275,7 +275,7 @@ class TrainLoop:
         samples = ", ".join(key(entry.sample) for entry in entries[:16])
         raise TrainingError(
             f"step {step}: loss {', '.join(names)} is not finite; samples: {samples or 'none alone'}; "
-            "look at these samples, lower the learning rate or set train.clip_grad",
+            f"{remedy(self.run_folder, self.recipe)}",
             cause="non_finite",
             step=step,
         )
@@ -298,7 +298,8 @@ class TrainLoop:
         if not math.isfinite(facts.grad_norm):
             self._record_non_finite(step, ["gradient"], [])
             raise TrainingError(
-                f"step {step}: the gradient's norm is {facts.grad_norm} though the loss is finite; lower the rate",
+                f"step {step}: the gradient's norm is {facts.grad_norm} though the loss is finite; "
+                f"{remedy(self.run_folder, self.recipe)}",
                 cause="non_finite",
                 step=step,
             )
