@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, VitgraftError
+from vitgraft.launch import stdout
 from vitgraft.launch.checkpoints_cli import checkpoints
 from vitgraft.launch.launch_cli import launch
 from vitgraft.launch.shards_cli import shards
@@ -215,13 +215,15 @@ def demo(
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
+    stdout.take_stdout()
     # No run ends, and no exit code changes, because what it says is not read or the disk of its log is full.
     sys.stderr = forgiving_stderr()
     try:
         code = app(standalone_mode=False)
+        if sys.argv[1:2] != ["train"]:  # which is done, whether or not anybody can be told
+            sys.stdout.flush()
     except VitgraftError as error:
-        print(f"vitgraft: {error}", file=sys.stderr)
-        code = error.exit_code
+        code = _say(error)
     except (KeyboardInterrupt, typer.Abort):
         print("vitgraft: interrupted", file=sys.stderr)
         code = InterruptedRun.exit_code
@@ -231,26 +233,22 @@ def main() -> None:
         code = _broken_pipe(broken) if isinstance(broken, BrokenPipeError) else left.code
     except BrokenPipeError as error:
         code = _broken_pipe(error)
+    except stdout.Unwritable as error:
+        code = _say(ConfigError(f"standard output cannot be written: {error.strerror}; make room or write elsewhere"))
     except Exception as error:
         code = _usage_error(error)
-    _let_go_of_stdout()
+    stdout.let_go()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(error: VitgraftError) -> int:
+    print(f"vitgraft: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _broken_pipe(error: BrokenPipeError) -> int:
     """The reader of our output, e.g. head, has seen enough; training, whose output nobody waits for, has not."""
-    poll = select.poll()
-    poll.register(1)
-    unread = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
-    return 0 if unread and sys.argv[1:2] != ["train"] else _usage_error(error)
-
-
-def _let_go_of_stdout() -> None:
-    """What cannot be written any more would change the exit code once more, when Python flushes at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0 if stdout.has_lost_its_reader() and sys.argv[1:2] != ["train"] else _usage_error(error)
 
 
 def _usage_error(error: Exception) -> int:

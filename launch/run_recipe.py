@@ -63,7 +63,7 @@ def check_recipe(run: Path, recipe: Recipe, resume: str, command: Sequence[str] 
     except ConfigError as error:
         if newest is None:
             return None
-        if newest.recipe_hash == recipe.identity_hash():
+        if recipe.has_hash(newest.recipe_hash):
             return f"WARNING {error}; by its checkpoints the recipe is the same, so it is written again"
         raise ConfigError(
             f"{error}; and its checkpoints were written under another recipe (hash {newest.recipe_hash[:12]}, this one "

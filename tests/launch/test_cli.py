@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import vitgraft
+from support import executable, vitgraft
 from typer.main import get_command
 
 from vitgraft.launch.cli import app
@@ -75,3 +77,39 @@ def test_it_runs_beside_a_models_folder(tmp_path: Path) -> None:
     done = vitgraft("train", "quickstart/detection", "--set", "train.epoch=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "did you mean 'epochs'?" in done.stderr
+
+
+RUN = Path(__file__).resolve().parents[1] / "golden" / "checkpoint-1"
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["checkpoints", "list"]], ids=" ".join)
+def test_output_that_is_closed_is_nobodys(command: list[str]) -> None:
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- >&-', "bash", executable(), *command, str(RUN)],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["checkpoints", "list"], []], ids=" ".join)
+def test_output_for_which_there_is_no_room_is_said_in_one_line(command: list[str]) -> None:
+    arguments = [*command, str(RUN)] if command else ["--help"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [executable(), *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "vitgraft: standard output cannot be written: No space left on device; make room or write elsewhere\n"
+    )
+
+
+def test_names_that_are_not_utf8_are_shown(tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"run-\xff")
+    shutil.copytree(RUN, run)
+    for command in (["status"], ["checkpoints", "list"], ["checkpoints", "verify"], ["status", "--json"]):
+        done = subprocess.run([executable(), *command, run], capture_output=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
