@@ -34,6 +34,7 @@ CONVERTED = "converted"
 
 _KEPT = 20
 _KEPT_SKIPPED = 100_000
+_SHOWN = 5
 _LINE = 160
 _SHOWN_CLASSES = 25
 
@@ -44,6 +45,29 @@ class LabelFault(DataError):
     def __init__(self, message: str, kind: str = UNREADABLE) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+@dataclass
+class Noted:
+    """How many findings of one sort there are, and the names of the first."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: Any, count: int = 1) -> None:
+        """Count one more, or ``count``."""
+        self.count += count
+        if len(self.first) < _KEPT:
+            self.first.append(str(name))
+
+    def listed(self) -> str:
+        """Return the first names in one line of bounded length."""
+        shown = self.first[:1]
+        for name in self.first[1:_SHOWN]:
+            if len(", ".join(shown)) + len(name) > _LINE:
+                break
+            shown.append(name)
+        return ", ".join(shown) + (", ..." if self.count > len(shown) else "")
 
 
 @dataclass
@@ -63,9 +87,9 @@ class LabelReport:
     counts: Counter[int] = field(default_factory=Counter)
     crowds: Counter[int] = field(default_factory=Counter)
     unlabelled: int = 0
-    repaired: dict[str, list[str]] = field(default_factory=dict)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    repaired: dict[str, Noted] = field(default_factory=dict)
+    left_out: dict[str, Noted] = field(default_factory=dict)
+    passed_over: dict[str, Noted] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     on_error: OnError = "raise"
     skipped: list[str] = field(default_factory=list)
@@ -93,17 +117,17 @@ class LabelReport:
         else:
             self._fault(kind, message)
 
-    def repair(self, what: str, name: Any) -> None:
+    def repair(self, what: str, name: Any, count: int = 1) -> None:
         """Note something that is packed otherwise than it came, by what was done: ``turned``, ``clipped``, …"""
-        self.repaired.setdefault(what, []).append(str(name))
+        self.repaired.setdefault(what, Noted()).add(name, count)
 
-    def leave_out(self, reason: str, name: Any) -> None:
+    def leave_out(self, reason: str, name: Any, count: int = 1) -> None:
         """Note something that is not packed."""
-        self.left_out.setdefault(reason, []).append(str(name))
+        self.left_out.setdefault(reason, Noted()).add(name, count)
 
     def pass_over(self, reason: str, name: Any) -> None:
         """Note a file that is no part of the data, such as a text file among images."""
-        self.passed_over.setdefault(reason, []).append(str(name))
+        self.passed_over.setdefault(reason, Noted()).add(name)
 
     def as_source(self) -> dict[str, Any]:
         """Return plain JSON values for the manifest; of each reason the number and the first names."""
@@ -131,10 +155,10 @@ class LabelReport:
             lines.append(f"  ... and {len(present) - _SHOWN_CLASSES} more classes")
         absent = [name for number, name in enumerate(self.classes) if not self.counts[number]]
         if absent:
-            lines.append(f"  classes without any: {_listed(absent)}")
-        lines += [f"  {what}: {len(names):,}: {_listed(names)}" for what, names in self.repaired.items()]
+            lines.append(f"  classes without any: {Noted(len(absent), absent).listed()}")
+        lines += [f"  {what}: {found.count:,}: {found.listed()}" for what, found in self.repaired.items()]
         for title, reasons in (("left out", self.left_out), ("passed over", self.passed_over)):
-            lines += [f"  {title}: {len(names):,} {reason}: {_listed(names)}" for reason, names in reasons.items()]
+            lines += [f"  {title}: {found.count:,} {reason}: {found.listed()}" for reason, found in reasons.items()]
         lines += [f"  {count:,} {kind}, the first: {self._messages[kind][0]}" for kind, count in self.faults.items()]
         lines += [f"  packed all the same: {message}" for message in self._accepted]
         return [*lines, f"  in all: {self._totals()}"]
@@ -163,24 +187,15 @@ class LabelReport:
             messages.append(message)
 
     def _totals(self) -> str:
-        repaired = {TURNED: 0, CLIPPED: 0} | {what: len(names) for what, names in self.repaired.items()}
+        repaired = {TURNED: 0, CLIPPED: 0} | {what: found.count for what, found in self.repaired.items()}
         counts = [f"{count:,} {what}" for what, count in repaired.items()]
         counts += [
-            f"{sum(map(len, self.left_out.values())):,} left out",
-            f"{sum(map(len, self.passed_over.values())):,} passed over",
+            f"{sum(found.count for found in self.left_out.values()):,} left out",
+            f"{sum(found.count for found in self.passed_over.values()):,} passed over",
             f"{self.crowds.total():,} crowds",
         ]
         return f"{', '.join(counts)}; faults: {f'{self.faults.total():,}' if self.faults else 'none'}"
 
 
-def _numbered(reasons: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    return {reason: {"count": len(names), "first": names[:_KEPT]} for reason, names in reasons.items()}
-
-
-def _listed(names: list[str]) -> str:
-    shown = names[:1]
-    for name in names[1:5]:
-        if len(", ".join(shown)) + len(name) > _LINE:
-            break
-        shown.append(name)
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+def _numbered(reasons: dict[str, Noted]) -> dict[str, dict[str, Any]]:
+    return {reason: {"count": found.count, "first": found.first} for reason, found in reasons.items()}
