@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,6 +27,13 @@ OnErrorChoice = Annotated[
     Literal["raise", "skip"],
     typer.Option("--on-error", help="raise: faults in the data stop; skip: what is faulty is left out and listed."),
 ]
+_CLASSES = typer.Option(
+    "--classes",
+    help="Names in order: a file, names with commas, or a packed data set, such as the one trained on.",
+    metavar="FILE|SET|NAMES",
+)
+Classes = Annotated[str | None, _CLASSES]
+ClassesNeeded = Annotated[str, _CLASSES]
 DropFaulty = Annotated[bool, typer.Option("--drop-faulty", help="The same as --on-error skip.")]
 Exif = Annotated[
     Literal["auto", "apply", "ignore"],
@@ -44,6 +50,11 @@ def coco(
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.")],
     annotations: Annotated[Path, typer.Option("--annotations", help="COCO instances JSON.")],
     out: Out,
+    classes: Classes = None,
+    crowds: Annotated[
+        Literal["keep", "objects"] | None,
+        typer.Option("--crowds", help="iscrowd 1 means a crowd (keep), or an object like any, drawn with a brush."),
+    ] = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
     exif: Exif = "auto",
@@ -62,6 +73,8 @@ def coco(
             images,
             annotations,
             out,
+            classes=None if classes is None else _class_names(classes),
+            crowds=crowds,
             **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
@@ -73,7 +86,7 @@ def coco(
 def semantic(
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.")],
     labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs with the images' stems.")],
-    classes: Annotated[str, typer.Option("--classes", help="File with one class name per line, or names with commas.")],
+    classes: ClassesNeeded,
     out: Out,
     image_suffix: Annotated[
         str | None,
@@ -139,6 +152,7 @@ def bdd100k(
     task: Annotated[
         Literal["detection", "drivable", "semantic"], typer.Option("--task", help="What the labels are.")
     ] = "detection",
+    classes: Classes = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
     exif: Exif = "auto",
@@ -158,6 +172,7 @@ def bdd100k(
             labels,
             out,
             task=task,
+            classes=None if classes is None else _class_names(classes),
             **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
@@ -173,6 +188,7 @@ def panoptic(
     masks: Annotated[
         Path | None, typer.Option("--masks", help="Folder of the PNGs [default: beside the JSON, with its stem].")
     ] = None,
+    classes: Classes = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
     exif: Exif = "auto",
@@ -192,6 +208,7 @@ def panoptic(
             annotations,
             out,
             masks=masks,
+            classes=None if classes is None else _class_names(classes),
             **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty, exif, decode, value_range),
         )
     _say(manifest, out)
@@ -208,7 +225,7 @@ def imagefolder(
         Path | None, typer.Option("--arrays", help=".npz with images and labels, or .npy with images.")
     ] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help=".npy with labels, beside an .npy of images.")] = None,
-    classes: Annotated[str | None, typer.Option("--classes", help="Class names: a file or names with commas.")] = None,
+    classes: Classes = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
     exif: Exif = "auto",
@@ -268,10 +285,7 @@ def video(
     root: Annotated[
         Path | None, typer.Option("--root", help="Folder of the videos [default: the list's, or the list].")
     ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option("--classes", help="Class names in order: text, classInd.txt or labels JSON, or with commas."),
-    ] = None,
+    classes: Classes = None,
     reencode: Annotated[
         Literal["none", "gop", "frames"],
         typer.Option("--reencode", help="Encode anew for fast seeking: gop: H.264, many key frames; frames: JPEGs."),
@@ -299,7 +313,6 @@ def video(
     from vitgraft.configs.errors import ConfigError
     from vitgraft.data_shards.pack.reencode import Reencode
     from vitgraft.data_shards.pack.video import pack_video
-    from vitgraft.data_shards.pack.video_lists import read_classes
     from vitgraft.launch.ui import Screen
 
     if reencode == "none" and (gop, short_side, quality) != (None, None, None):
@@ -312,7 +325,7 @@ def video(
             split=split,
             fold=fold,
             root=root,
-            classes=None if classes is None else read_classes(classes),
+            classes=None if classes is None else _class_names(classes),
             reencode=None if reencode == "none" else Reencode(reencode, gop, short_side, quality),
             **_options(screen, overwrite, samples_per_shard, jobs, on_error, drop_faulty),
         )
@@ -357,7 +370,7 @@ def index_shards(
     kind: Annotated[
         Literal["detection", "semantic", "video", "image"], typer.Option("--kind", help="Kind of samples.")
     ],
-    classes: Annotated[str, typer.Option("--classes", help="Class names: a file or names with commas.")],
+    classes: ClassesNeeded,
     member: Annotated[
         list[str] | None,
         typer.Option(
@@ -504,19 +517,9 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _class_names(text: str) -> list[str]:
-    from vitgraft.configs.errors import ConfigError
+    from vitgraft.data_shards.pack.class_lists import read_classes
 
-    try:
-        # Not Path.is_file: of many names with commas it raises, as of a file name that is too long.
-        names = Path(text).read_text(encoding="utf-8").splitlines() if os.path.isfile(text) else text.split(",")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--classes {text}: cannot be read: {error}; give a text file with one name per line"
-        ) from None
-    names = [name.strip() for name in names if name.strip()]
-    if len(names) < 1 or len(set(names)) != len(names):
-        raise ConfigError(f"--classes {text}: expected distinct names, one per line or with commas")
-    return names
+    return read_classes(text)
 
 
 def _say(manifest: Manifest, out: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Unpack
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -13,33 +14,26 @@ from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.data_shards.listing import IMAGE_SUFFIXES, list_files
 from vitgraft.data_shards.manifest import IGNORE, Manifest
-from vitgraft.data_shards.pack.coco import TOLERANCE, CocoImage, CocoSet, count_boxes, is_number, pack_boxes
+from vitgraft.data_shards.pack.bdd100k_labels import DETECTION, LabelReader
+from vitgraft.data_shards.pack.coco import CocoImage, CocoSet, count_boxes, pack_boxes
+from vitgraft.data_shards.pack.coco_categories import Categories, as_classes
 from vitgraft.data_shards.pack.files import read_json
 from vitgraft.data_shards.pack.images import open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, checked, reading_of
 from vitgraft.data_shards.pack.label_ids import Labels, packed_ids
-from vitgraft.data_shards.pack.label_report import (
-    BOXES,
-    MISSING,
-    SIZES,
-    UNKNOWN,
-    LabelFault,
-    LabelReport,
-)
+from vitgraft.data_shards.pack.label_report import MISSING, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.other_formats import refuse_other_format
 from vitgraft.data_shards.pack.pairs import note_passed_over
+from vitgraft.data_shards.pack.plain_values import Key
 from vitgraft.data_shards.pack.semantic import LabelledImage, pack_label_maps
 
 Task = Literal["detection", "drivable", "semantic"]
 
-# Classes in the order of the official ids, the data set's names for them in other releases, and the uncertain regions,
-# which official conversions turn into crowds of a class (bdd100k/configs/det.toml, bdd100k/label/to_coco.py).
-DETECTION = ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
-DETECTION += ["traffic light", "traffic sign"]
-ALIASES = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian", "van": "car"}
-UNCERTAIN = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
+# Classes in the order of the official ids.
 DRIVABLE = ["direct", "alternative", "background"]
 SEMANTIC = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"]
 SEMANTIC += ["terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+_OFFICIAL: dict[Task, list[str]] = {"detection": DETECTION, "drivable": DRIVABLE, "semantic": SEMANTIC}
 
 OLD_DRIVABLE = "_drivable_id"
 """The first release's drivable masks end so; their ids are 0 background, 1 direct, 2 alternative."""
@@ -52,6 +46,7 @@ def pack_bdd100k(
     out: Path,
     *,
     task: Task = "detection",
+    classes: list[str] | None = None,
     **options: Unpack[PackOptions],
 ) -> Manifest:
     """Check everything, then pack. Images and labels belong together by their file's stem, which is packed once.
@@ -64,23 +59,26 @@ def pack_bdd100k(
         images: folders, searched below too (the release has 100k and 10k images, which share some).
         labels: detection: the JSON, or a folder of JSONs; drivable and semantic: the folder of the masks.
         task: drivable and semantic give a data set of kind ``semantic``.
+        classes: names by class id, which the official classes have; ``None``: these, in official order.
         options: see :class:`~vitgraft.data_shards.pack.items.PackOptions`.
 
     Raises:
         DataError: one line that names the file; nothing was written.
     """
     source = {"packer": "bdd100k", "task": task, "images": [str(folder) for folder in images], "labels": str(labels)}
+    refuse_other_format(labels)
+    entries: dict[Key, dict[str, Any]] = {number: {"name": name} for number, name in enumerate(_OFFICIAL[task], 1)}
+    categories = as_classes(entries, set(entries), classes, str(labels))
+    unit = "instances" if task == "detection" else "pixels"
+    report = LabelReport(unit, categories.classes, on_error=options.get("on_error", "raise"))
     if task == "detection":
-        return pack_boxes(_boxes(images, labels, options), out, source=source, **options)
-    report = LabelReport(
-        "pixels", DRIVABLE if task == "drivable" else SEMANTIC, on_error=options.get("on_error", "raise")
-    )
-    return pack_label_maps(_masks(images, labels, task, report), out, report, source=source, **options)
+        return pack_boxes(_boxes(images, labels, categories, report, options), out, source=source, **options)
+    return pack_label_maps(_masks(images, labels, task, categories, report), out, report, source=source, **options)
 
 
 def stem_of(name: str) -> str:
     """What images, JSON entries and masks of one photograph share."""
-    stem = PurePosixPath(name).stem
+    stem = PurePosixPath(name.replace("\\", "/")).stem
     for ending in _ENDINGS:
         stem = stem.removesuffix(ending)
     return stem
@@ -115,17 +113,21 @@ def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelRepo
     return sorted(stems & images.keys())
 
 
-def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoSet:
-    report = LabelReport("instances", DETECTION, on_error=options.get("on_error", "raise"))
+def _boxes(
+    folders: Sequence[Path], labels: Path, categories: Categories, report: LabelReport, options: PackOptions
+) -> CocoSet:
     images = _images(folders, report)
     files = _files(labels, {".json"}, report) if labels.is_dir() else [labels]
     if not files:
         raise DataError(f"{labels}: no JSON file; give the detection JSON or a folder of such files")
     frames: dict[str, tuple[str, list[Any]]] = {}
     for file in files:
-        for name, items in _frames(read_json(file), str(file)):
-            stem, where = stem_of(name), f"{file}: {name}"
+        for frame in _frames(read_json(file), str(file)):
             with report.collect():
+                name, items = _name_and_labels(frame, str(file))
+                stem, where = stem_of(name), f"{file}: {name}"
+                if stem not in images:
+                    stem = unquote(stem)
                 if stem not in images:
                     raise LabelFault(f"{where}: no image {stem} in the image folders; check --images", MISSING)
                 if stem not in frames:
@@ -134,92 +136,52 @@ def _boxes(folders: Sequence[Path], labels: Path, options: PackOptions) -> CocoS
                     raise LabelFault(f"{where}: other labels than {frames[stem][0]}; keep one of them")
                 else:
                     report.leave_out("entries whose stem was there before", where)
-    content = CocoSet(DETECTION, list(range(1, len(DETECTION) + 1)), [], [], report)
-    number = 0
+    content = CocoSet(categories.classes, categories.category_ids, [], [], report)
+    reader = LabelReader(categories, report)
     stems = _matched(images, frames, report)
     opened = checked(partial(open_image, reading=reading_of(options)), [images[s] for s in stems], report, options)
     for stem, image in zip(stems, opened, strict=True):
         if image is None:
             continue
         size, (where, items) = image.size, frames[stem]
-        annotations: list[dict[str, Any]] = []
-        for item in items:
-            with report.collect():
-                annotation = _annotation(item, size, where, report)
-                if annotation is not None:
-                    number += 1
-                    annotations.append({"id": number, **annotation})
         metadata = {"image_id": len(content.images) + 1, "file_name": image.path.name}
-        metadata |= {"height": size[0], "width": size[1], "annotations": annotations}
+        metadata |= {"height": size[0], "width": size[1], "annotations": reader.read(items, size, where)}
         content.images.append(CocoImage(image, metadata))
     report.samples = len(content.images)
     count_boxes(report, content.images)
     settle([(image.opened, image.metadata) for image in content.images], report, options.get("say"))
+    reader.close(str(labels))
     report.close(options.get("say"))
     return content
 
 
-def _frames(tree: Any, where: str) -> Iterator[tuple[str, list[Any]]]:
-    """(name, labels) of each image: a list of frames, ``{"frames": [...]}``, or the first release's one file each."""
+def _frames(tree: Any, where: str) -> list[Any]:
+    """Images with name and labels: a list of frames, ``{"frames": [...]}``, or the first release's one file each."""
     if isinstance(tree, dict) and isinstance(tree.get("frames"), list):
-        if isinstance(tree.get("name"), str) and len(tree["frames"]) == 1 and isinstance(tree["frames"][0], dict):
-            tree = [{"name": tree["name"], "labels": tree["frames"][0].get("objects")}]
-        else:
-            tree = tree["frames"]
+        frames: list[Any] = tree["frames"]
+        if isinstance(tree.get("name"), str) and len(frames) == 1 and isinstance(frames[0], dict):
+            return [{"name": tree["name"], "labels": frames[0].get("objects")}]
+        return frames
     if not isinstance(tree, list):
-        raise DataError(f"{where}: expected BDD100K's detection JSON, a list of images with name and labels")
-    for frame in tree:
-        name = frame.get("name") if isinstance(frame, dict) else None
-        if not isinstance(name, str) or not stem_of(name):
-            raise DataError(f"{where}: {str(frame)[:80]} has no name; expected BDD100K's detection JSON")
-        labels = frame.get("labels")
-        if labels is not None and not isinstance(labels, list):
-            raise DataError(f"{where}: {name}: labels {str(labels)[:80]}; expected a list")
-        yield name, labels or []
+        coco = isinstance(tree, dict) and {"images", "annotations"} <= tree.keys()
+        remedy = "this is a COCO file: vitgraft shards pack coco" if coco else "a list of images with name and labels"
+        raise DataError(f"{where}: expected BDD100K's detection JSON; {remedy}")
+    return tree
 
 
-def _annotation(item: Any, size: tuple[int, int], where: str, report: LabelReport) -> dict[str, Any] | None:
-    """One label in the form that is packed; ``None`` for one without box, or whose box has no area."""
-    if not isinstance(item, dict):
-        raise LabelFault(f"{where}: label {str(item)[:80]}; expected an object with category and box2d")
-    where, category = f"{where}: label {str(item.get('id'))[:40]}", item.get("category")
-    corners = item.get("box2d")
-    if corners is None:
-        report.leave_out("labels without box2d (lanes, areas)", where)
-        return None
-    if not isinstance(category, str) or ALIASES.get(category, category) not in {*DETECTION, *UNCERTAIN}:
-        expected = ", ".join(DETECTION)
-        raise LabelFault(f"{where}: category {str(category)[:80]!r} is not among {expected}; fix the file", UNKNOWN)
-    if not isinstance(corners, dict) or not all(is_number(corners.get(key)) for key in ("x1", "y1", "x2", "y2")):
-        raise LabelFault(f"{where}: box2d {str(corners)[:80]}; expected numbers x1, y1, x2, y2", BOXES)
-    left, top, right, bottom = (float(corners[key]) for key in ("x1", "y1", "x2", "y2"))
-    height, width = size
-    if min(left, top) < -TOLERANCE or right > width + TOLERANCE or bottom > height + TOLERANCE:
-        raise LabelFault(
-            f"{where}: box2d {corners} reaches out of the image ({width}x{height} pixels) by more than {TOLERANCE:g} "
-            "pixel; the labels belong to another version of it",
-            SIZES,
-        )
-    # Corners lie in the box, as in the official conversion: a box from 3 to 3 is one pixel wide.
-    left, top = max(left, 0.0), max(top, 0.0)
-    box = [left, top, min(right + 1, float(width)) - left, min(bottom + 1, float(height)) - top]
-    if right < left or bottom < top or min(box[2:]) <= 0:
-        report.leave_out("boxes without area", where)
-        return None
-    attributes = item.get("attributes")
-    crowd = category in UNCERTAIN or (isinstance(attributes, dict) and bool(attributes.get("crowd")))
-    name = ALIASES.get(category, UNCERTAIN.get(category, category))
-    return {
-        "label_id": str(item.get("id")),
-        "bbox": box,
-        "class": DETECTION.index(name),
-        "area": box[2] * box[3],
-        "iscrowd": int(crowd),
-        "segmentation": None,
-    }
+def _name_and_labels(frame: Any, where: str) -> tuple[str, list[Any]]:
+    name = frame.get("name") if isinstance(frame, dict) else None
+    if not isinstance(name, str) or not stem_of(name):
+        raise LabelFault(f"{where}: {str(frame)[:80]} has no name; expected BDD100K's detection JSON")
+    labels = frame.get("labels")
+    if labels is not None and not isinstance(labels, list):
+        raise LabelFault(f"{where}: {name}: labels {str(labels)[:80]}; expected a list")
+    return name, labels or []
 
 
-def _masks(folders: Sequence[Path], labels: Path, task: Task, report: LabelReport) -> list[LabelledImage]:
+def _masks(
+    folders: Sequence[Path], labels: Path, task: Task, categories: Categories, report: LabelReport
+) -> list[LabelledImage]:
     images = _images(folders, report)
     masks: dict[str, Path] = {}
     for path in _files(labels, {".png"}, report):
@@ -235,20 +197,35 @@ def _masks(folders: Sequence[Path], labels: Path, task: Task, report: LabelRepor
                 report.leave_out("masks whose stem was there before", path)
     if not masks and not report.faults:
         raise DataError(f"{labels}: the data set is empty: no PNG masks; check --labels")
-    ids = partial(drivable_ids if task == "drivable" else packed_ids, classes=len(report.classes))
+    numbers = tuple(categories.numbers.get(number, -1) for number in range(1, len(_OFFICIAL[task]) + 1))
+    leave = report.on_error == "skip"
+    for name in categories.outside.values() if leave else ():
+        report.leave_out("classes that are none of --classes, whose pixels do not count", name)
+    ids = partial(mask_ids, task=task, numbers=tuple(IGNORE if leave and n < 0 else n for n in numbers))
     return [
         LabelledImage(images[stem], masks[stem], partial(ids, masks[stem]), {"file_name": images[stem].name})
         for stem in _matched(images, masks, report)
     ]
 
 
-def drivable_ids(path: Path, classes: int = len(DRIVABLE)) -> Labels:
-    """A drivable mask as packed: 0 direct, 1 alternative, 2 background, 255 ignored, whatever its release.
+def mask_ids(path: Path, task: Task, numbers: Sequence[int]) -> Labels:
+    """A mask as packed, whatever its release; drivable areas: 0 direct, 1 alternative, 2 background, 255 ignored.
+
+    Args:
+        numbers: class id, 255 for what does not count or -1 for no class, by official id.
 
     Raises:
-        DataError: not a label map, or another id.
+        DataError: not a label map, or an id that is no class.
     """
-    ids = packed_ids(path, classes)
-    if path.stem.endswith(OLD_DRIVABLE):
+    official = _OFFICIAL[task]
+    ids = packed_ids(path, len(official))
+    if task == "drivable" and path.stem.endswith(OLD_DRIVABLE):
         ids = np.where(ids == IGNORE, IGNORE, (ids.astype(np.int32) + 2) % 3).astype(np.uint8)
-    return ids
+    table = np.full(IGNORE + 1, IGNORE, dtype=np.int32)
+    table[: len(numbers)] = numbers
+    packed = table[ids]
+    if packed.min() < 0:
+        name = official[int(ids[packed < 0][0])]
+        message = f"{path}: class {name!r} is none of the classes; add it to --classes"
+        raise LabelFault(f"{message}, or leave its pixels out with --on-error skip", UNKNOWN)
+    return packed.astype(np.uint8)

@@ -95,6 +95,7 @@ class LabelReport:
     skipped: list[str] = field(default_factory=list)
     _messages: dict[str, list[str]] = field(default_factory=dict)
     _accepted: list[str] = field(default_factory=list)
+    _remarks: list[str] = field(default_factory=list)
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -102,13 +103,17 @@ class LabelReport:
         try:
             yield
         except DataError as error:
-            kind = error.kind if isinstance(error, LabelFault) else UNREADABLE
-            if self.on_error == "skip":
-                self.leave_out(kind, error)
-                if len(self.skipped) < _KEPT_SKIPPED:
-                    self.skipped.append(str(error))
-            else:
-                self._fault(kind, str(error))
+            self.fault(error)
+
+    def fault(self, error: DataError) -> None:
+        """Note a fault; under ``skip``, what is faulty as left out."""
+        kind = error.kind if isinstance(error, LabelFault) else UNREADABLE
+        if self.on_error == "skip":
+            self.leave_out(kind, error)
+            if len(self.skipped) < _KEPT_SKIPPED:
+                self.skipped.append(str(error))
+        else:
+            self._fault(kind, str(error))
 
     def doubt(self, message: str, kind: str) -> None:
         """Note a fault of the set as a whole, of which nothing can be left out; under ``skip`` it is only said."""
@@ -129,6 +134,10 @@ class LabelReport:
         """Note a file that is no part of the data, such as a text file among images."""
         self.passed_over.setdefault(reason, Noted()).add(name)
 
+    def remark(self, text: str) -> None:
+        """Note something to know that is no fault."""
+        self._remarks.append(text)
+
     def as_source(self) -> dict[str, Any]:
         """Return plain JSON values for the manifest; of each reason the number and the first names."""
         named = {name: self.counts[number] for number, name in enumerate(self.classes)}
@@ -147,9 +156,10 @@ class LabelReport:
         """Return what people should read."""
         without = f"{self.unlabelled:,} {'pixels' if self.unit == 'pixels' else 'samples'} without label"
         lines = [f"labels: {self.samples:,} samples, {self.counts.total():,} {self.unit}, {without}"]
+        of_them = "segments are crowds" if self.unit == "pixels" else "of them crowds"
         present = [(name, number) for number, name in enumerate(self.classes) if self.counts[number]]
         for name, number in present[:_SHOWN_CLASSES]:
-            crowds = f", {self.crowds[number]:,} of them crowds" if self.crowds[number] else ""
+            crowds = f", {self.crowds[number]:,} {of_them}" if self.crowds[number] else ""
             lines.append(f"  {name:24s} {self.counts[number]:>12,} {self.unit}{crowds}")
         if len(present) > _SHOWN_CLASSES:
             lines.append(f"  ... and {len(present) - _SHOWN_CLASSES} more classes")
@@ -160,6 +170,7 @@ class LabelReport:
         for title, reasons in (("left out", self.left_out), ("passed over", self.passed_over)):
             lines += [f"  {title}: {found.count:,} {reason}: {found.listed()}" for reason, found in reasons.items()]
         lines += [f"  {count:,} {kind}, the first: {self._messages[kind][0]}" for kind, count in self.faults.items()]
+        lines += [f"  note: {text}" for text in self._remarks]
         lines += [f"  packed all the same: {message}" for message in self._accepted]
         return [*lines, f"  in all: {self._totals()}"]
 

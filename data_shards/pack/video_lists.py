@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.listing import VIDEO_SUFFIXES, Listing, is_hidden, list_files
-from vitgraft.data_shards.pack.files import check_classes, inside, is_file, read_json, read_text
+from vitgraft.data_shards.pack.class_lists import without_brackets
+from vitgraft.data_shards.pack.files import inside, is_file, read_json, read_text
 
 ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"]
 
@@ -178,12 +179,8 @@ def ssv2(tree: Any, where: str) -> VideoList:
         video, template = (item.get("id"), item.get("template")) if isinstance(item, dict) else (None, None)
         if not isinstance(video, str | int) or not str(video) or not isinstance(template, str) or not template.strip():
             raise DataError(f"{entry}: {str(item)[:80]}; expected id and template (the test set's list has no labels)")
-        videos.append(Named((str(video),), _without_brackets(template), entry))
+        videos.append(Named((str(video),), without_brackets(template), entry))
     return VideoList(videos, sort_labels({video.label for video in videos}), exact=False)
-
-
-def _without_brackets(template: str) -> str:
-    return template.replace("[", "").replace("]", "").strip()
 
 
 def ucf101(text: str, where: str) -> VideoList:
@@ -291,35 +288,3 @@ class VideoFinder:
             if paths:
                 return paths[0]
         return None
-
-
-def read_classes(text: str) -> list[str]:
-    """Class names in order: a file with one in each line, UCF101's classInd.txt, Something-Something's labels JSON
-    (name: number) or a JSON list; or names with commas.
-
-    Raises:
-        DataError: a file that cannot be read, or names that are not distinct.
-    """
-    path = Path(text)
-    if path.suffix == ".json":
-        names = _classes_of_json(read_json(path), text)
-    elif is_file(path):
-        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-        numbered = [line.split(None, 1) for line in lines]
-        if path.name == "classInd.txt":
-            if [parts[0] for parts in numbered if len(parts) == 2] != [str(i) for i in range(1, len(lines) + 1)]:
-                raise DataError(f"{path}: expected lines NUMBER NAME, numbered from 1")
-            lines = [parts[1] for parts in numbered]
-        names = lines
-    else:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-    check_classes(names, f"--classes {text}")
-    return names
-
-
-def _classes_of_json(tree: Any, where: str) -> list[str]:
-    if isinstance(tree, list) and all(isinstance(name, str) for name in tree):
-        return list(tree)
-    if isinstance(tree, dict) and sorted(map(str, tree.values())) == sorted(map(str, range(len(tree)))):
-        return [_without_brackets(name) for name in sorted(tree, key=lambda name: int(tree[name]))]
-    raise DataError(f"--classes {where}: expected a JSON list of names, or an object name: number, numbered from 0")

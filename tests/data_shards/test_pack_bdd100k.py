@@ -73,7 +73,7 @@ def test_the_official_figures_come_out_of_what_was_packed(test_data: Path, tmp_p
     report = manifest.source["label_report"]
     assert {name: count for name, count in report["classes"].items() if count} == counts
     assert told[0] == "labels: 202 samples, 3,241 instances, 0 samples without label"
-    assert told[-1] == "  in all: 0 turned, 0 clipped, 0 left out, 0 passed over, 0 crowds; faults: none"
+    assert told[-1] == "  in all: 0 turned, 0 clipped, 0 left out, 0 passed over, 132 crowds; faults: none"
     packed = metadata_of(tmp_path / "set", manifest)
     truth: dict[str, Any] = {"images": [], "annotations": [], "info": {}}
     truth["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(manifest.classes)]
@@ -181,8 +181,11 @@ def label(**changes: Any) -> Callable[[list[dict[str, Any]]], Any]:
         (label(box2d={"x1": 1, "y1": 2, "x2": 3}), "a.jpg: label 7: box2d .* expected numbers"),
         (label(box2d={"x1": 1, "y1": 2, "x2": float("nan"), "y2": 9}), "expected numbers"),
         (label(box2d={"x1": 1, "y1": 2, "x2": 10**400, "y2": 9}), "expected numbers"),
-        (label(box2d={"x1": 1, "y1": 2, "x2": 1300, "y2": 9}), r"reaches out of the image \(1280x720"),
-        (label(box2d={"x1": -9, "y1": 2, "x2": 13, "y2": 9}), "reaches out of the image"),
+        (
+            label(box2d={"x1": 1, "y1": 2, "x2": 2000, "y2": 9}),
+            r"2000, 9\] reaches far out of the image \(1280x720",
+        ),
+        (label(box2d={"x1": -9, "y1": 2, "x2": 1, "y2": 9}), "reaches far out of the image"),
         (lambda tree: tree[0].update(name="c.jpg"), r"det\.json: c\.jpg: no image c"),
         (lambda tree: tree[0].update(name=7), "has no name"),
         (lambda tree: tree[0].update(labels={}), r"a\.jpg: labels \{\}; expected a list"),
@@ -208,11 +211,11 @@ def test_all_faults_are_told_and_the_first_stops(street: tuple[Path, list[dict[s
     far = {"x1": 0, "y1": 0, "x2": 2000, "y2": 9}
     tree[0]["labels"] = [box | {"category": "horse"}, box, box | {"category": "cow"}, box | {"box2d": far}]
     told: list[str] = []
-    counted = r"'horse' .*\(3 faults in all: 2 ids outside the class list, 1 size mismatches\)"
+    counted = r"'horse' .*\(3 faults in all: 2 ids outside the class list, 1 wrong boxes\)"
     with pytest.raises(DataError, match=counted):
         pack(folder, tree, say=told.append)
     assert any(line.startswith("  2 ids outside the class list, the first: ") for line in told)
-    assert any(line.startswith("  1 size mismatches, the first: ") for line in told)
+    assert any(line.startswith("  1 wrong boxes, the first: ") for line in told)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[" * 9999, '"x"'])

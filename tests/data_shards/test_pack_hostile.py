@@ -208,9 +208,9 @@ def test_encrypted_arrays(tmp_path: Path) -> None:
 
 
 def test_files_that_may_not_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, **_: Any) -> os.stat_result:
+    def refuse(path: Path, *_: Any, **__: Any) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(DataError, match=r"absent\.json: cannot be read: Permission denied"):
         pack_coco(folder / "images", folder / "absent.json", folder / "set")

@@ -12,8 +12,9 @@ import pytest
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.manifest import Manifest
+from vitgraft.data_shards.pack.class_lists import read_classes
 from vitgraft.data_shards.pack.video import pack_video
-from vitgraft.data_shards.pack.video_lists import detect, hmdb51, kinetics, read_classes, read_video_list, ssv2, ucf101
+from vitgraft.data_shards.pack.video_lists import detect, hmdb51, kinetics, read_video_list, ssv2, ucf101
 from vitgraft.data_shards.stream import ShardReader
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"

@@ -1,0 +1,76 @@
+"""Finding the images that a labels file names: as this system writes paths, as another does, or by the bare name."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, list_files
+from vitgraft.data_shards.pack.files import is_file
+from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
+
+OTHERWISE = "found by another name"
+_SLASHES = (("", ""), ("\\", "/"))
+
+
+class FileFinder:
+    """Finds files below a folder; lists it once, when a name is no path in it.
+
+    Args:
+        folder: nothing outside it is ever found.
+        option: names the folder in messages, such as ``--images``.
+        report: is told of files that were found by another name than the listed one.
+    """
+
+    def __init__(self, folder: Path, option: str, report: LabelReport) -> None:
+        self._folder, self._option, self._report = folder, option, report
+        self._by_name: dict[str, list[Path]] | None = None
+        self._taken: dict[Path, str] = {}
+
+    def find(self, name: Any, where: str) -> Path:
+        """Return the file that is meant: ``folder/name``; that with backslashes read as slashes, or %20 as a space;
+        that without the folders in front, as far as needed; else the only file of that name below the folder.
+
+        Raises:
+            LabelFault: no name, no such file, or more than one that could be meant.
+        """
+        if not isinstance(name, str) or not name:
+            raise LabelFault(f"{where}: file name {str(name)[:80]!r}; expected a path relative to {self._folder}")
+        spellings = list(dict.fromkeys(text.replace(*pair) for pair in _SLASHES for text in (name, unquote(name))))
+        for text in spellings:
+            parts = PurePosixPath(text).parts
+            # What is looked up stays in the folder, whatever the name says.
+            inner = max((number + 1 for number, part in enumerate(parts) if part in ("/", "..")), default=0)
+            for first in range(inner, len(parts)):
+                path = self._folder.joinpath(*parts[first:])
+                if is_file(path):
+                    return self._taken_once(path, name, where)
+        bare = PurePosixPath(spellings[-1]).name
+        paths = list(dict.fromkeys(path for text in spellings for path in self._called(PurePosixPath(text).name)))
+        if len(paths) == 1:
+            return self._taken_once(paths[0], name, where)
+        if paths:
+            both = f"{paths[0]} and {paths[1]} could both be {name[:200]!r}"
+            raise LabelFault(f"{where}: {both}; list the path below {self._option}", MISSING)
+        raise LabelFault(
+            f"{self._folder / bare}: no such file, though {where} lists {name[:200]!r}; check {self._option}", MISSING
+        )
+
+    def _taken_once(self, path: Path, name: str, where: str) -> Path:
+        first = self._taken.setdefault(path, name)
+        if first != name:  # the folders in front told them apart
+            both = f"{name!r} and {first!r} both come down to {path}"
+            raise LabelFault(f"{where}: {both}; list the paths below {self._option}", MISSING)
+        if str(path) != str(self._folder / name):
+            self._report.repair(OTHERWISE, f"{name} as {path.relative_to(self._folder)}")
+        return path
+
+    def _called(self, name: str) -> list[Path]:
+        """Return the files of this name; where there is none, those that differ from it in capitals alone."""
+        if self._by_name is None:
+            self._by_name = {}
+            for path in list_files(self._folder, IMAGE_SUFFIXES).files:
+                self._by_name.setdefault(path.name.casefold(), []).append(path)
+        paths = self._by_name.get(name.casefold(), [])
+        return [path for path in paths if path.name == name] or paths
