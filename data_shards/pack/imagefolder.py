@@ -26,6 +26,7 @@ from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
 from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.other_formats import refuse_other_format
 from vitgraft.data_shards.pack.pairs import note_passed_over
 from vitgraft.data_shards.pack.video_lists import sort_labels
 
@@ -38,6 +39,10 @@ _BROKEN_ARRAYS = (
     *(OSError, ValueError, EOFError, RuntimeError, struct.error),
     *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
+
+
+_NO_CLASSES = {"train", "val", "valid", "test", "images", "labels", "JPEGImages", "Annotations"}
+"""Folders of data sets for detection."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ def pack_imagefolder(
     """
     listing = list_files(images, IMAGE_SUFFIXES)
     folders = {path.name for path in images.iterdir() if path.is_dir() and not is_hidden(path.name)}
+    if folders <= _NO_CLASSES:
+        refuse_other_format(images)
     names = sort_labels(folders) if classes is None else classes
     if not names:
         raise DataError(f"{images}: the data set is empty: no folders; expected {images}/CLASS/NAME.jpg")

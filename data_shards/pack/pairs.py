@@ -12,6 +12,7 @@ from vitgraft.data_shards.decode import NO_JPEG
 from vitgraft.data_shards.listing import IMAGE_SUFFIXES, Listing, is_hidden, list_files
 from vitgraft.data_shards.pack.files import check_folder, read_text
 from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
+from vitgraft.data_shards.pack.other_formats import refuse_other_format
 
 LABEL_SUFFIXES = frozenset((".png", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".pgm", ".ppm"))
 """Of formats that keep every pixel's value."""
@@ -97,6 +98,7 @@ def _by_key(
         lossy = _lossy(listing) if extensions is LABEL_SUFFIXES else None
         if lossy is not None:
             raise DataError(f"{lossy}: {NO_JPEG}")
+        refuse_other_format(folder)
         raise DataError(f"{folder}: the data set is empty: no files that end in {ends}; check the path and {option}")
     return found
 

@@ -13,6 +13,7 @@ from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.listing import VIDEO_SUFFIXES, Listing, is_hidden, list_files
 from vitgraft.data_shards.pack.class_lists import without_brackets
 from vitgraft.data_shards.pack.files import inside, is_file, read_json, read_text
+from vitgraft.data_shards.pack.other_formats import refuse_other_format
 
 ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"]
 
@@ -93,6 +94,7 @@ def detect(path: Path) -> ListFormat:
         return "ssv2"
     if _UCF101_FILE.match(path.name):
         return "ucf101"
+    refuse_other_format(path)
     text = read_text(path)
     return "kinetics" if "youtube_id" in text[: text.find("\n")].split(",") else "list"
 
