@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar
 
+from vitgraft.configs.cores import usable_cores
 from vitgraft.configs.errors import DataError
 
 PATIENCE_S = 2.0
@@ -45,8 +45,7 @@ class Outcome(Generic[Value]):
 
 def default_jobs() -> int:
     """As many processes as this one may use cores, at most ``MAX_DEFAULT``."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_DEFAULT)
+    return min(usable_cores(), MAX_DEFAULT)
 
 
 def outcomes(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.cores import deciding_quota, usable_cores
 from vitgraft.configs.errors import TrainingError
 from vitgraft.launch.free_space import FreeSpace
 from vitgraft.launch.gang import HostGang, Orders
@@ -158,10 +159,10 @@ class Agent:
 
         # Where the supervisor is: a relative path of the recipe means the same on all hosts.
         os.chdir(message["folder"])
-        cores = len(os.sched_getaffinity(0))
         facts = {
             "gpus": count_gpus(),
-            "cores": cores,
+            "cores": usable_cores(),
+            "quota": deciding_quota(),
             "address": own_address(os.environ),
             "nodename": os.uname().nodename,
         }

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitgraft.configs.cores import THREADS_VARIABLE
 from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.hosts import Host, Slots, write_hostfile
 
@@ -93,7 +94,7 @@ def rank_environment(environment: Mapping[str, str], *, device: str, threads: in
     """What the ranks of all hosts find in their environment: what is forwarded, and what vitgraft sets."""
     return {
         **forwarded_environment(environment),
-        "OMP_NUM_THREADS": str(threads),
+        THREADS_VARIABLE: str(threads),
         "DS_ACCELERATOR": device,
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitgraft.configs.cores import asked_threads, deciding_quota, usable_cores
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.worlds import check_world
@@ -13,11 +14,10 @@ from vitgraft.configs.worlds import check_world
 
 @dataclass(frozen=True)
 class Placement:
-    """How many ranks run where, with how many CPU threads each."""
+    """How many ranks run where."""
 
     device: str
     processes: int
-    threads: int
 
 
 def count_gpus() -> int:
@@ -30,7 +30,7 @@ def count_gpus() -> int:
 
 
 def place(recipe: Recipe, processes: int | None) -> Placement:
-    """Choose device, ranks and threads.
+    """Choose device and ranks.
 
     Raises:
         ConfigError: no such device, or a world that cannot carry the global batch.
@@ -47,5 +47,13 @@ def place(recipe: Recipe, processes: int | None) -> Placement:
     if device == "cuda" and wanted > gpus:
         raise ConfigError(f"--processes {wanted}: this host has {gpus} visible GPUs; one rank needs one GPU")
     check_world(recipe.train.global_batch, recipe.train.accumulation, wanted)
-    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // wanted)
-    return Placement(device, wanted, threads)
+    return Placement(device, wanted)
+
+
+def limit_threads() -> None:
+    """Keep torch's threads in this process to the CPU quota of its container, of which torch knows nothing; a user's
+    OMP_NUM_THREADS it takes by itself."""
+    if asked_threads(os.environ) is None and deciding_quota() is not None:
+        import torch
+
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))

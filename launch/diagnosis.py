@@ -133,6 +133,26 @@ def judge_space(facts: Facts) -> list[Finding]:
     ]
 
 
+def judge_cores(facts: Facts) -> list[Finding]:
+    """Hosts have as many cores as the others, all of which their containers let them use."""
+    common, others = agreed({host: said["cores"] for host, said in facts.items()})
+    found = [
+        Finding(
+            "cores", "warning", host, f"a CPU quota of {said['quota']:g} cores; give the container all that it needs"
+        )
+        for host, said in facts.items()
+        if said["quota"] is not None
+    ]
+    found += [
+        Finding(
+            "cores", "warning", host, f"{facts[host]['cores']} cores, elsewhere {common}; the least set the threads"
+        )
+        for host in others
+        if facts[host]["quota"] is None
+    ]
+    return found or [Finding("cores", "ok", None, f"{common} cores")]
+
+
 def judge_gpus(facts: Facts, slots: Mapping[str, int], device: str) -> list[Finding]:
     """GPUs are there for all slots, are alike and healthy. ``device``: the recipe's launch.device."""
     found: list[Finding] = []

@@ -141,6 +141,7 @@ def _examine(case: Examination, patients: Patients) -> None:
     patients.findings += diagnosis.judge_recipe(facts)
     patients.findings += diagnosis.judge_data(facts)
     patients.findings += diagnosis.judge_space(facts)
+    patients.findings += diagnosis.judge_cores(facts)
     patients.findings += diagnosis.judge_gpus(facts, slots, device)
     _storage(case, patients)
     _network(case, patients, facts)

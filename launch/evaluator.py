@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.cores import THREADS_VARIABLE
 from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.role_process import RoleProcess
 from vitgraft.trainer.checkpoint.read import complete_checkpoints
 from vitgraft.trainer.checkpoint.retention import result_path
 from vitgraft.trainer.evaluator import ROLE, SIGNALS
-from vitgraft.trainer.rank import THREADS_VARIABLE
 from vitgraft.trainer.signals import DRAIN
 
 SILENCE_S = 120.0

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.cores import deciding_quota, usable_cores
 from vitgraft.launch.network_probe import NetworkProbe, own_address
 
 ANSWER = "vitgraft-answer "
@@ -106,6 +107,8 @@ def facts(recipe: str | None = None, data: dict[str, str] | None = None, run: st
         "python": platform.python_version(),
         "packages": package_versions(),
         "code": code_hash(),
+        "cores": usable_cores(),
+        "quota": deciding_quota(),
         "memory_free": memory["MemAvailable"],
         "shm_free": _free("/dev/shm"),
         "run_free": _free(run) if run is not None else None,

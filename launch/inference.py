@@ -8,7 +8,7 @@ from typing import Literal
 from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
 from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema import Recipe
-from vitgraft.launch.devices import count_gpus
+from vitgraft.launch.devices import count_gpus, limit_threads
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.checkpoint.read import Checkpoint, resolve_checkpoint
 
@@ -67,6 +67,7 @@ def export(
 
 
 def _open(target: Path) -> tuple[Recipe, Checkpoint]:
+    limit_threads()
     checkpoint = resolve_checkpoint(target)
     config = checkpoint.run / "config.yaml"
     if not config.is_file():

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.units import counted
 from vitgraft.launch.evaluator import evaluator_device
 from vitgraft.launch.gang import EvaluatorOrder
 
@@ -17,13 +18,19 @@ Facts = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Who does what in an attempt. ``ranks``: how many on each host, in the order of their numbers. ``evaluator``: its
-    host and what it uses there."""
+    """Who does what in an attempt.
+
+    ``ranks``: how many on each host, in the order of their numbers. ``threads``: of each rank; ``why``: what decided
+    their number, where it was not the cores alone; ``note``: that hosts could have given others. ``evaluator``: its
+    host and what it uses there.
+    """
 
     ranks: Mapping[str, int]
     device: str
     threads: int
     evaluator: tuple[str, EvaluatorOrder] | None = None
+    why: str | None = None
+    note: str | None = None
 
     def numbers(self) -> dict[str, list[int]]:
         """The ranks of each host."""
@@ -50,12 +57,14 @@ def plan_attempt(
     gpus: Callable[[str, int], Sequence[int]],
     facts: Facts,
     evaluator: str | None,
+    asked: int | None = None,
 ) -> Plan:
     """The plan of an attempt with so many ``ranks`` on each host.
 
     Args:
         gpus: those that so many ranks of a host would use.
         evaluator: its host; ``None``: none is started.
+        asked: threads that the user's environment asks for.
 
     Raises:
         ConfigError: a host has not the GPUs that it should have, or the precision needs one.
@@ -74,15 +83,56 @@ def plan_attempt(
     device = "cpu" if recipe.launch.device == "cpu" or poor else "cuda"
     if recipe.train.precision == "bf16_params" and device == "cpu":
         raise ConfigError("train.precision: bf16_params needs a GPU; use bf16, which runs on a CPU too")
-    threads = recipe.launch.threads or max(1, min(facts[host]["cores"] // ranks[host] for host in slots))
+    threads, why, note = _threads(recipe, {host: ranks[host] for host in slots}, facts, asked)
     if evaluator is None:
-        return Plan(ranks, device, threads)
-    taken = slots.get(evaluator, ()) if device == "cuda" else ()
-    return Plan(ranks, device, threads, (evaluator, _order(recipe, facts[evaluator], taken, ranks.get(evaluator, 0))))
-
-
-def _order(recipe: Recipe, facts: Mapping[str, Any], taken: Sequence[int], ranks: int) -> EvaluatorOrder:
-    wanted = recipe.evaluator
+        return Plan(ranks, device, threads, None, why, note)
+    wanted, said = recipe.evaluator, facts[evaluator]
     assert wanted is not None
-    device = evaluator_device(wanted.device, facts["gpus"], taken)
-    return EvaluatorOrder(device=device, threads=wanted.threads or max(1, facts["cores"] // max(1, ranks + 1)))
+    taken = slots.get(evaluator, ()) if device == "cuda" else ()
+    order = EvaluatorOrder(
+        device=evaluator_device(wanted.device, said["gpus"], taken),
+        threads=wanted.threads or asked or max(1, said["cores"] // (ranks.get(evaluator, 0) + 1)),
+    )
+    return Plan(ranks, device, threads, (evaluator, order), why, note)
+
+
+def _threads(
+    recipe: Recipe, ranks: Mapping[str, int], facts: Facts, asked: int | None
+) -> tuple[int, str | None, str | None]:
+    """The number, why it is this one, and what should be said of it."""
+    if recipe.launch.threads is not None:
+        return recipe.launch.threads, "launch.threads", None
+    if asked is not None:
+        return asked, "OMP_NUM_THREADS", None
+    possible = {host: max(1, facts[host]["cores"] // count) for host, count in ranks.items()}
+    least, most = min(possible, key=possible.__getitem__), max(possible, key=possible.__getitem__)
+    quota = facts[least].get("quota")
+    why = f"{least} has a CPU quota of {quota:g} cores" if quota is not None else None
+    note = None
+    if possible[least] != possible[most]:
+        note = (
+            f"{least} has cores for {counted(possible[least], 'thread')} a rank, {most} for {possible[most]}: all "
+            f"ranks use {possible[least]}; launch.threads sets another number"
+        )
+    return possible[least], why, note
+
+
+def difference_of(before: Mapping[str, Any], plan: Plan) -> str | None:
+    """In what an attempt differs from the one that wrote its checkpoint, where that changes the last bits of sums;
+    ``None``: in nothing. ``before``: that one's event ``start``."""
+    now = {"world": plan.world, "device": plan.device, "threads": plan.threads}
+    if any(before.get(key) is None for key in now):
+        return None  # of another version, or torn
+    if now["device"] == before["device"] != "cpu":
+        now["threads"] = before["threads"]  # a GPU's sums are its own
+    if all(before[key] == value for key, value in now.items()):
+        return None
+
+    def said(of: Mapping[str, Any]) -> str:
+        return f"{counted(of['world'], 'rank')} on {of['device']} with {counted(of['threads'], 'thread')} each"
+
+    keep = "; launch.threads keeps a number" if before["threads"] != now["threads"] else ""
+    return (
+        f"this attempt has {said(now)}, the one that wrote its checkpoint {said(before)}: the samples are the same, "
+        f"the last bits of losses are not{keep}"
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.units import duration
 from vitgraft.launch.status import Status, read_status
 from vitgraft.trainer.monitor_files import moment
 
@@ -80,20 +80,6 @@ def event_text(event: dict[str, Any]) -> str:
         clock = "?"
     facts = [f"{key} {value}" for key, value in event.items() if key in _MEANT and value is not None]
     return "  ".join([clock, str(event.get("event", "?")), *facts])
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 05 min``, ``2 d 4 h``."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def _speed(status: Status) -> Iterator[str]:

@@ -10,9 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vitgraft.configs.cores import asked_threads
 from vitgraft.configs.errors import ConfigError, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.configs.errors import cause_of as cause_of_error
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.units import counted
 from vitgraft.configs.worlds import possible_worlds
 from vitgraft.launch import recovery
 from vitgraft.launch.attempt import Attempt
@@ -21,7 +23,7 @@ from vitgraft.launch.causes import cause_of
 from vitgraft.launch.deadlines import Deadlines
 from vitgraft.launch.evaluator import absence, left_undone
 from vitgraft.launch.observations import Cause, Failure
-from vitgraft.launch.planning import Plan, evaluator_host, plan_attempt
+from vitgraft.launch.planning import Plan, difference_of, evaluator_host, plan_attempt
 from vitgraft.launch.preflight import preflight
 from vitgraft.launch.recovery import Policy, Restart, Stop
 from vitgraft.launch.replay import VERDICT, Finding, Replay, earlier_fault, leave_out, read_non_finite
@@ -115,13 +117,15 @@ class Supervisor:
         handle, plan = self.handle, self._plan(ranks)
         if self.record and sum(self.record[-1].hosts.values()) != plan.world:
             self._deadlines.forget()
+        handle.notes += self._differences(plan)
         for note in handle.notes:
             self.screen.note(note)
         start = f"from {handle.resume.path.name}" if handle.resume is not None else "from the start"
+        why = f" ({plan.why})" if plan.why is not None else ""
         where = "" if len(ranks) == 1 else f" on {len(ranks)} hosts"
         self.screen.note(
-            f"attempt {handle.attempt} {start}: {plan.world} ranks on {plan.device}{where}, "
-            f"{plan.threads} threads each, in {handle.path}"
+            f"attempt {handle.attempt} {start}: {counted(plan.world, 'rank')} on {plan.device}{where}, "
+            f"{counted(plan.threads, 'thread')} each{why}, in {handle.path}"
         )
         facts = {"resume": handle.resume.step if handle.resume else None, "world": plan.world, "hosts": dict(ranks)}
         handle.event("start", **facts, device=plan.device, threads=plan.threads, notes=handle.notes)
@@ -309,7 +313,16 @@ class Supervisor:
             self.handle.event("evaluator_absent", host=host, text=absence(host))
             host = None
         facts = {name: link.facts for name, link in self.roster.links.items()}
-        return plan_attempt(self.recipe, ranks, self.backend.used, facts, host)
+        return plan_attempt(self.recipe, ranks, self.backend.used, facts, host, asked_threads(os.environ))
+
+    def _differences(self, plan: Plan) -> list[str]:
+        """What makes the last bits of sums differ: between hosts, and from the attempt that this one goes on from."""
+        found = [plan.note]
+        if self.handle.resume is not None:
+            wrote = self.handle.resume.manifest.attempt
+            starts = [row for row in read_rows(self.handle.path / "events.jsonl") if row.get("event") == "start"]
+            found += [difference_of(row, plan) for row in starts if row.get("attempt") == wrote][-1:]
+        return [text for text in found if text is not None]
 
     def _pause(self, seconds: float) -> None:
         """Back off; somebody on another node may want to stop meanwhile."""

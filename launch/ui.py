@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +18,14 @@ from rich.progress import (
     SpinnerColumn,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 
+from vitgraft.configs.units import duration
 from vitgraft.launch.stderr import forgiving_stderr
 
 PLAIN_INTERVAL_S = 10.0
+_PACE = 256
+"""Reports of progress by whose times the rest is reckoned: what lies between them, as evaluations, counts."""
 
 
 class Screen:
@@ -36,6 +39,7 @@ class Screen:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_plain: dict[str, float] = {}
+        self._pace: dict[str, deque[tuple[float, int]]] = {}
         self._log: Path | None = None
 
     def __enter__(self) -> Screen:
@@ -45,7 +49,6 @@ class Screen:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[facts]}"),
                 console=self._console,
                 transient=True,
@@ -60,8 +63,13 @@ class Screen:
             self._bars.stop()
 
     def progress(self, label: str, done: int, total: int, facts: dict[str, Any] | None = None) -> None:
-        """Show that ``done`` of ``total`` is done."""
-        text = "  ".join(f"{name} {_short(value)}" for name, value in (facts or {}).items())
+        """Show that ``done`` of ``total`` is done, and how long the rest will take. ``facts``: by name; a name that is
+        a unit, as ``images/s``, stands behind its value."""
+        told = [
+            f"{_short(value)} {name}" if "/" in name else f"{name} {_short(value)}"
+            for name, value in (facts or {}).items()
+        ]
+        text = "  ".join([*told, *self._left(label, done, total)])
         label = f"{self._prefix}{label}"
         if self._bars is None:
             self._plain(label, done, total, text)
@@ -90,12 +98,23 @@ class Screen:
         """A progress callback with a fixed label."""
         return lambda done, total: self.progress(label, done, total)
 
+    def _left(self, label: str, done: int, total: int) -> list[str]:
+        """``ETA`` and a duration, once two reports tell the pace."""
+        now, reports = time.monotonic(), self._pace.setdefault(label, deque(maxlen=_PACE))
+        if reports and done < reports[-1][1]:
+            reports.clear()  # it begins anew
+        reports.append((now, done))
+        since, before = reports[0]
+        if not before < done < total:
+            return []
+        return [f"ETA {duration((now - since) / (done - before) * (total - done))}"]
+
     def _plain(self, label: str, done: int, total: int, text: str) -> None:
         now = time.monotonic()
         if done < total and now - self._last_plain.get(label, -PLAIN_INTERVAL_S) < PLAIN_INTERVAL_S:
             return
         self._last_plain[label] = now
-        print(f"{label} {done}/{total}  {text}".rstrip(), file=self._stream, flush=True)
+        print(f"{label} {done:,}/{total:,}  {text}".rstrip(), file=self._stream, flush=True)
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+from vitgraft.configs.cores import asked_threads
 from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.configs.load import load_recipe
 from vitgraft.trainer.heartbeat import Heart
@@ -19,7 +20,6 @@ from vitgraft.trainer.report import Reporter
 from vitgraft.trainer.signals import OF_THE_JOB, ignore_job_signals
 
 PARENT_VARIABLE = "VITGRAFT_PARENT_PID"
-THREADS_VARIABLE = "OMP_NUM_THREADS"
 _PR_SET_PDEATHSIG = 1
 _LOST_PEERS = ("Connection", "gloo", "NCCL", "server socket")
 _DEVICE_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cuda failure 2")
@@ -109,7 +109,7 @@ def _train(options: argparse.Namespace, reporter: Reporter, heart: Heart, stop: 
     recipe = load_recipe(str(options.run_dir / "config.yaml"))
     import torch
 
-    torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE, "1")))
+    torch.set_num_threads(asked_threads(os.environ) or 1)
     if recipe.train.deterministic and options.device == "cuda":
         make_deterministic()
     from vitgraft.trainer.session import Assignment, open_session

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from vitgraft.configs.errors import PreemptedRun, TrainingError
 from vitgraft.configs.hashing import seed_of
+from vitgraft.configs.units import counted
 from vitgraft.data_shards.batch import Batch, Entry, Skipped
 from vitgraft.data_shards.loader import TrainBatches
-from vitgraft.data_shards.plan import MicroBatch
+from vitgraft.data_shards.plan import MicroBatch, steps_per_epoch
 from vitgraft.models.contract import Counts, Losses
 from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from vitgraft.trainer.checkpoint.retention import evaluation_due, result_path
 from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already, headline
+from vitgraft.trainer.forecast import Forecast
 from vitgraft.trainer.heartbeat import Heart
 from vitgraft.trainer.mfu import Arithmetic, arithmetic_of
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
@@ -96,6 +98,10 @@ class TrainLoop:
         self.run_folder = session.assignment.run
         self._evaluator: Evaluator | None = None
         self._monitor = Monitor(self.run_folder, session.first_step) if comm.rank() == 0 else None
+        self._kind = "clips" if self.recipe.task == "video" else "images"
+        steps = session.last_step - session.first_step
+        evaluates = self.recipe.evaluator is None and self.recipe.data.val is not None
+        self._forecast = Forecast(steps, self._kind, "evaluations" if evaluates else None)
         self._loose_statistics = unsynchronised_statistics(session.engine.module)
         self._stall = 0.0
         self._clock = clock_for(session.device)
@@ -115,6 +121,8 @@ class TrainLoop:
             TrainingError: non-finite loss or gradient, or a checkpoint that could not be written.
         """
         session = self.session
+        if comm.rank() == 0:
+            session.reporter.note(self._length())
         batches = session.batches()
         try:
             for step in range(session.first_step, session.last_step):
@@ -142,6 +150,13 @@ class TrainLoop:
                 self._monitor.close()
             if self._ledger is not None:
                 self._ledger.close()
+
+    def _length(self) -> str:
+        """What there is to do; how long it takes only the first steps tell."""
+        batch, size = self.recipe.train.global_batch, self.session.dataset.epoch_size
+        left = self.session.last_step - self.session.first_step
+        epochs = left / steps_per_epoch(size, batch)
+        return f"{counted(left, 'step')} of {batch:,} {self._kind}: {epochs:.3g} epochs of {size:,}"
 
     def catch_up(self) -> None:
         """Evaluate the checkpoint that this attempt resumes from, if a kill came between its commit and its results."""
@@ -331,7 +346,11 @@ class TrainLoop:
             attempt=session.assignment.attempt,
         )
         self._monitor.step(row, by_rank)
-        session.reporter.progress("train", step, session.last_step, loss=loss, lr=facts.lr, rate=row.images_per_second)
+        session.reporter.progress(
+            "train", step, session.last_step, loss=loss, lr=facts.lr, **{f"{self._kind}/s": row.images_per_second}
+        )
+        if (line := self._forecast.step(seconds, facts.samples)) is not None:
+            session.reporter.note(line)
 
     def _checkpoint(self, step: int, *, wait: bool, evaluate: bool) -> None:
         session = self.session

@@ -36,6 +36,8 @@ def healthy(**changes: Any) -> dict[str, Any]:
         "python": "3.11.2",
         "packages": {"torch": "2.11.0", "numpy": "2.1.0"},
         "code": "c0de",
+        "cores": 32,
+        "quota": None,
         "memory_free": 64 << 30,
         "shm_free": 8 << 30,
         "run_free": 900 << 30,
@@ -59,6 +61,7 @@ def judge(facts: dict[str, dict[str, Any]], slots: dict[str, int] | None = None,
         *diagnosis.judge_recipe(facts),
         *diagnosis.judge_data(facts),
         *diagnosis.judge_space(facts),
+        *diagnosis.judge_cores(facts),
         *diagnosis.judge_gpus(facts, slots or {}, device),
     ]
 
@@ -89,6 +92,8 @@ def test_healthy_hosts_have_nothing_but_fine_findings() -> None:
         ({"memory_free": 2 << 30}, "memory", "warning", "2.0 GiB of memory free"),
         ({"shm_free": 64 << 20}, "shm", "warning", "0.1 GiB free in /dev/shm"),
         ({"shm_free": None}, "shm", "warning", "no /dev/shm"),
+        ({"cores": 4}, "cores", "warning", "4 cores, elsewhere 32; the least set the threads"),
+        ({"cores": 1, "quota": 1.5}, "cores", "warning", "a CPU quota of 1.5 cores; give the container all"),
         ({"gpu_error": "nvidia-smi: no devices"}, "gpus", "failure", "nvidia-smi: no devices; see to the driver"),
     ],
 )

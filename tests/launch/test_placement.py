@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from support_agents import PlayedAgent, obedient
@@ -18,10 +20,17 @@ from vitgraft.launch.hosts import Host, Slots
 from vitgraft.launch.node_backend import NodeBackend
 from vitgraft.launch.nodes import NodePlace
 from vitgraft.launch.observations import Cause, Failure
+from vitgraft.launch.planning import Plan, difference_of
 from vitgraft.launch.run_dir import open_run
 from vitgraft.launch.supervisor import Supervisor
 from vitgraft.launch.training import Where, _backend
 from vitgraft.launch.ui import Screen
+
+
+@pytest.fixture(autouse=True)
+def no_wish_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever starts the tests has one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 class ByHostfile(HostfileBackend):
@@ -119,6 +128,70 @@ def test_an_evaluators_host_needs_no_ranks(tmp_path: Path) -> None:
     assert events == ["start", "end"]
 
 
+def threads_of(folder: Path, cores: dict[str, int], **settings: Any) -> str:
+    slots: Slots = dict.fromkeys(cores, (0, 1))
+    made = supervisor(folder, slots, dict.fromkeys(cores, 0), **{"launch__threads": None, **settings})
+    for host, count in cores.items():
+        made.roster.links[host].facts["cores"] = count
+    plan = made._plan(dict.fromkeys(cores, 2))
+    return f"{plan.threads}; {plan.why}; {plan.note}"
+
+
+def test_threads_come_from_the_recipe_the_user_or_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads_of(tmp_path / "1", {"a": 8, "b": 9}) == "4; None; None"
+    assert threads_of(tmp_path / "2", {"a": 8, "b": 2}) == (
+        "1; None; b has cores for 1 thread a rank, a for 4: all ranks use 1; launch.threads sets another number"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_of(tmp_path / "3", {"a": 8, "b": 2}) == "3; OMP_NUM_THREADS; None"
+    assert threads_of(tmp_path / "4", {"a": 8}, launch__threads=5) == "5; launch.threads; None"
+
+
+def test_a_containers_quota_is_said(tmp_path: Path) -> None:
+    made = supervisor(tmp_path, {"a": (0, 1)}, {"a": 0}, launch__threads=None)
+    made.roster.links["a"].facts |= {"cores": 4, "quota": 4.5}
+    plan = made._plan({"a": 2})
+    assert (plan.threads, plan.why) == (2, "a has a CPU quota of 4.5 cores")
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ({}, None),
+        (
+            {"threads": 2},
+            "with 3 threads each, .* 2 ranks on cpu with 2 threads each: .*; launch.threads keeps a number",
+        ),
+        ({"world": 4}, "has 2 ranks on cpu .* checkpoint 4 ranks on cpu .* the last bits of losses are not$"),
+        ({"device": "cuda"}, "checkpoint 2 ranks on cuda"),
+        ({"threads": None}, None),
+    ],
+)
+def test_what_changes_last_bits_at_a_resume_is_said(before: dict[str, Any], said: str | None) -> None:
+    plan = Plan({"a": 2}, "cpu", 3)
+    found = difference_of({"world": 2, "device": "cpu", "threads": 3, **before}, plan)
+    assert found is None if said is None else re.search(said, found or "")
+    on_gpus = Plan({"a": 2}, "cuda", 3)
+    assert difference_of({"world": 2, "device": "cuda", "threads": 1}, on_gpus) is None
+
+
+def test_the_attempt_is_compared_with_the_one_that_wrote_the_checkpoint(tmp_path: Path) -> None:
+    """Shown, kept in the log, and in the events of the new start."""
+    made = supervisor(tmp_path, {"a": (0, 1)}, {"a": 0}, launch__threads=2)
+    for attempt, threads in (1, 2), (2, 1), (3, 2):
+        made.handle.attempt = attempt
+        made.handle.event("start", world=2, device="cpu", threads=threads)
+    wrote = SimpleNamespace(manifest=SimpleNamespace(attempt=2), step=0, path=Path("step-00000000"))
+    made.handle.resume, made.handle.attempt = cast(Any, wrote), 4
+    assert made._attempt({"a": 2}) is None
+    last = [json.loads(line) for line in (made.handle.path / "events.jsonl").read_text().splitlines()][-2]
+    assert (last["event"], last["attempt"], last["threads"]) == ("start", 4, 2)
+    assert last["notes"] == [
+        "this attempt has 2 ranks on cpu with 2 threads each, the one that wrote its checkpoint 2 ranks on cpu with "
+        "1 thread each: the samples are the same, the last bits of losses are not; launch.threads keeps a number"
+    ]
+
+
 def test_the_gpus_of_ranks(tmp_path: Path) -> None:
     assert list(HostfileBackend([], {"a": (1, 3, 5)}, []).used("a", 2)) == [1, 3]
     assert list(HereBackend("a", 3, 0).used("a", 3)) == [0, 1, 2]
@@ -147,7 +220,7 @@ def test_the_only_host_of_a_hostfile_is_examined_too(tmp_path: Path, monkeypatch
         return {"a": "versions: another torch"}, []
 
     monkeypatch.setattr(module, "preflight", preflight)
-    made = supervisor(tmp_path, {"a": (0, 1)}, {"a": 0})
+    made = supervisor(tmp_path, {"a": (0, 1)}, {"a": 0}, launch__threads=None)
     made.roster.links.clear()
     with pytest.raises(ConfigError, match="a: versions: another torch"):
         made._first_ranks()

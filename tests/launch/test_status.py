@@ -16,9 +16,10 @@ import pytest
 from support import executable, vitgraft, wait_until
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.units import duration
 from vitgraft.launch.run_state import run_end
 from vitgraft.launch.status import Pace, Status, eta, pace_of, read_status
-from vitgraft.launch.status_view import duration, event_text, lines
+from vitgraft.launch.status_view import event_text, lines
 from vitgraft.trainer.monitor_files import read_rows
 
 HOST = os.uname().nodename

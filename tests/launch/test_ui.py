@@ -193,3 +193,50 @@ def test_the_leaders_log_says_how_it_ended(
         training.train(recipe, run, Screen())
     (log,) = (run / "logs").glob("supervisor.*.log")
     assert log.read_text().endswith(said)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("vitgraft.launch.ui.time.monotonic", lambda: self.now)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_plain_lines_have_units_and_say_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with Screen() as screen:
+        for step in range(1, 31):
+            facts = {"loss": 2.0 / 3, "lr": 1.25e-4, "images/s": 26.666}
+            screen.progress("train", step, 1201, facts)
+            clock.now += 10.0
+        # An evaluation of five minutes counts, too.
+        clock.now += 300.0
+        screen.progress("train", 31, 1201, facts)
+        screen.progress("train", 1201, 1201, facts)
+    lines = shown(capsys)
+    assert lines[0] == "train 1/1,201  loss 0.6667  lr 0.000125  26.67 images/s"
+    assert lines[1] == "train 2/1,201  loss 0.6667  lr 0.000125  26.67 images/s  ETA 3 h 19 min"
+    assert lines[-2].endswith("images/s  ETA 6 h 30 min")
+    assert lines[-1].endswith("26.67 images/s")
+
+
+def test_what_begins_anew_is_reckoned_anew(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second evaluation, or steps that are made again after a failure."""
+    clock = Clock(monkeypatch)
+    with Screen() as screen:
+        for done, seconds in (10, 20), (20, 1000), (5, 20), (15, 20):
+            screen.progress("evaluate", done, 100)
+            clock.now += seconds
+    assert shown(capsys) == [
+        "evaluate 10/100",
+        "evaluate 20/100  ETA 2 min",
+        "evaluate 5/100",
+        "evaluate 15/100  ETA 2 min",
+    ]

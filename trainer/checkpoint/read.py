@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from vitgraft.configs.cores import usable_cores
 from vitgraft.configs.errors import CheckpointError
 from vitgraft.configs.files import open_regular
 from vitgraft.configs.hashing import sha256_file
@@ -137,7 +138,7 @@ def verify(
     # hashlib lets other threads run; the largest files start first, so that none is left over at the end.
     files = sorted(expected, key=_size, reverse=True)
     done, total = 0, sum(map(_size, files))
-    with ThreadPoolExecutor(min(len(files), len(os.sched_getaffinity(0)), MAX_HASH_THREADS)) as pool:
+    with ThreadPoolExecutor(min(len(files), usable_cores(), MAX_HASH_THREADS)) as pool:
         for file, digest in zip(files, pool.map(_hash, files), strict=True):
             if digest != expected[file]:
                 pool.shutdown(wait=False, cancel_futures=True)
