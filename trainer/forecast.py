@@ -36,9 +36,9 @@ class Forecast:
         if len(measured) < MEASURED_STEPS or (sum(measured) < MEASURED_S and len(measured) < ENOUGH_STEPS):
             return None
         self._told = True
-        if self._left == 0:
-            return None
         each = median(measured)
+        if self._left * each < MEASURED_S:  # nearly over
+            return None
         top = "" if self._on_top is None else f"; {self._on_top} come on top"
         return (
             f"about {duration(self._left * each)} for the {counted(self._left, 'step')} that are left, at {each:.3g} s "

@@ -25,9 +25,10 @@ def test_short_steps_are_measured_for_a_while_and_a_slow_one_does_not_mislead() 
     (line,) = (text for text in said if text is not None)
     assert said.index(line) == 12
     assert line == "about 9 min for the 987 steps that are left, at 0.6 s (26.7 clips/s); evaluations come on top"
-    assert [text is not None for text in lines(Forecast(1000, "images", None), [0.01] * 102)].index(True) == 100
+    assert [text is not None for text in lines(Forecast(2000, "images", None), [0.01] * 102)].index(True) == 100
 
 
-def test_a_run_that_is_over_tells_nothing() -> None:
+def test_a_run_that_is_nearly_over_tells_nothing() -> None:
     assert lines(Forecast(4, "images", None), [20.0] * 4) == [None] * 4
+    assert lines(Forecast(150, "images", None), [0.1] * 150) == [None] * 150
     assert lines(Forecast(3, "images", None), [0.1] * 3) == [None] * 3
