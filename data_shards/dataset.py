@@ -21,13 +21,14 @@ from vitgraft.data_shards.decode import (
     decode_json,
     decode_label,
     decode_masks,
+    decode_resized,
     probe_video,
     sample_frames,
     shown,
     stated_size,
 )
 from vitgraft.data_shards.frames import clip_of
-from vitgraft.data_shards.geometry import Sample
+from vitgraft.data_shards.geometry import Sample, covering
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind, read_manifest
 from vitgraft.data_shards.mixing import partner_of
@@ -342,19 +343,24 @@ class PackedDataset:
 
     def _prepared(self, raw: RawSample, metadata: dict[str, Any]) -> list[Prepared]:
         """The views of a sample: one of an image; of a video, clip by clip, the crops of each."""
-        if self.views is None:
+        if self.kind != "video":
             return [self.transforms.prepare(self._pixels(raw, metadata))]
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
-        count = _frame_count(metadata, where)
-        clips = clips_of(count, self.config.clip, self.views.clips)
+        count, clip, data = _frame_count(metadata, where), self.config.clip, clip_of(raw, metadata)
+        if self.views is None:
+            indices = sample_frames(count, clip, self.train)
+            resized = decode_resized(data, indices, where, self.transforms.fitted, clip.decoder, count)
+            return [self.transforms.prepare_fitted(*resized)]
+        clips = clips_of(count, clip, self.views.clips)
         # Clips overlap: each frame is decoded once.
-        wanted = sorted({index for clip in clips for index in clip})
-        frames = decode_frames(clip_of(raw, metadata), wanted, where, self.config.clip.decoder, count)
+        wanted = sorted({index for indices in clips for index in indices})
+        canvas = self.transforms.canvas
+        frames, size = decode_resized(data, wanted, where, lambda size: covering(size, canvas), clip.decoder, count)
         place = {index: number for number, index in enumerate(wanted)}
         return [
             view
-            for clip in clips
-            for view in crops_of(frames[[place[index] for index in clip]], self.transforms, self.views.crops)
+            for indices in clips
+            for view in crops_of(frames[[place[index] for index in indices]], size, self.transforms, self.views.crops)
         ]
 
     def _label_map(self, raw: RawSample) -> Tensor:
@@ -421,4 +427,6 @@ def prepare_clip(path: Path | str, config: DataConfig) -> Prepared:
     path = Path(path)
     frames = probe_video(path, str(path))["frames"]
     indices = sample_frames(frames, config.clip, train=False)
-    return Transforms(config).prepare(decode_frames(path, indices, str(path), config.clip.decoder, frames))
+    transforms = Transforms(config)
+    resized = decode_resized(path, indices, str(path), transforms.fitted, config.clip.decoder, frames)
+    return transforms.prepare_fitted(*resized)

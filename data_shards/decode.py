@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
+from vitgraft.data_shards.frame_stack import FrameStack, Target
 from vitgraft.data_shards.images import MAX_PIXELS, opened
 from vitgraft.data_shards.listing import VIDEO_SUFFIXES
 from vitgraft.data_shards.video import Decoder, Video, open_video
@@ -247,7 +248,29 @@ def decode_frames(
         decoder, length: see :func:`~vitgraft.data_shards.video.open_video`.
 
     Raises:
-        DataError: broken, or shorter than the numbers ask for.
+        DataError: broken, shorter than the numbers ask for, or more than ``MAX_CLIP_PIXELS``.
         ConfigError: ``decoder`` is not installed.
     """
-    return open_video(data, where, decoder, length).frames_at(indices)
+    stack = FrameStack(indices, where)
+    open_video(data, where, decoder, length).fill(stack)
+    return stack.frames()
+
+
+def decode_resized(
+    data: bytes | Path | Video,
+    indices: Sequence[int],
+    where: str,
+    target: Target,
+    decoder: Decoder | None = None,
+    length: int | None = None,
+) -> tuple[Tensor, tuple[int, int]]:
+    """The same, each frame resized when it is decoded; and the (height, width) that it had.
+
+    Args:
+        target: from that size to the one that is kept, for which ``MAX_CLIP_PIXELS`` counts.
+    """
+    stack = FrameStack(indices, where, target)
+    open_video(data, where, decoder, length).fill(stack)
+    frames = stack.frames()
+    assert stack.size is not None
+    return frames, stack.size

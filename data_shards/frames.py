@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import VIDEO_EXTENSIONS
+from vitgraft.data_shards.frame_stack import FrameStack
 from vitgraft.data_shards.images import decode_image, image_size
 from vitgraft.data_shards.stream import RawSample
 
@@ -39,13 +36,10 @@ class ImageFrames:
         """(height, width) of the first frame."""
         return image_size(self._frame(0), f"{self._where}: frame 0")
 
-    def frames_at(self, indices: Sequence[int]) -> Tensor:
+    def fill(self, stack: FrameStack) -> None:
         """See :class:`~vitgraft.data_shards.video.Video`."""
-        found = {number: decode_image(self._frame(number), f"{self._where}: frame {number}") for number in set(indices)}
-        shapes = {tuple(frame.shape[1:]) for frame in found.values()}
-        if len(shapes) > 1:
-            raise DataError(f"{self._where}: frames change their size ({sorted(shapes)}); pack again")
-        return torch.stack([found[number] for number in indices])
+        for number in stack.wanted:
+            stack.put(number, decode_image(self._frame(number), f"{self._where}: frame {number}"))
 
     def _frame(self, number: int) -> bytes:
         if frame_name(number) not in self._members:

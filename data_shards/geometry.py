@@ -64,6 +64,19 @@ def covering(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     return max(canvas[0], round(size[0] * ratio)), max(canvas[1], round(size[1] * ratio))
 
 
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels (…, H, W) uint8 of another (height, width): bilinear with antialiasing, each image by itself."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    bilinear = v2.InterpolationMode.BILINEAR
+    if size == (1, 1):
+        # Torch's kernel for bytes fails at this size, unless channels are last in memory.
+        single: Tensor = F.resize_image(image.float(), [1, 1], interpolation=bilinear, antialias=True)
+        return single.round().to(image.dtype)
+    pixels: Tensor = F.resize_image(image, list(size), interpolation=bilinear, antialias=True)
+    return pixels
+
+
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     """Bilinear with antialiasing for pixels; nearest, aligned with it, for masks and labels."""
     if sample.size == size:
@@ -81,8 +94,7 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
         resized: Tensor = F.resize_image(mask[..., None, :, :], list(size), interpolation=exact)
         return resized[..., 0, :, :]
 
-    image = F.resize_image(sample.image, list(size), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    return Sample(image, boxes, sample.labels, nearest(sample.masks), nearest(sample.label_map))
+    return Sample(resized(sample.image, size), boxes, sample.labels, nearest(sample.masks), nearest(sample.label_map))
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:

@@ -18,6 +18,7 @@ from vitgraft.configs.hashing import sha256_file
 from vitgraft.configs.outputs import write_output
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.decode import check_annotations, decode_json, decode_label, decode_masks, probe_video
+from vitgraft.data_shards.frame_stack import FrameStack
 from vitgraft.data_shards.frames import ImageFrames, clip_of
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of, oriented_size, read_header
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Manifest, read_manifest
@@ -130,7 +131,7 @@ def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
         if isinstance(clip, ImageFrames):
             # They were counted by name alone.
             for number in range(clip.length):
-                clip.frames_at([0, number])
+                clip.fill(FrameStack([0, number], raw.where))
         if facts["frames"] != metadata.get("frames"):
             raise DataError(f"{raw.where}: {facts['frames']} frames, expected {metadata.get('frames')}; pack again")
         found = (facts["height"], facts["width"])

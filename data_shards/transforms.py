@@ -235,7 +235,7 @@ class Transforms:
 
     def evaluation(self, sample: Sample) -> Sample:
         """Resized to fit the canvas; still uint8."""
-        return resize(sample, fitted(sample.size, self.canvas))
+        return resize(sample, self.fitted(sample.size))
 
     def place(self, sample: Sample, place: Tensor | None = None) -> Sample:
         """Normalised and padded at the bottom and right: image zero, masks 0, labels 255; clips become (3, T, H, W).
@@ -258,8 +258,16 @@ class Transforms:
     def prepare(self, image: Tensor) -> Prepared:
         """Evaluation transform of an image (3, h, w) or clip (T, 3, h, w), uint8."""
         before = Sample(image)
-        after = self.evaluation(before)
-        scale = after.size[0] / before.size[0], after.size[1] / before.size[1]
+        return self.prepare_fitted(self.evaluation(before).image, before.size)
+
+    def fitted(self, size: Size) -> Size:
+        """(height, width) to which evaluation resizes."""
+        return fitted(size, self.canvas)
+
+    def prepare_fitted(self, image: Tensor, before: Size) -> Prepared:
+        """The same of one that has the size :meth:`fitted` already, and had ``before``."""
+        after = Sample(image)
+        scale = after.size[0] / before[0], after.size[1] / before[1]
         return Prepared(self.place(after).image, after.size, scale)
 
     def _fit(self, sample: Sample) -> Sample:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards.frame_stack import FrameStack, changing_sizes
 from vitgraft.data_shards.seeking import SEEK_GAIN, stretches_of, times_of
 
-MAX_FRAME_PIXELS = 80_000_000
+MAX_FRAME_PIXELS = 40_000_000
 """Videos are refused by their header, before they are decoded, or at the first frame that is larger."""
 MAX_FRAMES = 1_000_000
+_PART_PIXELS = 1 << 26
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,asf,flv,ogg,gif"
 """FFmpeg's own names. Playlists and scripts are not among them: they would have it read other files, or a network."""
 _HEAD = 64 << 10
@@ -51,8 +53,8 @@ class Video(Protocol):
     def size(self) -> tuple[int, int]:
         """(height, width) after the rotation tag."""
 
-    def frames_at(self, indices: Sequence[int]) -> Tensor:
-        """The frames with these ascending numbers (repetitions allowed): (T, 3, H, W) uint8 RGB, upright."""
+    def fill(self, stack: FrameStack) -> None:
+        """Put the frames that the stack wants into it, RGB and upright."""
 
 
 def open_video(
@@ -107,11 +109,11 @@ class PyAVVideo:
     @functools.cached_property
     def _facts(self) -> tuple[int, float, tuple[int, int]]:
         with self._opened() as (container, stream):
-            length, sizes = 0, dict[tuple[int, int], None]()
+            length, sizes = 0, set[tuple[int, int]]()
             for frame in self._decoded(container, stream):
-                sizes[(frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)] = None
+                sizes.add((frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width))
                 if len(sizes) > 1:
-                    raise self._changing(sizes)
+                    raise changing_sizes(sizes, self._where)
                 length += 1
             rate = stream.average_rate or stream.guessed_rate
         if not length:
@@ -133,21 +135,11 @@ class PyAVVideo:
         """See :class:`Video`."""
         return self._facts[2]
 
-    def frames_at(self, indices: Sequence[int]) -> Tensor:
+    def fill(self, stack: FrameStack) -> None:
         """See :class:`Video`."""
-        wanted = sorted(set(indices))
-        found = self._sought(wanted)
-        if found is None:
-            found = self._from_start(wanted)
-        if missing := sorted(set(wanted) - found.keys()):
-            raise DataError(
-                f"{self._where}: frame {missing[0]} cannot be decoded, {len(found)} of {len(wanted)} found; pack again"
-            )
-        sizes = {value.shape[:2] for value in found.values()}
-        if len(sizes) > 1:
-            raise self._changing(sizes)
-        stacked = np.stack([found[index] for index in indices])
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+        if not self._seek(stack):
+            stack.clear()
+            self._from_start(stack)
 
     def rate(self) -> Fraction:
         """Frames per second as the container says, 0 where it does not."""
@@ -169,41 +161,36 @@ class PyAVVideo:
             _check_size(frame.width, frame.height, self._where)
             yield frame
 
-    def _changing(self, sizes: Iterable[tuple[int, ...]]) -> DataError:
-        found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-        return DataError(f"{self._where}: frames change their size ({found}); convert the video to one size")
-
-    def _from_start(self, wanted: Collection[int]) -> dict[int, Pixels]:
-        found: dict[int, Pixels] = {}
+    def _from_start(self, stack: FrameStack) -> None:
+        wanted = set(stack.wanted)
         with self._opened() as (container, stream):
             for number, frame in enumerate(self._decoded(container, stream)):
                 if number in wanted:
-                    found[number] = _upright(frame)
-                if len(found) == len(wanted):
+                    stack.put(number, _tensor(frame))
+                if len(stack.found) == len(wanted):
                     break
-        return found
 
-    def _sought(self, wanted: list[int]) -> dict[int, Pixels] | None:
-        """The frames, each stretch of them decoded from the key frame before it.
+    def _seek(self, stack: FrameStack) -> bool:
+        """Whether all frames were found, each stretch of them decoded from the key frame before it.
 
-        ``None`` where that saves nothing or could give other frames than decoding from the start: times that are
-        missing or do not fit the frames, or a container that seeks to another place.
+        Not where that saves nothing or could give other frames than decoding from the start: times that are missing or
+        do not fit the frames, or a container that seeks to another place.
         """
+        wanted = stack.wanted
         if self._length is None or not wanted or not SEEK_GAIN < wanted[-1] < self._length:
-            return None
-        found: dict[int, Pixels] = {}
+            return False
         try:
             with self._opened() as (container, stream):
                 times = times_of(container, stream, self._length)
                 stretches = [] if times is None else stretches_of(wanted, times.keys)
                 if times is None or (len(stretches) == 1 and stretches[0][0] == 0):
-                    return None
+                    return False
                 for key, numbers in stretches:
                     container.seek(times.shown[key], stream=stream)
-                    found |= _stretch(self._decoded(container, stream), times.shown, numbers)
+                    _stretch(self._decoded(container, stream), times.shown, numbers, stack)
         except DataError:
-            return None
-        return found if len(found) == len(wanted) else None
+            return False
+        return len(stack.found) == len(wanted)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -234,14 +221,18 @@ def _upright(frame: Any) -> Pixels:
     return np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
 
 
-def _stretch(frames: Iterable[Any], shown: Sequence[int], numbers: Sequence[int]) -> dict[int, Pixels]:
-    """The frames of these ascending numbers; less, when one comes that is not the next by its time.
+def _tensor(frame: Any) -> Tensor:
+    """(3, H, W) uint8, upright, with the channels last in memory."""
+    return torch.from_numpy(np.ascontiguousarray(_upright(frame))).permute(2, 0, 1)
+
+
+def _stretch(frames: Iterable[Any], shown: Sequence[int], numbers: Sequence[int], stack: FrameStack) -> None:
+    """Put the frames of these ascending numbers; less, when one comes that is not the next by its time.
 
     Args:
         frames: decoded after a seek, which may have gone further back than asked for.
         shown: see :class:`~vitgraft.data_shards.seeking.Times`.
     """
-    found: dict[int, Pixels] = {}
     following: int | None = None
     for frame in frames:
         if following is None and frame.pts is not None:
@@ -249,11 +240,10 @@ def _stretch(frames: Iterable[Any], shown: Sequence[int], numbers: Sequence[int]
         if following is None or following > numbers[-1] or frame.pts != shown[following]:
             break
         if following in numbers:
-            found[following] = _upright(frame)
+            stack.put(following, _tensor(frame))
         if following == numbers[-1]:
             break
         following += 1
-    return found
 
 
 class TorchcodecVideo:
@@ -312,12 +302,23 @@ class TorchcodecVideo:
         height, width = self._read(lambda own: own.get_frame_at(0).data.shape[1:], lambda other: other.size)
         return int(height), int(width)
 
-    def frames_at(self, indices: Sequence[int]) -> Tensor:
+    def fill(self, stack: FrameStack) -> None:
         """See :class:`Video`."""
-        frames: Tensor = self._read(
-            lambda own: own.get_frames_at(indices=list(indices)).data, lambda other: other.frames_at(indices)
-        )
-        return frames.contiguous()
+
+        def own(decoder: Any) -> None:
+            # A part at a time: all frames at once may be more than is kept of them.
+            width, height = decoder.metadata.width or 0, decoder.metadata.height or 0
+            part = max(1, _PART_PIXELS // max(1, width * height))
+            for first in range(0, len(stack.wanted), part):
+                numbers = stack.wanted[first : first + part]
+                for number, frame in zip(numbers, decoder.get_frames_at(indices=numbers).data, strict=True):
+                    stack.put(number, frame)
+
+        def other(video: PyAVVideo) -> None:
+            stack.clear()
+            video.fill(stack)
+
+        self._read(own, other)
 
 
 def _decodable(decoder: Any) -> int:

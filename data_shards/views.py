@@ -7,7 +7,7 @@ import itertools
 from torch import Tensor
 
 from vitgraft.configs.schema.data import ClipConfig
-from vitgraft.data_shards.geometry import Sample, covering, crop, resize
+from vitgraft.data_shards.geometry import Sample, crop
 from vitgraft.data_shards.transforms import Prepared, Transforms
 
 
@@ -34,16 +34,18 @@ def clips_of(count: int, clip: ClipConfig, clips: int) -> list[list[int]]:
     return [list(frames) for frames in zip(*(middles(low, high) for low, high in segments), strict=True)]
 
 
-def crops_of(clip: Tensor, transforms: Transforms, crops: int) -> list[Prepared]:
+def crops_of(clip: Tensor, before: tuple[int, int], transforms: Transforms, crops: int) -> list[Prepared]:
     """Parts of a clip (T, 3, h, w) uint8, each filling the canvas.
 
-    The clip is resized to cover the canvas: on a square one its short side gets the canvas's side. The crops lie evenly
-    along what reaches beyond: 1: the centre; 3: left, centre and right, or top, centre and bottom.
+    The clip covers the canvas (:func:`~vitgraft.data_shards.geometry.covering`): on a square one its short side has the
+    canvas's side. The crops lie evenly along what reaches beyond: 1: the centre; 3: left, centre and right, or top,
+    centre and bottom.
+
+    Args:
+        before: the (height, width) that it had before it was resized to that.
     """
-    canvas = transforms.canvas
-    before = Sample(clip)
-    covered = resize(before, covering(before.size, canvas))
-    scale = covered.size[0] / before.size[0], covered.size[1] / before.size[1]
+    canvas, covered = transforms.canvas, Sample(clip)
+    scale = covered.size[0] / before[0], covered.size[1] / before[1]
     spare = covered.size[0] - canvas[0], covered.size[1] - canvas[1]
     views = []
     for number in range(crops):

@@ -15,6 +15,7 @@ from PIL import Image
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import probe_video
 from vitgraft.data_shards.frames import frame_name
+from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 from vitgraft.data_shards.video import Pixels, PyAVVideo
 
 Form = Literal["gop", "frames"]
@@ -97,11 +98,17 @@ class Reencode:
                     f"{where}: {facts['frames']} of {count} frames came back from x264; pass --reencode frames"
                 )
             return {"mp4": encoded}, {**facts, "fps": float(rate)}
-        members, size = dict[str, bytes](), (0, 0)
+        members, size, total = dict[str, bytes](), (0, 0), 0
         for number, frame in enumerate(frames):
             stream, size = io.BytesIO(), (frame.shape[0], frame.shape[1])
             Image.fromarray(frame).save(stream, "JPEG", quality=self._quality)
             members[frame_name(number)] = stream.getvalue()
+            total += len(members[frame_name(number)])
+            if total > MAX_SAMPLE_BYTES:
+                raise DataError(
+                    f"{where}: its frames take more than {MAX_SAMPLE_BYTES} bytes as images; pass --short-side, or cut "
+                    "the video"
+                )
         return members, {"frames": len(members), "fps": float(rate), "height": size[0], "width": size[1]}
 
 

@@ -177,7 +177,7 @@ def test_frames_that_are_missing_or_damaged(tmp_path: Path) -> None:
         assert len(found) == (reason is not None), found
         assert reason is None or reason in found[0]
     with pytest.raises(DataError, match=r"^w: frame 1 is missing; pack again$"):
-        ImageFrames(sets["missing"][0], 10.0, "w").frames_at([0, 1])
+        decode.decode_frames(ImageFrames(sets["missing"][0], 10.0, "w"), [0, 1], "x")
 
 
 @pytest.mark.parametrize(

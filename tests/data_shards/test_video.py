@@ -20,6 +20,7 @@ from PIL import Image
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards import video
 from vitgraft.data_shards.decode import decode_frames, probe_video
+from vitgraft.data_shards.frame_stack import FrameStack
 from vitgraft.data_shards.seeking import stretches_of
 from vitgraft.data_shards.video import PyAVVideo
 
@@ -101,14 +102,14 @@ def test_seeking_is_done_where_it_helps(sources: dict[str, tuple[bytes, int]], m
     for name in sorted(SOUND | {"B-frames", "B-frames, mkv"}):
         content, length = sources[name]
         decoded.clear()
-        PyAVVideo(content, name, length).frames_at([length - 1])
+        decode_frames(PyAVVideo(content, name, length), [length - 1], "x")
         assert len(decoded) < length / 2, name
         decoded.clear()
-        PyAVVideo(content, name).frames_at([length - 1])
+        decode_frames(PyAVVideo(content, name), [length - 1], "x")
         assert len(decoded) == length, name
         # The first and the last: two stretches.
         decoded.clear()
-        PyAVVideo(content, name, length).frames_at([0, length - 1])
+        decode_frames(PyAVVideo(content, name, length), [0, length - 1], "x")
         assert len(decoded) < length / 2 + 2, name
 
 
@@ -151,10 +152,10 @@ def test_frames_may_not_outgrow_their_header(form: str, monkeypatch: pytest.Monk
     """Whichever way they are decoded: from the start, after a seek, one by one or to count them."""
     content = jpegs([(64, 48)] * 12 + [(400, 300)] * 12, form)
     assert decode_frames(content, [20], "x", "pyav", 24).shape == (1, 3, 300, 400)
-    assert PyAVVideo(content, "x", 24)._sought([20]) is not None
+    assert PyAVVideo(content, "x", 24)._seek(FrameStack([20], "x"))
     monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 10_000)
     assert decode_frames(content, [11], "x", "pyav", 24).shape == (1, 3, 48, 64)
-    assert PyAVVideo(content, "x", 24)._sought([20]) is None
+    assert not PyAVVideo(content, "x", 24)._seek(FrameStack([20], "x"))
     for read in (
         lambda: probe_video(content, "x"),
         lambda: decode_frames(content, [20], "x", "pyav"),

@@ -13,6 +13,7 @@ from vitgraft.configs.schema.data import ClipConfig, ViewsConfig
 from vitgraft.data_shards import decode
 from vitgraft.data_shards.batch import Batch, Truth
 from vitgraft.data_shards.dataset import PackedDataset
+from vitgraft.data_shards.geometry import resized
 from vitgraft.data_shards.pack.digits import encode_clip
 from vitgraft.data_shards.pack.writer import DatasetWriter
 from vitgraft.data_shards.transforms import Transforms
@@ -77,7 +78,7 @@ def position_clip(height: int, width: int) -> torch.Tensor:
 def test_crops_by_hand(configure: Any, size: tuple[int, int], crops: int, corners: list[tuple[int, int]]) -> None:
     """The short side is the canvas's already: every pixel of a crop is one of the clip's."""
     transforms = Transforms(configure(Path("x"), image_size=[64, 64], mean=[0.0] * 3, std=[1.0] * 3))
-    views = crops_of(position_clip(*size), transforms, crops)
+    views = crops_of(position_clip(*size), size, transforms, crops)
     assert len(views) == crops
     for view, (top, left) in zip(views, corners, strict=True):
         assert view.size == (64, 64)
@@ -88,7 +89,7 @@ def test_crops_by_hand(configure: Any, size: tuple[int, int], crops: int, corner
 
 def test_the_short_side_is_resized_to_the_canvas(configure: Any) -> None:
     transforms = Transforms(configure(Path("x"), image_size=[32, 32]))
-    views = crops_of(position_clip(64, 128), transforms, 3)
+    views = crops_of(resized(position_clip(64, 128), (32, 64)), (64, 128), transforms, 3)
     assert [view.scale for view in views] == [(0.5, 0.5)] * 3
     means = [float(view.canvas[1].mean()) for view in views]
     assert means == sorted(means)
@@ -137,10 +138,10 @@ def test_each_frame_is_decoded_once(tmp_path: Path, configure: Any, monkeypatch:
     folder = write_videos(tmp_path / "set", 1)
     config = configure(folder, image_size=[32, 32], clip={"frames": 8, "stride": 2})
     asked: list[list[int]] = []
-    original = module.decode_frames
+    original = module.decode_resized
     monkeypatch.setattr(
         module,
-        "decode_frames",
+        "decode_resized",
         lambda data, indices, *rest: [asked.append(list(indices)), original(data, indices, *rest)][1],
     )
     PackedDataset(folder, config, "video", train=False, views=ViewsConfig(clips=4, crops=3)).eval_batch([0])
