@@ -57,7 +57,7 @@ def check_mixture(paths: Sequence[str], manifests: Sequence[Manifest], visits: S
         if (manifest.kind, manifest.classes) != (first.kind, first.classes):
             raise DataError(
                 f"data.train: {path} has another kind or other classes than {paths[0]} ({manifest.kind} with "
-                f"{len(manifest.classes)}, {first.kind} with {len(first.classes)}); pack both with the same class list"
+                f"{len(manifest.classes)}, {first.kind} with {len(first.classes)}); pack it with --classes {paths[0]}"
             )
         known = [other.fingerprint for other in manifests[:number]]
         if manifest.fingerprint in known:

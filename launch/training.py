@@ -219,7 +219,7 @@ def check_data(recipe: Recipe, screen: Screen) -> int:
     if val.classes != train.classes:
         raise DataError(
             f"data.val.path: {recipe.data.val.path} has other classes than {path} "
-            f"({len(val.classes)} and {len(train.classes)}); pack both with the same class list"
+            f"({len(val.classes)} and {len(train.classes)}); pack it again with --classes {path}"
         )
     return len(train.classes)
 

@@ -250,7 +250,8 @@ def to_json(value: Any) -> str:
 
 
 def _class_mismatch(where: str, found: list[str], expected: list[str]) -> str:
+    remedy = "pack it again with --classes and the set that was trained on"
     for index, (theirs, ours) in enumerate(zip(found, expected, strict=False)):
         if theirs != ours:
-            return f"{where}: class {index} is {theirs!r}, the model knows {ours!r}; use a data set with its classes"
-    return f"{where}: {len(found)} classes, the model was trained with {len(expected)}; use a data set with its classes"
+            return f"{where}: class {index} is {theirs!r}, the model knows {ours!r}; {remedy}"
+    return f"{where}: {len(found)} classes, the model was trained with {len(expected)}; {remedy}"

@@ -256,7 +256,7 @@ def test_what_cannot_be_mixed_is_refused(two: list[Path], tmp_path: Path, config
     with DatasetWriter(tmp_path / "other", "semantic", ["x", "y"]) as writer:
         members = {"png": b"1", "label.png": b"2"}
         writer.add(members, {"height": 1, "width": 1})
-    with pytest.raises(DataError, match=rf"semantic with 2, semantic with {len(manifest.classes)}\); pack both"):
+    with pytest.raises(DataError, match=rf"semantic with 2, semantic with {len(manifest.classes)}\); pack it with"):
         open_mixture({"path": a}, {"path": str(tmp_path / "other")})
     pack_digits("video", "val", tmp_path / "video", samples=2)
     with pytest.raises(ConfigError, match="holds video data"):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.data_shards.decode import decode_masks
 from vitgraft.data_shards.pack.coco import read_coco
 from vitgraft.models.contract import DetectionPrediction, Predictions
 from vitgraft.trainer.tasks.base import Metric, Result
@@ -154,6 +156,32 @@ def test_an_unreadable_image_is_missed_and_none_found_is_zero() -> None:
     # One of two objects is found: precision 1 at the 51 recall points up to one half, 0 at the other 50.
     assert half.compute()["box_AP"] == pytest.approx(51 / 101)
     assert none.compute() == {f"box_{name}": 0.0 for name in FIGURES}
+
+
+def test_a_box_stands_for_the_mask_that_one_annotation_lacks(test_data: Path) -> None:
+    """As in training: one annotation without mask once took all figures on masks away."""
+    classes, truths = tiny(test_data, "val2017")
+    lacking = next(a for truth in truths for a in truth.value if not a["iscrowd"] and a["segmentation"])
+    mask, lacking["segmentation"] = lacking["segmentation"], None
+    records = []
+    for truth in truths:
+        detections = [
+            {"class": a["class"], "name": "", "score": 1.0, "box": [0, 0, 1, 1], "mask": a["segmentation"] or mask}
+            for a in truth.value
+            if not a["iscrowd"]
+        ]
+        records.append((truth, {"height": truth.size[0], "width": truth.size[1], "detections": detections}))
+    with_mask = coco_metric(classes, records).compute()["mask_AP"]
+    assert 0.9 < with_mask < 1
+    # A detection that fills the box is right.
+    truth, result = next(record for record in records if any(a is lacking for a in record[0].value))
+    filled = decode_masks([lacking], truth.size, "x")[0].numpy()
+    rle = mask_utils.encode(np.asfortranarray(filled))
+    place = [a for a in truth.value if not a["iscrowd"]].index(lacking)
+    result["detections"][place]["mask"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    assert coco_metric(classes, records).compute()["mask_AP"] == pytest.approx(1.0, abs=1e-9)
+    picture = DetectionTask(classes).draw_truth(torch.zeros(3, *truth.size, dtype=torch.uint8), truth)
+    assert picture.float().mean() > 0
 
 
 def test_a_sample_whose_label_is_unreadable_has_nothing_to_find() -> None:

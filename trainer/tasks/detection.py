@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from vitgraft.data_shards.batch import Batch, Truth
+from vitgraft.data_shards.decode import decode_masks
 from vitgraft.data_shards.draw import draw_instances
 from vitgraft.models.contract import DetectionPrediction, Predictions
 from vitgraft.models.heads.mask_rcnn import paste_masks
@@ -74,7 +75,8 @@ class DetectionTask:
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in shown)]
         labels = [a["class"] for a in shown]
         captions = [self.classes[label] for label in labels]
-        return _draw(image, boxes, labels, captions, [a["segmentation"] for a in shown])
+        masks = _filled(shown, truth) if any(a["segmentation"] for a in shown) else []
+        return _draw(image, boxes, labels, captions, masks)
 
 
 class CocoMetric:
@@ -105,11 +107,15 @@ class CocoMetric:
         self._records = sorted((r for state in states for r in state), key=lambda record: record[0].key)
 
     def compute(self) -> dict[str, float]:
-        """box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them."""
+        """box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them.
+
+        As in training, the box of an annotation without mask stands for its mask where others have masks.
+        """
         figures = {f"box_{k}": v for k, v in self._average_precision("bbox").items()}
         annotations = [a for truth, _ in self._records for a in truth.value]
         detections = [d for _, result in self._records for d in result["detections"]]
-        if all(a["segmentation"] for a in annotations) and all(d["mask"] for d in detections):
+        masked = not annotations or any(a["segmentation"] for a in annotations)
+        if masked and all(d["mask"] for d in detections):
             figures |= {f"mask_{k}": v for k, v in self._average_precision("segm").items()}
         return figures
 
@@ -132,7 +138,8 @@ class CocoMetric:
         annotations: list[dict[str, Any]] = []
         for image_id, (truth, _) in enumerate(self._records, start=1):
             images.append({"id": image_id, "height": truth.size[0], "width": truth.size[1]})
-            for a in truth.value:
+            masks = _filled(truth.value, truth) if kind == "segm" else []
+            for number, a in enumerate(truth.value):
                 entry = {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
@@ -142,7 +149,7 @@ class CocoMetric:
                     "iscrowd": a["iscrowd"],
                 }
                 if kind == "segm":
-                    entry["segmentation"] = a["segmentation"]
+                    entry["segmentation"] = masks[number]
                 annotations.append(entry)
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(self._task.classes)]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
@@ -161,6 +168,14 @@ class CocoMetric:
                     entry["bbox"] = [left, top, right - left, bottom - top]
                 detections.append(entry)
         return detections
+
+
+def _filled(annotations: list[dict[str, Any]], truth: Truth) -> list[dict[str, Any]]:
+    """The masks of a sample's annotations as run lengths; the filled box of one that has none."""
+    return [
+        a["segmentation"] or _encode(decode_masks([{**a, "segmentation": None}], truth.size, truth.key)[0])
+        for a in annotations
+    ]
 
 
 def _encode(mask: Tensor) -> dict[str, Any]:
