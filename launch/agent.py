@@ -279,6 +279,16 @@ def memory_kills() -> int:
     return max(kills)
 
 
+def _choose_interface() -> None:
+    """Let the ranks meet by the interface that the leader comes in by: gloo would listen at whatever address the host's
+    own name has. What the user says, here or on the leader's host, is heeded."""
+    from vitgraft.launch.network_probe import interface_of, login_address
+
+    address = login_address(os.environ)
+    if address is not None and (interface := interface_of(address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve the supervisor at the other end of standard input and output."""
     parser = argparse.ArgumentParser(prog="python -m vitgraft.launch.agent", description=__doc__)
@@ -287,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     if LOCK_VARIABLE in os.environ:
         # On the supervisor's own host. Over ssh its parent is a shell, and the closed pipe tells.
         die_with_parent()
+    else:
+        _choose_interface()
     # What is printed by mistake must not get between the messages.
     out = os.dup(1)
     os.dup2(2, 1)

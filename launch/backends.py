@@ -109,9 +109,9 @@ class HereBackend:
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
         """That of this process; they meet on the loopback unless the user says otherwise."""
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
         variables = deepspeed_launch.rank_environment({}, device=device, threads=threads)
-        return {**variables, "GLOO_SOCKET_IFNAME": interface}
+        interfaces = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        return variables | interfaces
 
     def launcher(self) -> None:
         """None is needed."""

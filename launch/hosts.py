@@ -10,6 +10,19 @@ from pathlib import Path
 from vitgraft.configs.errors import ConfigError
 
 SSH_CONFIG_VARIABLE = "VITGRAFT_SSH_CONFIG"
+_SSH_FLAG = re.compile(r"-[46Cqv]+")
+_SSH_WITH_VALUE = ("-B", "-J", "-b", "-c", "-i", "-l", "-m", "-o", "-p")
+_SSH_KEYS = re.compile(
+    "AddressFamily|BatchMode|BindAddress|BindInterface|CertificateFile|CheckHostIP|Ciphers|Compression|"
+    "ConnectionAttempts|ConnectTimeout|GlobalKnownHostsFile|GSSAPIAuthentication|GSSAPIDelegateCredentials|"
+    "HostKeyAlgorithms|HostKeyAlias|HostName|IdentitiesOnly|IdentityAgent|IdentityFile|IPQoS|KexAlgorithms|LogLevel|"
+    "MACs|NumberOfPasswordPrompts|PasswordAuthentication|Port|PreferredAuthentications|ProxyJump|"
+    "PubkeyAcceptedAlgorithms|PubkeyAuthentication|ServerAliveCountMax|ServerAliveInterval|StrictHostKeyChecking|"
+    "TCPKeepAlive|UpdateHostKeys|User|UserKnownHostsFile",
+    re.IGNORECASE,
+)
+"""Of ssh_config(5), those that run nothing, load nothing and read no further configuration."""
+_SSH_VALUE = re.compile(r"[\w@:/.,+~^*?=\[\]][\w@:/.,+~^*?=\[\]-]*")
 MAX_HOSTFILE_BYTES = 1 << 20
 MAX_SLOTS = 1024
 _EXAMPLE = "write e.g. node-1 slots=8"
@@ -147,7 +160,8 @@ def ssh_arguments(of_recipe: Sequence[str], environment: Mapping[str, str]) -> l
     """What is given to every ssh: ``launch.ssh_args``, and the configuration file that VITGRAFT_SSH_CONFIG names.
 
     Raises:
-        ConfigError: an argument with white space, quotes or a percent sign, which pdsh would not pass on.
+        ConfigError: an argument with white space, quotes or a percent sign, which pdsh would not pass on; or one of the
+            recipe by which ssh could run a program here, load a library or read another configuration.
     """
     config = environment.get(SSH_CONFIG_VARIABLE, "")
     words = [*(["-F", config] if config else []), *of_recipe]
@@ -157,4 +171,27 @@ def ssh_arguments(of_recipe: Sequence[str], environment: Mapping[str, str]) -> l
                 f"launch.ssh_args, {SSH_CONFIG_VARIABLE}: {word!r}: pdsh passes on no empty words, spaces, quotes or "
                 "percent signs; put it into a configuration file of ssh and name that"
             )
+    _refuse_programs(of_recipe)
     return words
+
+
+def _refuse_programs(words: Sequence[str]) -> None:
+    """A recipe may come from anybody, and must not run anything by itself; the user's own configuration may."""
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if _SSH_FLAG.fullmatch(word):
+            continue
+        option, value = word[:2], word[2:]
+        known = option in _SSH_WITH_VALUE and bool(value or left)
+        value = value or (left.pop(0) if known else "")
+        if option == "-o":
+            key, _, value = value.partition("=")
+            known = known and _SSH_KEYS.fullmatch(key) is not None
+        # Of a chain of hosts, or a user, ssh makes a command line for itself.
+        if not known or not _SSH_VALUE.fullmatch(value):
+            raise ConfigError(
+                f"launch.ssh_args: {word}: a recipe may set user, port, key, jump hosts and the like, and nothing by "
+                f"which ssh runs a program; put it into a configuration file of ssh and name that by "
+                f"{SSH_CONFIG_VARIABLE}"
+            )

@@ -20,12 +20,17 @@ _MAX_SENT = 256 << 20
 _REDUCED = 1 << 20
 
 
+def login_address(environment: Mapping[str, str]) -> str | None:
+    """The address of this host that this login over ssh came in by; ``None``: there is none, or it is the loopback."""
+    login = environment.get("SSH_CONNECTION", "").split()
+    return login[2] if len(login) == 4 and not _is_loopback(login[2]) else None
+
+
 def own_address(environment: Mapping[str, str]) -> str | None:
     """The address under which others reach this host: the one that this login came in by, else that of the default
     route; ``None``: neither is there."""
-    login = environment.get("SSH_CONNECTION", "").split()
-    if len(login) == 4 and not _is_loopback(login[2]):
-        return login[2]
+    if (address := login_address(environment)) is not None:
+        return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect(("192.0.2.1", 9))  # sends nothing; an address kept for documentation (RFC 5737)
         return str(probe.getsockname()[0])

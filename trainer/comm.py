@@ -1,15 +1,18 @@
-"""The few collectives that the roles use, also without a process group."""
+"""The few collectives that the roles use, also without a process group.
+
+Values travel as JSON: a stranger who gets between the ranks must find nothing that runs code, as a pickle would.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vitgraft.configs.errors import TrainingError
-
-T = TypeVar("T")
 
 
 def active() -> bool:
@@ -27,13 +30,74 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
-def gather(value: T) -> list[T]:
-    """Everyone's value, by rank, on every rank (small objects of our own processes)."""
+def gather(value: Any) -> list[Any]:
+    """Everyone's value, by rank, on every rank.
+
+    Args:
+        value: of JSON's types, and small; tuples come back as lists.
+    """
     if not active() or world() == 1:
         return [value]
-    values: list[T | None] = [None] * world()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+    own, sizes = _padded(value)
+    parts = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(parts, own)
+    return [_value(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def gather_to_first(value: Any) -> list[Any] | None:
+    """Everyone's value, by rank, on rank 0; ``None`` on the others, which neither get nor hold what is not theirs.
+
+    Args:
+        value: of JSON's types; tuples come back as lists.
+    """
+    if not active() or world() == 1:
+        return [value]
+    own, sizes = _padded(value)
+    parts = [torch.empty_like(own) for _ in sizes] if rank() == 0 else None
+    dist.gather(own, parts, 0)
+    return None if parts is None else [_value(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank.
+
+    Args:
+        value: of JSON's types; what other ranks give does not matter. Tuples come back as lists.
+    """
+    if not active() or world() == 1:
+        return value
+    data = _bytes_of(value) if rank() == 0 else torch.empty(0, dtype=torch.uint8, device=_device())
+    size = torch.tensor([len(data)], device=_device())
+    dist.broadcast(size, 0)
+    if rank() != 0:
+        data = torch.empty(int(size), dtype=torch.uint8, device=_device())
+    dist.broadcast(data, 0)
+    return _value(data, len(data))
+
+
+def _device() -> torch.device:
+    """Where the group's tensors must lie."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _bytes_of(value: Any) -> Tensor:
+    data = bytearray(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass"))
+    return torch.frombuffer(data, dtype=torch.uint8).to(_device())
+
+
+def _value(data: Tensor, size: int) -> Any:
+    return json.loads(data[:size].cpu().numpy().tobytes().decode(errors="surrogatepass"))
+
+
+def _padded(value: Any) -> tuple[Tensor, list[int]]:
+    """The value's bytes, as many as the longest of all ranks has, and how many each rank's has."""
+    data = _bytes_of(value)
+    sizes = [torch.empty(1, dtype=torch.int64, device=_device()) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=_device()))
+    lengths = [int(size) for size in sizes]
+    own = torch.zeros(max(lengths), dtype=torch.uint8, device=_device())
+    own[: len(data)] = data
+    return own, lengths
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:

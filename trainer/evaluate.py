@@ -130,8 +130,8 @@ class Evaluator:
             pictures.mkdir(parents=True)
         comm.barrier()
         names = self._pass(metric, indices, unreadable, pictures, wanted, progress)
-        states = comm.gather((metric.state(), unreadable, names))
-        if comm.rank() != 0:
+        states = comm.gather_to_first([metric.state(), unreadable, names])
+        if states is None:
             return None
         metric.merge([state for state, _, _ in states])
         return Evaluation(

@@ -66,7 +66,7 @@ def _agree_on(source: Path) -> Checkpoint:
             found = (str(resolve_checkpoint(source).path), None)
         except CheckpointError as error:
             found = (None, str(error))
-    path, problem = comm.gather(found)[0]
+    path, problem = comm.from_first(found)
     if path is None:
         raise CheckpointError(f"train.init_from: {problem}")
     return open_checkpoint(Path(path))

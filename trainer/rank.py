@@ -137,12 +137,11 @@ def _train(options: argparse.Namespace, reporter: Reporter, heart: Heart, stop: 
 
 def _join(device: str) -> None:
     """Form the group of ranks."""
-    import deepspeed
-
     from vitgraft.trainer.deepspeed_state import avoid_compilation
+    from vitgraft.trainer.rendezvous import join
 
     avoid_compilation()
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    join("nccl" if device == "cuda" else "gloo")
 
 
 def _leave() -> None:

@@ -123,7 +123,8 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
         _check_same_run(recipe, dataset, checkpoint)
     if train.on_non_finite == "skip":
         # Read once, so that all ranks leave the same out whatever their hosts see of the shared disk.
-        dataset.left_out = comm.gather(read_left_out(assignment.run) if comm.rank() == 0 else frozenset())[0]
+        left_out = comm.from_first(list(read_left_out(assignment.run)) if comm.rank() == 0 else None)
+        dataset.left_out = frozenset((epoch, position) for epoch, position in left_out)
     # The same weights on all ranks, whatever the world size.
     torch.manual_seed(seed_of("init", train.seed))
     size = (recipe.data.image_size[0], recipe.data.image_size[1])
@@ -199,7 +200,8 @@ def _load_or_store(model: GraftedModel, run: Path, checkpoint: Checkpoint | None
             load_checkpoint(model, checkpoint)
         return checkpoint.manifest.frozen
     digest = store_frozen(run, model) if comm.rank() == 0 else None
-    return comm.gather(digest)[0]
+    shared: str | None = comm.from_first(digest)
+    return shared
 
 
 def _group_parameters(recipe: Recipe, model: GraftedModel) -> list[param_groups.Group]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import SkipConfig
-from vitgraft.data_shards.batch import NOT_FINITE, Skipped
+from vitgraft.data_shards.batch import NOT_FINITE, Entry, Skipped
 from vitgraft.trainer import comm
 from vitgraft.trainer.monitor_files import attempts, read_rows
 
@@ -50,7 +50,9 @@ class SkipLog:
         Raises:
             DataError: more different samples than the budget were skipped in this run; on every rank.
         """
-        everyone = [item for items in comm.gather(skipped) for item in items]
+        everyone = [
+            Skipped(Entry(*entry), key, reason) for items in comm.gather(skipped) for entry, key, reason in items
+        ]
         damaged = [item for item in everyone if item.reason != NOT_FINITE]
         self.samples |= {item.entry.sample for item in damaged}
         if comm.rank() == 0:

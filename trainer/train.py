@@ -164,7 +164,7 @@ class TrainLoop:
         if resume is None or not self._evaluates(step):
             return
         checkpoint = open_checkpoint(resume)
-        if not comm.gather(evaluated_already(self._evaluator_of_run(), self.run_folder, checkpoint))[0]:
+        if not comm.from_first(evaluated_already(self._evaluator_of_run(), self.run_folder, checkpoint)):
             self._evaluate(checkpoint)
 
     def _step(self, step: int, batches: Iterator[tuple[MicroBatch, Batch]]) -> StepFacts:
@@ -283,7 +283,7 @@ class TrainLoop:
         # What was left out is empty and weighs nothing: it is another entry's doing.
         empty = {skipped.entry for skipped in facts.skipped}
         mine = [entry for micro in bad for entry in facts.entries[micro] if entry not in empty]
-        entries = [entry for part in comm.gather(mine) for entry in part]
+        entries = [Entry(*entry) for part in comm.gather(mine) for entry in part]
         names = [name for name, value in facts.losses().items() if not math.isfinite(value)]
         self._record_non_finite(step, names, entries)
         key = self.session.dataset.reader.key

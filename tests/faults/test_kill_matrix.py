@@ -76,6 +76,7 @@ def rank_saves_inline(run: Path, rank: int, peer: Connection, attempt: int = 1) 
         return [value, other] if rank == 0 else [other, value]
 
     comm.rank, comm.world, comm.gather = lambda: rank, lambda: WORLD, gather  # type: ignore[assignment]
+    comm.from_first = lambda value: gather(value)[0]  # type: ignore[assignment]
     comm.barrier = lambda: gather(None)  # type: ignore[assignment, return-value]
     frozen = gather(store_frozen(run, FROZEN) if rank == 0 else None)[0]  # type: ignore[arg-type]
     start, stop = layout.even_range(10, rank, WORLD)

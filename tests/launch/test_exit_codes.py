@@ -166,7 +166,7 @@ def by_hostfile(handle: RunHandle) -> ByHostfile:
 
 
 def by_node(handle: RunHandle) -> ByNode:
-    return ByNode(NodePlace(2, 0, "127.0.0.1", 0), 1, handle.path, handle.lock.fileno())
+    return ByNode(NodePlace(2, 0, "127.0.0.1", 0), 1, handle.path, handle.lock.fileno(), print)
 
 
 BACKENDS = {here: "a", by_hostfile: "b", by_node: "node-1"}

@@ -140,6 +140,45 @@ def test_ssh_arguments() -> None:
         ssh_arguments([], {"VITGRAFT_SSH_CONFIG": "/my files/x"})
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-oProxyCommand=touch"],
+        ["-o", "proxycommand=touch"],
+        ["-4oProxyCommand=touch"],
+        ["-oPermitLocalCommand=yes", "-oLocalCommand=touch"],
+        ["-oKnownHostsCommand=/tmp/x"],
+        ["-oPKCS11Provider=/tmp/x.so"],
+        ["-I", "/tmp/x.so"],
+        ["-F", "/tmp/config"],
+        ["-oInclude=/tmp/config"],
+        ["-J", "-oProxyCommand=touch"],
+        ["-l", "$(touch)"],
+        ["-oProxyJump=-oProxyCommand=x"],
+        ["-S", "/tmp/socket"],
+        ["-E", "/home/me/.bashrc"],
+        ["another-host"],
+        ["-p"],
+    ],
+)
+def test_a_recipe_cannot_have_ssh_run_anything(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.ssh_args: .*VITGRAFT_SSH_CONFIG"):
+        ssh_arguments(words, {})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-p2222", "-i", "/home/me/.ssh/cluster", "-l", "me", "-Cq4"],
+        ["-oStrictHostKeyChecking=accept-new", "-o", "ServerAliveInterval=5", "-oUserKnownHostsFile=/dev/null"],
+        ["-J", "me@gate:22,[fd00::1]:22"],
+        ["-c", "aes128-gcm@openssh.com"],
+    ],
+)
+def test_what_ssh_needs_to_reach_hosts_is_taken(words: list[str]) -> None:
+    assert ssh_arguments(words, {}) == words
+
+
 def test_folders_that_no_line_carries_are_refused() -> None:
     for folder in ("/a b", "/a$b", "/a;b", "/a%b", ""):
         with pytest.raises(ConfigError, match="unusual characters"):

@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -131,11 +131,11 @@ class InlineSaver:
         run = self._facts.run
         _agree(self._facts, step, data)
         temporary = commit.temporary_folder(run, step, self._facts.attempt)
-        failure = comm.gather(_attempt_prepare(temporary) if comm.rank() == 0 else None)[0]
+        failure = comm.from_first(_attempt_prepare(temporary) if comm.rank() == 0 else None)
         answers = comm.gather(self._attempt_write(temporary) if failure is None else failure)
         failure = next((a for a in answers if isinstance(a, str)), None)
         if comm.rank() == 0 and failure is None:
-            records = [record for a in answers if not isinstance(a, str) for record in a]
+            records = [FileRecord(**record) for a in answers if not isinstance(a, str) for record in a]
             manifest = commit.with_files(self._state.manifest(self._facts, step, samples, data), records)
             try:
                 commit.commit(run, manifest)
@@ -171,14 +171,14 @@ class InlineSaver:
             except (OSError, CheckpointError) as error:
                 self._reporter.note(f"WARNING an old checkpoint could not be deleted: {error}")
 
-    def _attempt_write(self, folder: Path) -> list[FileRecord] | str:
-        """This rank's files, or why they could not be written: the ranks must all learn of it, not hang."""
+    def _attempt_write(self, folder: Path) -> list[dict[str, Any]] | str:
+        """The records of this rank's files, or why they could not be written: all ranks must learn of it, not hang."""
         try:
             records = []
             for name, tensors in _files(self._state).items():
                 types = {key: _STORED[_stored_type(name, value)] for key, value in tensors.items()}
                 arrays = {key: value.detach().to(types[key]).cpu().numpy() for key, value in tensors.items()}
-                records.append(write_safetensors(folder / name, arrays))
+                records.append(write_safetensors(folder / name, arrays).model_dump())
             return records
         except OSError as error:
             return commit.why(error, folder)

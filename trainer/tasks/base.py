@@ -20,7 +20,7 @@ class Metric(Protocol):
         """Take in a batch; a sample of weight 0 is unreadable and counts as wrong."""
 
     def state(self) -> Any:
-        """What another process needs to merge."""
+        """What another process needs to merge, of JSON's types."""
 
     def merge(self, states: list[Any]) -> None:
         """Replace the own state by the union of all ranks' states."""

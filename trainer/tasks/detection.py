@@ -98,13 +98,18 @@ class CocoMetric:
                 truth = replace(truth, value=[])
             self._records.append((truth, result))
 
-    def state(self) -> list[tuple[Truth, Result]]:
-        """All records."""
-        return self._records
+    def state(self) -> list[list[Any]]:
+        """All records: key, size and annotations of the truth, and the result."""
+        return [[truth.key, list(truth.size), truth.value, result] for truth, result in self._records]
 
-    def merge(self, states: list[list[tuple[Truth, Result]]]) -> None:
+    def merge(self, states: list[list[list[Any]]]) -> None:
         """Union of the records, in the order of their keys."""
-        self._records = sorted((r for state in states for r in state), key=lambda record: record[0].key)
+        records = [
+            (Truth(key, (height, width), value), result)
+            for state in states
+            for key, (height, width), value, result in state
+        ]
+        self._records = sorted(records, key=lambda record: record[0].key)
 
     def compute(self) -> dict[str, float]:
         """box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them.

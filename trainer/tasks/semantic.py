@@ -86,13 +86,14 @@ class ConfusionMetric:
         flat = target[keep].astype(np.int64) * (classes + 1) + predicted[keep]
         self.matrix += np.bincount(flat, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
 
-    def state(self) -> NDArray[np.int64]:
+    def state(self) -> list[list[int]]:
         """The matrix."""
-        return self.matrix
+        rows: list[list[int]] = self.matrix.tolist()
+        return rows
 
-    def merge(self, states: list[NDArray[np.int64]]) -> None:
+    def merge(self, states: list[list[list[int]]]) -> None:
         """Sum of the matrices."""
-        self.matrix = np.sum(states, axis=0)
+        self.matrix = np.sum(np.array(states, np.int64), axis=0)
 
     def compute(self) -> dict[str, float]:
         """mIoU, mAcc (mean recall), aAcc, and IoU_CLASS for each class that occurs."""
