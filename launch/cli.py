@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from vitgraft.configs.errors import ConfigError, InterruptedRun, VitgraftError
-from vitgraft.launch import stdout
+from vitgraft.configs.errors import ConfigError, VitgraftError
+from vitgraft.launch import ending, stdout
 from vitgraft.launch.checkpoints_cli import checkpoints
+from vitgraft.launch.entry import end_of_signal, main  # noqa: F401 - where programs look for it
 from vitgraft.launch.launch_cli import launch
 from vitgraft.launch.shards_cli import shards
 from vitgraft.launch.stderr import forgiving_stderr
@@ -87,6 +88,7 @@ def train(
     )
     with Screen() as screen:
         training.train(loaded, run, screen, where, resume=resume)
+        ending.decide()
     with contextlib.suppress(OSError):  # it is done, whether or not anybody can be told
         typer.echo(f"done: {run}")
 
@@ -213,32 +215,41 @@ def demo(
     demonstration.run(out, tasks)
 
 
-def main() -> None:
-    """Entry point: errors become one line and an exit code."""
+def run() -> int:
+    """Run a command, errors becoming one line; returns the exit code."""
     stdout.take_stdout()
     # No run ends, and no exit code changes, because what it says is not read or the disk of its log is full.
     sys.stderr = forgiving_stderr()
+    code: object
     try:
         code = app(standalone_mode=False)
         if sys.argv[1:2] != ["train"]:  # which is done, whether or not anybody can be told
             sys.stdout.flush()
-    except VitgraftError as error:
-        code = _say(error)
-    except (KeyboardInterrupt, typer.Abort):
-        print("vitgraft: interrupted", file=sys.stderr)
-        code = InterruptedRun.exit_code
-    except SystemExit as left:
-        # What typer makes of a broken pipe, whichever pipe it is.
-        broken = left.__context__
-        code = _broken_pipe(broken) if isinstance(broken, BrokenPipeError) else left.code
-    except BrokenPipeError as error:
-        code = _broken_pipe(error)
-    except stdout.Unwritable as error:
-        code = _say(ConfigError(f"standard output cannot be written: {error.strerror}; make room or write elsewhere"))
-    except Exception as error:
-        code = _usage_error(error)
+    except BaseException as error:
+        code = _answer(error)
+    else:
+        if ending.asked() is not None and code:
+            code = end_of_signal()  # typer has caught it, and knows of one code only
     stdout.let_go()
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+def _answer(error: BaseException) -> object:
+    """Say in one line why a command has ended; returns the exit code, or what else typer leaves with."""
+    if ending.asked() is not None or isinstance(error, KeyboardInterrupt | typer.Abort):
+        # Libraries that a signal interrupts, in the middle of an import above all, make other errors of it.
+        return end_of_signal()
+    if isinstance(error, VitgraftError):
+        return _say(error)
+    if isinstance(error, SystemExit):
+        # What typer makes of a broken pipe, whichever pipe it is.
+        broken = error.__context__
+        return _broken_pipe(broken) if isinstance(broken, BrokenPipeError) else error.code
+    if isinstance(error, BrokenPipeError):
+        return _broken_pipe(error)
+    if isinstance(error, stdout.Unwritable):
+        return _say(ConfigError(f"standard output cannot be written: {error.strerror}; make room or write elsewhere"))
+    return _usage_error(error)
 
 
 def _say(error: VitgraftError) -> int:
@@ -251,7 +262,7 @@ def _broken_pipe(error: BrokenPipeError) -> int:
     return 0 if stdout.has_lost_its_reader() and sys.argv[1:2] != ["train"] else _usage_error(error)
 
 
-def _usage_error(error: Exception) -> int:
+def _usage_error(error: BaseException) -> int:
     """Show a wrong command or option the way typer words it; anything else is a defect."""
     # typer carries its own copy of click and does not export the base class of its usage errors.
     show = getattr(error, "show", None)

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
-from vitgraft.launch import deepspeed_launch
+from vitgraft.launch import deepspeed_launch, ending
 from vitgraft.launch.admission import Admission
-from vitgraft.launch.agent import STOP_SIGNALS, Agent
+from vitgraft.launch.agent import Agent
 from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.handshake import Stranger, introduce
 from vitgraft.launch.hosts import Host
@@ -154,8 +154,7 @@ def follow(place: NodePlace, run: Path, screen: Screen) -> None:
     screen.note(f"node {place.rank} of {place.nodes}: connecting to the leader at {place.host}:{place.port}")
     earlier, asked = _end_of(run), list[int]()
     while True:
-        for number in STOP_SIGNALS:
-            signal.signal(number, _give_up)
+        _hear(_give_up)
         if asked:
             _give_up(asked[-1], None)
         found = _connect(place, run, earlier)
@@ -181,11 +180,17 @@ def _pass_on(agent: Agent, asked: list[int]) -> None:
         asked.append(number)
         agent.ask_to_stop(number)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, hear)
+    _hear(hear)
+
+
+def _hear(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in ending.SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has had the end of the terminal
+            signal.signal(number, handler)
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:
+    ending.decide()
     if number == signal.SIGINT:
         raise InterruptedRun("interrupted while there was no leader; the same command goes on")
     raise PreemptedRun("stopped while there was no leader; the same command goes on")

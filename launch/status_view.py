@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.units import duration
+from vitgraft.launch import ending
 from vitgraft.launch.status import Status, read_status
 from vitgraft.trainer.monitor_files import moment
 
@@ -69,7 +71,9 @@ def watch(run: Path) -> None:
                 time.sleep(WATCH_INTERVAL_S)
                 live.update(drawn(), refresh=True)
     except KeyboardInterrupt:
-        return  # how watching ends
+        if ending.asked() not in (None, signal.SIGINT):
+            raise
+        # Ctrl-C is how watching ends.
 
 
 def event_text(event: dict[str, Any]) -> str:

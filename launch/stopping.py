@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from vitgraft.configs.errors import InterruptedRun, PreemptedRun, VitgraftError
+from vitgraft.launch import ending
 from vitgraft.launch.run_dir import RunHandle
 from vitgraft.launch.ui import Screen
 from vitgraft.trainer.signals import signal_name
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass
@@ -68,7 +67,8 @@ class StopWish:
         ending = self._at_once
         self.ask(number)
         if not self.patient and not ending:
-            # Whatever is waited for, e.g. other nodes, is not needed any more.
+            # Whatever is waited for, e.g. other nodes, is not needed any more. One is enough: how the run ends is told.
+            self.patient = True
             raise stopped(number, behind=False)
 
 
@@ -80,20 +80,30 @@ def stopping_at_once() -> Iterator[None]:
         PreemptedRun, InterruptedRun: a signal came.
     """
 
+    asked: list[int] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         raise stopped(number, behind=False)
 
     with _handled(stop):
-        yield
+        try:
+            yield
+        finally:
+            if asked:  # whatever a library that was being imported has made of it
+                raise stopped(asked[0], behind=False)
 
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     # nohup has had the end of the terminal ignored.
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in ending.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     old = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
+    except BaseException:
+        ending.decide()  # with this the command ends, and no later signal has anything to say
+        raise
     finally:
         for number, before in old.items():
             signal.signal(number, before)

@@ -1,0 +1,54 @@
+"""How signals end a command, from its first line until its exit code is decided.
+
+SIGTERM, SIGUSR1 and SIGHUP end it as Ctrl-C does, by KeyboardInterrupt, so that what it has begun is tidied up; only
+its exit code differs. ``vitgraft train`` hears them in its own way once it knows what there is to save
+(:mod:`vitgraft.launch.stopping`).
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_AGAIN_S = 2.0
+"""A signal that comes again within so long must not disturb the end that the first has begun."""
+
+_heard = False
+_decided = False
+_asked: int | None = None
+_asked_at = 0.0
+
+
+def hear() -> None:
+    """Hear signals from now on. Those that this process was started to ignore, as by nohup, stay ignored."""
+    global _heard
+    _heard = True
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def decide() -> None:
+    """The exit code is decided: signals change nothing any more, nor while Python ends. Where :func:`hear` was not
+    called, this is no command, and nothing changes."""
+    global _decided
+    _decided = _heard
+    if _heard:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def asked() -> int | None:
+    """The signal by which the command was asked to end; ``None``: by none."""
+    return _asked
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    global _asked, _asked_at
+    now = time.monotonic()
+    if _decided or (_asked is not None and now - _asked_at < _AGAIN_S):
+        return
+    _asked, _asked_at = number, now
+    raise KeyboardInterrupt
