@@ -147,7 +147,7 @@ print(vitgraft.models.contract.__file__)
 for name in ("quickstart/detection", "starter/coco"):
     print(find_recipe(name), load_recipe(name).task)
 from vitgraft.launch import cli
-print(cli.__file__)
+print(cli.__file__, flush=True)
 sys.argv = ["vitgraft", "--help"]
 cli.main()
 """
