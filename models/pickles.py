@@ -25,6 +25,10 @@ class PickleError(ValueError):
     """Not a pickle, a damaged one, or one with instructions that no file of weights has."""
 
 
+class ProgramError(PickleError):
+    """A pickle that names what no data needs and what runs programs elsewhere; the text is that name."""
+
+
 class Global(NamedTuple):
     """The name of a class or function."""
 
@@ -85,7 +89,8 @@ def read_pickle(stream: BinaryIO | BoundedStream, persistent: list[Any] | None =
         persistent: takes the id of each :class:`Persistent`, in order.
 
     Raises:
-        PickleError: damaged, too long, or with instructions that are not taken.
+        PickleError: damaged, too long, or with instructions that are not taken; ``ProgramError`` for one made to run
+            programs.
     """
     machine = _Machine(persistent)
     count = 0
@@ -108,6 +113,11 @@ _LITERAL = re.compile(r"(SHORT_)?(BIN)?(STRING|UNICODE|BYTES|INT|FLOAT)[128]?|LO
 _LITERALS = {instruction.name for instruction in pickletools.opcodes if _LITERAL.fullmatch(instruction.name)}
 _DICTIONARIES = (Global("collections", "OrderedDict"), Global("builtins", "dict"), Global("__builtin__", "dict"))
 _BYTES = (Global("builtins", "bytes"), Global("__builtin__", "bytes"))
+_PROGRAMS = re.compile(
+    r"(os|posix|nt|subprocess|sys|shutil|socket|pty|runpy|importlib|ctypes|code|webbrowser|commands)(\..*)?"
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
+)
+"""Whoever made a file with such a name in it meant harm. Nothing here would call it, but the user should know."""
 _ENCODE = Global("_codecs", "encode")
 
 
@@ -247,13 +257,19 @@ class _Machine:
     # Names and objects: recorded, nothing more.
 
     def do_global(self, name: str) -> None:
-        self.stack.append(Global(*name.split(" ", 1)))
+        self.named(*name.split(" ", 1))
+
+    def named(self, module: str, name: str) -> None:
+        made = Global(module, name)
+        if _PROGRAMS.fullmatch(module) or _PROGRAMS.fullmatch(str(made)):
+            raise ProgramError(str(made))
+        self.stack.append(made)
 
     def do_stack_global(self, argument: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise TypeError
-        self.stack.append(Global(module, name))
+        self.named(module, name)
 
     def do_persid(self, argument: Any) -> None:
         self.stack.append(Persistent(argument))
@@ -279,7 +295,9 @@ class _Machine:
         self.make(function, tuple(args))
 
     def do_inst(self, name: str) -> None:
-        self.make(Global(*name.split(" ", 1)), tuple(self.marked()))
+        args = tuple(self.marked())
+        self.do_global(name)
+        self.make(self.stack.pop(), args)
 
     def make(self, function: Any, args: Any) -> None:
         if not isinstance(args, tuple):

@@ -14,32 +14,55 @@ from torch import Tensor
 
 from vitgraft.models.backbones.relative_position import CLASS_ROWS, offsets, resize_bias_table
 
-_PREFIXES = (0, 1, 2, 5)
+PREFIXES = (0, 1, 2, 5)
 """How many rows of class and register tokens stand before those of a square grid, in the files we know."""
 
 
 def square_grid(rows: int) -> tuple[int, int] | None:
     """(prefix rows, side of the square grid) of a table of ``rows`` positions; ``None`` when no square fits."""
     return next(
-        ((p, math.isqrt(rows - p)) for p in _PREFIXES if rows > p and math.isqrt(rows - p) ** 2 == rows - p), None
+        ((p, math.isqrt(rows - p)) for p in PREFIXES if rows > p and math.isqrt(rows - p) ** 2 == rows - p), None
     )
 
 
+def table_layout(rows: int, tokens: tuple[int, ...], grid: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
+    """(prefix rows, grid) of a file's table of ``rows`` positions; ``None`` when it cannot be told.
+
+    ``tokens``: how many prefix rows it may have, the likeliest first. Published tables are of square grids; one that is
+    not can only be of ``grid``, the model's own.
+    """
+    for prefix in tokens:
+        places = rows - prefix
+        side = math.isqrt(max(0, places))
+        if places > 0 and side**2 == places:
+            return prefix, (side, side)
+        if places == grid[0] * grid[1]:
+            return prefix, grid
+    return None
+
+
 def resize_positions(
-    table: Tensor, initial: Tensor, prefix: int, grid: tuple[int, int], *, antialias: bool = False
+    table: Tensor,
+    initial: Tensor,
+    prefix: int,
+    grid: tuple[int, int],
+    source: tuple[int, tuple[int, int]] | None = None,
+    *,
+    antialias: bool = False,
 ) -> Tensor | None:
-    """Absolute positions (1, rows, C) of a square grid → (1, prefix + h·w, C), bicubic; ``None`` if they do not fit.
+    """Absolute positions (1, rows, C) → (1, prefix + h·w, C), bicubic; ``None`` if they do not fit.
 
     The class token's row comes first, so of prefix rows that the file has too many the last are dropped; where it has
-    too few, those of ``initial`` (the model's own table) stay. ``antialias``: as timm resizes, another bicubic kernel.
+    too few, those of ``initial`` (the model's own table) stay. ``source``: the table's own prefix rows and grid, by
+    default of the first square that fits. ``antialias``: as timm resizes, another bicubic kernel.
     """
-    source = square_grid(table.shape[1])
+    source = source or table_layout(table.shape[1], PREFIXES, (0, 0))
     if source is None or table.shape[2] != initial.shape[2]:
         return None
-    before, side = source
+    before, own = source
     rows = table[:, before:]
-    if (side, side) != grid:
-        maps = rows.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if own != grid:
+        maps = rows.float().reshape(1, *own, -1).permute(0, 3, 1, 2)
         maps = F.interpolate(maps, grid, mode="bicubic", align_corners=False, antialias=antialias)
         rows = maps.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     kept = min(before, prefix)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitgraft.configs.errors import CheckpointError, VitgraftError
 from vitgraft.configs.files import open_regular
-from vitgraft.models.pickles import PickleError
+from vitgraft.models.pickles import PickleError, ProgramError
 from vitgraft.models.state_dicts import chosen_state, kind_of
 from vitgraft.models.tensor_records import TensorError, is_tensor, tensor_of
 from vitgraft.models.torch_files import Content, UnreadableError, read_archive, read_stream
@@ -34,8 +34,8 @@ def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> 
     """The tensors of a file by name, out of the state dict that :func:`chosen_state` chooses.
 
     ``where``: the key of the recipe that names the file, for errors. Raises ``CheckpointError`` when the file is
-    truncated, of another kind, or holds something else than tensors under a tensor's name; ``ConfigError`` when it is
-    not there or cannot be fetched, or has several state dicts and none is chosen.
+    missing, truncated, of another kind, or holds something else than tensors under a tensor's name; ``ConfigError``
+    when it cannot be fetched, or has several state dicts and none is chosen.
     """
     path, key = locate(file, where)
     check_kind(path, where)
@@ -46,6 +46,11 @@ def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> 
             tensors = _tensors(state, content, f"{where}: {path}")
     except UnreadableError as error:
         raise CheckpointError(f"{where}: {path} is {error}") from None
+    except ProgramError as error:
+        raise CheckpointError(
+            f"{where}: {path} holds Python objects beside tensors ({str(error)[:100]}), and loading them elsewhere "
+            "could run code; save its tensors alone, best as .safetensors"
+        ) from None
     except VitgraftError:
         raise
     except Exception as error:  # a foreign file makes the readers raise almost anything

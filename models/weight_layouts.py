@@ -8,12 +8,15 @@ shared by all blocks), in a :class:`View` of the file, which knows the prefix an
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vitgraft.models.transformers_names import official_name
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,34 @@ IGNORED: tuple[tuple[str, str], ...] = (
     ),
     (r"(fc_)?norm\.(weight|bias)$", "the final norm, which this trunk does without"),
     (r"cls_token$", "this trunk has no class token"),
+    (r"dist_token$", "this trunk has no distillation token"),
+    (r"(reg_token|register_tokens|storage_tokens)$", "this trunk has no registers"),
+    (r"pooler\.|classifier\.|visual_projection\.", "pools and classifies the data of its training"),
+    (r"(text_model|text_projection|logit_(scale|bias)|token_embedding|transformer)(\.|$)", "reads text"),
+    (r"embeddings\.position_ids$", "an index that is computed"),
 )
 """Names of a file without wrappers, beside those of a part's own layout, that are known and may be left over."""
 
 GRAFTED = re.compile(r"\.(adaptmlp|lora\w*|prompts?)\.|(^|\.)(embeddings|prompts?)\.\d+$")
 """Names of what is grafted on a trunk, in files of tuned models."""
 
+_COMPILED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names."""
 _RENAMES = ((r"^embeddings\.(\d+)$", r"blocks.\1.prompts.tokens"),)  # deep prompts, as AdaptFormer's code names them
 _WRAPPERS = ("module.", "model.", "backbone.", "bottom_up.", "net.", "encoder.", "trunk.", "vit.", "adapter.", "neck.")
 _ALIASES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
     (re.compile(r"(^|(?<=\.))" + pattern), spellings)
     for pattern, spellings in (
         (r"(?:gamma_?([12])|ls([12])\.gamma)$", (r"gamma_\2\3", r"gamma\2\3", r"ls\2\3.gamma")),
-        (r"(?:mlp\.)?fc1\.(weight|bias)$", (r"mlp.fc1.\2", r"fc1.\2", r"mlp.layers.0.0.\2")),
+        (r"(?:mlp\.)?fc1\.(weight|bias)$", (r"mlp.fc1.\2", r"fc1.\2", r"mlp.layers.0.0.\2", r"mlp.up_proj.\2")),
+        (r"mlp\.fc1_x\.(weight|bias)$", (r"mlp.up_proj.\2",)),
+        (r"mlp\.fc1_g\.(weight|bias)$", (r"mlp.gate_proj.\2",)),
         (r"(?:mlp\.)?fc2\.(weight|bias)$", (r"mlp.fc2.\2", r"fc2.\2", r"mlp.layers.1.\2")),
         (r"patch_embed\.proj(?:ection)?\.(weight|bias)$", (r"patch_embed.proj.\2", r"patch_embed.projection.\2")),
     )
 )
 _GAMMA = _ALIASES[0][0]
+_PREFIX_PARTS = 5
 _SPLIT = re.compile(r"^(?P<stem>(?:.*\.)?)(?P<letter>[qkv])(?:_proj\.(?P<kind>weight|bias)|_bias)$")
 _FUSED = re.compile(r"^(?P<stem>(?:.*\.)?)(?:qkv\.|in_proj[._])(?P<kind>weight|bias)$")
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -86,11 +99,23 @@ def view_of(state: Mapping[str, Tensor], prefix: str, renames: Iterable[tuple[st
     originals = {}
     for name in state:
         if name.startswith(prefix):
-            new = name.removeprefix(prefix)
-            for pattern, replacement in (*_RENAMES, *renames):
-                new = re.sub(pattern, replacement, new)
-            originals[new] = name
-    return View({new: state[name] for new, name in originals.items()}, originals)
+            originals[_renamed(name.removeprefix(prefix), renames)] = name
+    return View({new: _in_shape(new, state[name]) for new, name in originals.items()}, originals)
+
+
+def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    name = official_name(_COMPILED.sub("", name))
+    for pattern, replacement in (*_RENAMES, *renames):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _in_shape(name: str, value: Tensor) -> Tensor:
+    """Class tokens (C,) and positions (N, C), as CLIP has them, with the dimensions that others have before those."""
+    last = name.rpartition(".")[2]
+    if (last == "cls_token" and value.ndim == 1) or (last == "pos_embed" and value.ndim == 2):
+        return value.reshape(1, -1, value.shape[-1])
+    return value
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
@@ -102,6 +127,25 @@ def prefixes(names: Iterable[str]) -> list[str]:
             prefix += wrapper
             found.add(prefix)
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+
+def likely_prefixes(
+    names: Iterable[str], targets: Iterable[str], renames: Iterable[tuple[str, str]], limit: int = 6
+) -> list[str]:
+    """The prefixes, whatever they are, under which the most names are those of ``targets``; teachers before students.
+
+    For files whose prefixes are not made of the common wrappers. A prefix has at least a quarter of the targets.
+    """
+    targets = list(targets)
+    wanted = {spelling for target in targets for spelling in _spellings(target)}
+    votes: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for cut in range(1, min(len(parts), _PREFIX_PARTS + 1)):
+            if _renamed(".".join(parts[cut:]), renames) in wanted:
+                votes[".".join(parts[:cut]) + "."] += 1
+    enough = [prefix for prefix, count in votes.items() if count >= max(1, len(targets) // 4)]
+    return sorted(enough, key=lambda prefix: (-votes[prefix], "student" in prefix, len(prefix), prefix))[:limit]
 
 
 def without_wrappers(name: str) -> str:
@@ -120,8 +164,14 @@ def find(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
         _split,
         _shared,
         _unscaled,
+        _registers,
     )
     return next((found for step in steps if (found := step(name, tensors)) is not None), None)
+
+
+def has_layer_scales(names: Iterable[str]) -> bool:
+    """Whether blocks scale their branches, under any spelling."""
+    return any(_GAMMA.search(name) for name in names)
 
 
 def reason_for(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
@@ -179,6 +229,15 @@ def _shared(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
 
 
 def _unscaled(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
-    if _GAMMA.search(name) is None or any(_GAMMA.search(other) for other in tensors):
+    if _GAMMA.search(name) is None or has_layer_scales(tensors):
         return None
     return Found(torch.ones(1), ())
+
+
+def _registers(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
+    """Registers under DINOv3's names; those of DINOv2 stand beside learned positions, which timm's converter knows."""
+    stem, _, last = name.rpartition("reg_token")
+    if last or any(other.endswith("pos_embed") for other in tensors):
+        return None
+    spelt = (f"{stem}storage_tokens", f"{stem}register_tokens")
+    return next((Found(tensors[n], (n,)) for n in spelt if n in tensors), None)

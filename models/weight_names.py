@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from vitgraft.configs.errors import CheckpointError, ConfigError
+from vitgraft.configs.errors import CheckpointError, ConfigError, VitgraftError
 from vitgraft.configs.files import open_regular
 
 _HUB = ("hf:", "hf-hub:")
@@ -32,9 +32,10 @@ def check_file(name: str, where: str) -> None:
     """Refuse a name that is none, a local file that is missing, and one of a kind that holds no tensors.
 
     Raises:
-        ConfigError, CheckpointError: as :func:`locate` and :func:`check_kind`; a file on the hub is not looked at.
+        ConfigError: no such name or file; one on the hub is not looked at.
+        CheckpointError: as :func:`check_kind`.
     """
-    path, _ = _parsed(name, where)
+    path, _ = _parsed(name, where, ConfigError)
     if isinstance(path, Path):
         check_kind(path, where)
 
@@ -42,10 +43,10 @@ def check_file(name: str, where: str) -> None:
 def locate(file: str | Path, where: str) -> tuple[Path, str | None]:
     """The local path of a file, fetched from the Hugging Face hub (or its cache) if it is named so, and its ``#KEY``.
 
-    Raises ``ConfigError`` for an address, a local file that is not there, or a name on the hub that is malformed or
-    cannot be fetched.
+    Raises ``ConfigError`` for an address, or a name on the hub that is malformed or cannot be fetched;
+    ``CheckpointError`` when there is no such local file.
     """
-    path, key = _parsed(str(file), where)
+    path, key = _parsed(str(file), where, CheckpointError)
     return (path if isinstance(path, Path) else _fetched(path, where)), key
 
 
@@ -65,8 +66,8 @@ def check_kind(path: Path, where: str) -> None:
         raise CheckpointError(f"{where}: {path} is {said}")
 
 
-def _parsed(name: str, where: str) -> tuple[Path | str, str | None]:
-    """(path or name on the hub, key); raises ``ConfigError`` for an address or a file that is not there."""
+def _parsed(name: str, where: str, missing: type[VitgraftError]) -> tuple[Path | str, str | None]:
+    """(path or name on the hub, key); raises ``ConfigError`` for an address, ``missing`` for no local file."""
     if _URL.match(name):
         raise ConfigError(
             f"{where}: {name} is an address; download the file and name it, or give hf:OWNER/REPO/FILE for one on "
@@ -79,9 +80,9 @@ def _parsed(name: str, where: str) -> tuple[Path | str, str | None]:
         return name, key
     path = Path(name).expanduser()
     if path.is_dir():
-        raise ConfigError(f"{where}: {path} is a folder; name the .safetensors or .pth file in it")
+        raise missing(f"{where}: {path} is a folder; name the .safetensors or .pth file in it")
     if not path.is_file():
-        raise ConfigError(f"{where}: {path}: no such file; name a .safetensors or .pth file")
+        raise missing(f"{where}: {path}: no such file; name a .safetensors or .pth file")
     return path, key
 
 

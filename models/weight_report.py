@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 class LoadReport:
     """What a load did. Names are ours, those of ``ignored`` and ``unexpected`` the file's."""
 
+    prefixes: list[str] = field(default_factory=list)
+    """Which prefix of the file's names was taken for which part."""
     loaded: dict[str, int] = field(default_factory=dict)
     """How many tensors were loaded, by part."""
     resized: dict[str, str] = field(default_factory=dict)
@@ -22,7 +24,8 @@ class LoadReport:
     """Names in the file that nothing here takes, and nobody said why."""
 
     def __str__(self) -> str:
-        lines = ["loaded: " + ", ".join(f"{part} {count} tensors".lstrip() for part, count in self.loaded.items())]
+        lines = [f"prefix {prefix}" for prefix in self.prefixes]
+        lines += ["loaded: " + ", ".join(f"{part} {count} tensors".lstrip() for part, count in self.loaded.items())]
         lines += [f"resized: {name} {shapes}" for name, shapes in self.resized.items()]
         lines += [f"freshly initialised: {names}: {reason}" for reason, names in _by_reason(self.fresh)]
         lines += [f"not wanted: {names}: {reason}" for reason, names in _by_reason(self.ignored)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from vitgraft.configs.errors import CheckpointError
 from vitgraft.models.backbones.relative_position import resize_rel_pos_linear
 from vitgraft.models.grafting import Graft
-from vitgraft.models.resizing import resize_patch_kernel, resize_positions, resize_square_table, square_grid
+from vitgraft.models.resizing import (
+    PREFIXES,
+    resize_patch_kernel,
+    resize_positions,
+    resize_square_table,
+    square_grid,
+    table_layout,
+)
 from vitgraft.models.weight_files import read_tensors
 from vitgraft.models.weight_layouts import (
     GRAFTED,
@@ -32,6 +39,8 @@ from vitgraft.models.weight_layouts import (
     Layout,
     View,
     find,
+    has_layer_scales,
+    likely_prefixes,
     prefixes,
     reason_for,
     view_of,
@@ -42,6 +51,10 @@ from vitgraft.models.weight_report import LoadReport, some
 log = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"(.*\b(?:blocks|layers|interactions|extra_extractors))\.(\d+)\.")
+
+_BEFORE_BLOCKS = re.compile(r"(vit\.)?(norm_pre|ln_pre)\.weight")
+_POOLED_NORM = re.compile(r"(.*\.)?fc_norm\.weight")
+_FINAL_NORM = re.compile(r"(vit\.)?norm\.(weight|bias)")
 
 
 @dataclass
@@ -108,8 +121,11 @@ class _Match:
     targets: dict[str, Tensor]
     view: View
     found: dict[str, Found]
+    prefix: str
     timm: set[str] = field(default_factory=set)
     """Names in the file that timm's converter made something else of."""
+    rivals: list[str] = field(default_factory=list)
+    """Other prefixes under which as much is found."""
 
     @property
     def missing(self) -> list[str]:
@@ -135,28 +151,47 @@ def _match(part: str, module: nn.Module, state: Mapping[str, Tensor]) -> _Match:
     layout: Layout = getattr(module, "layout", Layout())
     targets = module.state_dict()
 
-    def under(view: View) -> _Match:
+    def under(prefix: str) -> _Match:
+        view = view_of(state, prefix, layout.renames)
         found = {name: hit for name in targets if (hit := find(name, view.tensors)) is not None}
-        return _Match(part, module, layout, targets, view, found)
+        return _Match(part, module, layout, targets, view, found, prefix)
 
-    best = max((under(view_of(state, p, layout.renames)) for p in prefixes(state)), key=lambda m: len(m.found))
+    best = _best(under(prefix) for prefix in prefixes(state))
+    if best.missing:
+        best = _best([best, *map(under, likely_prefixes(state, targets, layout.renames))])
     vit = module if isinstance(module, VisionTransformer) else getattr(module, "vit", None)
-    if not best.missing or not isinstance(vit, VisionTransformer | Eva):
-        return best
-    prefix = [p for p in prefixes(state) if all(name.startswith(p) for name in state)][-1]
+    if best.missing and isinstance(vit, VisionTransformer | Eva):
+        common = [p for p in prefixes(state) if all(name.startswith(p) for name in state)][-1]
+        by_timm = [_by_timm(best, vit, state, prefix) for prefix in dict.fromkeys((best.prefix, common))]
+        best = _best([best, *filter(None, by_timm)])
+    return best
+
+
+def _best(matches: Iterable[_Match]) -> _Match:
+    """The match that finds the most; those that find as many under other prefixes are noted in it."""
+    best, *others = sorted(matches, key=lambda match: -len(match.found))
+    best.rivals = [o.prefix for o in others if o.found and len(o.found) == len(best.found) and o.taken != best.taken]
+    return best
+
+
+def _by_timm(plain: _Match, vit: VisionTransformer | Eva, state: Mapping[str, Tensor], prefix: str) -> _Match | None:
+    """What is found in what timm's converter makes of the names under ``prefix``; ``None`` where it makes nothing."""
+    bare = view_of(state, prefix, ())
     try:
-        bare = {name.removeprefix(prefix): value for name, value in state.items()}
         converted = (
-            eva.checkpoint_filter_fn(bare, vit)
+            eva.checkpoint_filter_fn(dict(bare.tensors), vit)
             if isinstance(vit, Eva)
-            else checkpoint_filter_fn(bare, vit, adapt_layer_scale=True)
+            else checkpoint_filter_fn(dict(bare.tensors), vit, adapt_layer_scale=True)
         )
     except Exception:  # a foreign file meets timm's converter here; what is missing is told by the caller
-        return best
-    by_timm = under(view_of(converted, "", layout.renames))
-    by_timm.timm = {name for name in state if name.removeprefix(prefix) not in converted}
-    by_timm.view = View(by_timm.view.tensors, {new: prefix + name for new, name in by_timm.view.originals.items()})
-    return max(best, by_timm, key=lambda m: len(m.found))
+        return None
+    view = view_of(converted, "", plain.layout.renames)
+    found = {name: hit for name in plain.targets if (hit := find(name, view.tensors)) is not None}
+    originals = {new: bare.originals.get(name, name) for new, name in view.originals.items()}
+    timm = {original for name, original in bare.originals.items() if name not in converted}
+    return _Match(
+        plain.part, plain.module, plain.layout, plain.targets, View(view.tensors, originals), found, prefix, timm
+    )
 
 
 def _check_found(match: _Match, where: str, report: LoadReport, strict: bool) -> None:
@@ -171,6 +206,10 @@ def _check_found(match: _Match, where: str, report: LoadReport, strict: bool) ->
             fresh = [name for name in absent if re.match(pattern, name)]
             report.fresh.update({match.label(name): reason for name in sorted(fresh)})
             absent.difference_update(fresh)
+    if any(map(_POOLED_NORM.fullmatch, match.view.tensors)):
+        norm = sorted(name for name in absent if _FINAL_NORM.fullmatch(name))
+        report.fresh.update({match.label(n): "the file norms the mean of its tokens instead (fc_norm)" for n in norm})
+        absent.difference_update(norm)
     for kind, wanted in groups.items():
         names = [name for name in wanted if name in absent]
         if not names:
@@ -183,6 +222,9 @@ def _check_found(match: _Match, where: str, report: LoadReport, strict: bool) ->
             f"{where} lacks {len(names)} of {what}'s {len(wanted)} tensors: {some(names)}; it "
             f"holds {some(sorted(match.view.originals.values()))}; name the weights of the same architecture"
         )
+    if match.prefix and match.found:
+        rivals = f", as much stands under {some(match.rivals)}: FILE#PREFIX chooses" if match.rivals else ""
+        report.prefixes.append(f"{match.prefix} for {match.what}{rivals}")
     if match.targets:
         report.loaded[match.part] = sum(1 for found in match.found.values() if found.sources)
 
@@ -196,6 +238,9 @@ def _check_left_over(
         names = [(match, new) for match in matches for new, name in match.view.originals.items() if name == original]
         reasons = [reason_for(new, match.layout.ignored) for match, new in names]
         reasons += [reason_for(without_wrappers(original), match.layout.ignored) for match in matches]
+        reasons += [reason_for(without_wrappers(new), IGNORED) for _, new in names]
+        if original.endswith("bias") and not state[original].any():
+            reasons.append("is zero, and adds nothing")
         if not strict and GRAFTED.search(original):
             reasons.append("grafted on a trunk; name the file in model.weights, and the graft, to load it too")
         reason = next(filter(None, [*reasons, reason_for(without_wrappers(original), IGNORED)]), None)
@@ -222,6 +267,11 @@ def _check_foreign(match: _Match, name: str, where: str) -> None:
         raise CheckpointError(
             f"{where}: {name} is the statistics of a BatchNorm, but {stem} is another norm here; "
             "choose norm: bn or syncbn, or other weights"
+        )
+    if _BEFORE_BLOCKS.fullmatch(name):
+        raise CheckpointError(
+            f"{where}: {match.view.originals[name]} norms the tokens before the first block, which {match.what} does "
+            "not; name weights of the same architecture, or a timm trunk that has it, e.g. 'vit_base_patch16_clip_224'"
         )
     inside = _NUMBERED.match(name)
     numbers = {
@@ -256,7 +306,9 @@ def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
         raise CheckpointError(f"{where}: {match.label(name)} is of type {value.dtype}, expected {target.dtype}")
     value = value.to(target.dtype)  # before it is resized: files of half precision would round what comes out
     fitted: Tensor | None = value
-    if value.shape != target.shape or _other_grid(match, name):
+    if name.endswith("pos_embed") and value.ndim == target.ndim == 3:
+        fitted = _positions(match, name, value, where)
+    elif value.shape != target.shape:
         hook = getattr(match.module, "resize_loaded", None)
         fitted = None if hook is None else hook(name, value)
         fitted = _resized(match, name, value, target) if fitted is None else fitted
@@ -273,12 +325,6 @@ def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
 def _resized(match: _Match, name: str, value: Tensor, target: Tensor) -> Tensor | None:
     """``value`` in the shape of ``target``, where it is a tensor that can be resized; otherwise ``None``."""
     last = name.rpartition(".")[2]
-    if last.endswith("pos_embed") and value.ndim == target.ndim == 3:
-        owner, grid = _grid(match, name)
-        if grid is None:
-            return None
-        before = target.shape[1] - grid[0] * grid[1]
-        return resize_positions(value, target, before, grid, antialias=isinstance(owner, VisionTransformer))
     if last in ("rel_pos_h", "rel_pos_w") and value.ndim == 2:
         return resize_rel_pos_linear(value, len(target))
     if last == "relative_position_bias_table" and value.ndim == 2:
@@ -301,13 +347,47 @@ def _grid(match: _Match, name: str) -> tuple[nn.Module, tuple[int, int] | None]:
     return owner, None if square is None else (square[1], square[1])
 
 
-def _other_grid(match: _Match, name: str) -> bool:
-    """Whether a table of as many rows as ours may be of another grid: a published (square) one for an oblong canvas."""
-    originals = [match.view.originals[source] for source in match.found[name].sources]
-    if not name.endswith("pos_embed") or any(original.endswith("vit.pos_embed") for original in originals):
-        return False  # of a model of ours, on the same canvas
+def _positions(match: _Match, name: str, value: Tensor, where: str) -> Tensor | None:
+    """A file's table of positions (1, rows, C) for the grid of ours; ``None`` where it does not fit.
+
+    Raises ``CheckpointError`` for a table whose grid cannot be told from the file's class token and our grid.
+    """
+    target, (source, *_) = match.targets[name], match.found[name].sources
+    own = match.view.originals[source].endswith("vit.pos_embed")  # of a model of ours, on the same canvas
+    if value.shape == target.shape and (own or match.timm):
+        return value
     owner, grid = _grid(match, name)
-    return isinstance(owner, VisionTransformer) and grid is not None and grid[0] != grid[1]
+    if grid is None:
+        return value
+    before = target.shape[1] - grid[0] * grid[1]
+    tokens = _prefix_rows(match, source, owner)
+    layout = table_layout(value.shape[1], tokens, grid)
+    if layout is None:
+        if tokens == PREFIXES:
+            return None
+        raise CheckpointError(
+            f"{where}: {match.label(name)} has {value.shape[1]} rows, the class token's of the file among them: the "
+            f"others are neither a square grid nor {match.what}'s of {grid[0]} × {grid[1]}; set data.image_size to the "
+            "canvas of that training"
+        )
+    if layout == (before, grid):
+        return value
+    antialias = isinstance(owner, VisionTransformer) and not getattr(match.module, "by_sizes", False)
+    return resize_positions(value, target, before, grid, layout, antialias=antialias)
+
+
+def _prefix_rows(match: _Match, source: str, owner: nn.Module) -> tuple[int, ...]:
+    """How many rows of prefix tokens a file's table may have, the likeliest first, by the tokens that the file has."""
+    stem = source.removesuffix("pos_embed")
+    beside = {n.removeprefix(stem): v for n, v in match.view.tensors.items() if n.startswith(stem)}
+    classes = sum(any(n in beside for n in names) for names in (("cls_token", "class_token"), ("dist_token",)))
+    registers = next((beside[n].shape[-2] for n in ("reg_token", "register_tokens") if n in beside), 0)
+    if not classes:
+        return PREFIXES
+    rows = (classes + registers, classes, 1)
+    # Class tokens without a row: DeiT III's, and timm's of DINOv2 with registers, which all have layer scales.
+    without = getattr(owner, "no_embed_class", False) or has_layer_scales(match.view.tensors)
+    return tuple(dict.fromkeys((*rows, 0) if without else rows))
 
 
 __all__ = [

@@ -28,7 +28,6 @@ from vitgraft.models.backbones.trunk import Grid, Trunk, whole_patches
 from vitgraft.models.backbones.windows import join_windows, split_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
-from vitgraft.models.resizing import resize_positions
 from vitgraft.models.weights import Layout, load_trunk
 
 
@@ -107,12 +106,6 @@ class ViT(Trunk):
 
     def without_final_norm(self) -> None:
         self.vit.norm = nn.Identity()
-
-    def resize_loaded(self, name: str, value: Tensor) -> Tensor | None:
-        """Positions from a file, resized as they would be on the way; ``None`` for anything else."""
-        if name != "vit.pos_embed" or not self.by_sizes:
-            return None
-        return resize_positions(value, self.vit.pos_embed, self.prefix_tokens, self.vit.patch_embed.grid_size)
 
     def _set_windows(self, config: ViTConfig) -> None:
         if config.window_size is None:

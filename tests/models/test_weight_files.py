@@ -81,10 +81,14 @@ def test_names_that_are_no_files(tmp_path: Path) -> None:
     for name in "https://a.org/b.pth", "s3://a/b", "http://x":
         with pytest.raises(ConfigError, match=r"is an address; download the file and name it, or give hf:OWNER/REPO"):
             check_file(name, "model.weights")
-    with pytest.raises(ConfigError, match=r"is a folder; name the \.safetensors or \.pth file in it"):
-        read_tensors(tmp_path)
-    with pytest.raises(ConfigError, match=r"no such file; name a \.safetensors or \.pth file"):
-        read_tensors(tmp_path / "none.pth#model")
+    for name, message in (
+        (tmp_path, r"is a folder; name the \.safetensors or \.pth file in it"),
+        (tmp_path / "none.pth#model", r"no such file; name a \.safetensors or \.pth file"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_tensors(name)
+        with pytest.raises(ConfigError, match=message):
+            check_file(str(name), "model.weights")
     check_file("hf:a/b/c.pth#model", "model.weights")  # not fetched here
 
 
