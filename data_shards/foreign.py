@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.files import read_bytes
 from vitgraft.configs.hashing import canonical_json, sha256_file
 from vitgraft.data_shards.foreign_samples import SampleChecker, take_roles
 from vitgraft.data_shards.index_folder import IndexFolder
 from vitgraft.data_shards.manifest import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     SHARD_NAME,
     Foreign,
     Kind,
@@ -172,7 +174,7 @@ def _check_unused(target: Path, overwrite: bool) -> None:
     """Refuse a folder with anything that this would replace unasked."""
     manifest = target / MANIFEST
     if manifest.exists():
-        if parse_manifest(manifest.read_bytes(), str(manifest)).foreign is None:
+        if parse_manifest(read_bytes(manifest, MAX_MANIFEST_BYTES), str(manifest)).foreign is None:
             raise ConfigError(f"{target}: holds a packed data set, which needs no index; choose another folder")
         if not overwrite:
             raise ConfigError(f"{target}: is indexed already; pass --overwrite to do it again")

@@ -15,12 +15,14 @@ import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import read_bytes
 from vitgraft.configs.hashing import canonical_json
 from vitgraft.configs.schema.section import Amount, Section
 from vitgraft.data_shards.remote import is_url, join, read_small, shown
@@ -155,9 +157,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         DataError: not JSON, another schema, unknown or inconsistent content; names ``where``.
     """
     match = re.match(rb'\s*\{\s*"schema"\s*:\s*(\d+)', text)
-    if match and int(match.group(1)) != SCHEMA:
+    # As text: Python refuses to read numbers of thousands of digits.
+    if match and match.group(1).lstrip(b"0") != str(SCHEMA).encode():
         raise DataError(
-            f"{where}: manifest schema {match.group(1).decode()}, expected {SCHEMA}; "
+            f"{where}: manifest schema {match.group(1)[:20].decode()}, expected {SCHEMA}; "
             "read it with the vitgraft version that wrote it, or pack again"
         )
     try:
@@ -192,17 +195,12 @@ def read_manifest(folder: Path | str) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; pack a data set with: vitgraft shards pack FORMAT --out DIR")
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise DataError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise DataError(
             f"{folder}: no {MANIFEST}, so this is not a packed data set, or packing was interrupted; pack it again"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
-    manifest = parse_manifest(text, str(path))
+        )
+    manifest = parse_manifest(read_bytes(path, MAX_MANIFEST_BYTES), str(path))
+    _check_samples(manifest, str(path))
     shards, tars = manifest.shards, manifest.tars(folder)
     indices = dict(zip(map(index_name, shards.names), shards.index_bytes.tolist(), strict=True))
     sizes = dict(zip(shards.names, shards.bytes.tolist(), strict=True))
@@ -225,9 +223,16 @@ def _read_remote(url: str) -> Manifest:
             "folder that vitgraft shards pack wrote"
         ) from None
     manifest = parse_manifest(text, shown(where))
+    _check_samples(manifest, shown(where))
     if not is_url(manifest.tars(url)):
         raise DataError(f"{shown(where)}: names tars on another machine; index them again where they are now")
     return manifest
+
+
+def _check_samples(manifest: Manifest, where: str) -> None:
+    """Raise DataError where a shard has more samples than its bytes can hold: plans of as many would be made."""
+    if bool((manifest.shards.samples > manifest.shards.bytes // BLOCKSIZE).any()):
+        raise DataError(f"{where}: shards: more samples than bytes can hold; pack the data set again")
 
 
 def _check_sizes(folder: Path, expected: dict[str, int]) -> None:

@@ -209,3 +209,45 @@ def test_a_shard_that_is_a_broken_link_is_missing(copy: Path) -> None:
     (copy / "shard-000001.tar").symlink_to(copy / "nowhere")
     with pytest.raises(DataError, match=r"shard-000001\.tar: missing"):
         read_manifest(copy)
+
+
+def test_manifests_made_to_do_harm_are_one_line(packed: dict[str, Path], tmp_path: Path) -> None:
+    good = json.loads((packed["semantic"] / "manifest.json").read_text())
+    shard = good["shards"][0]
+    deep = "[" * 100_000
+    for text, message in (
+        ('{"schema": ' + "9" * 5000 + "}", "manifest schema 99999999999999999999, expected 1"),
+        ('{"schema": 01}', "Invalid JSON"),
+        ('{"schema": 1, "samples": ' + "9" * 5000 + "}", "^m: "),
+        ('{"schema": 1, "samples": 1e400}', "^m: "),
+        ('{"schema": 1, "kind": "\ud800"}'.encode("utf-8", "surrogatepass"), "manifest: Invalid JSON"),
+        ('{"schema": 1, "source": ' + deep, "manifest: Invalid JSON"),
+        (json.dumps(good | {"shards": [shard | {"samples": 2**61}], "samples": 2**61}), "fingerprint does not fit"),
+        (json.dumps(good | {"shards": [shard | {"bytes": 1e400}]}), "shards"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            parse_manifest(text if isinstance(text, bytes) else text.encode(), "m")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+    huge = Shard.model_validate(shard | {"samples": 2**61, "bytes": 2**61})
+    manifest = make_manifest("semantic", good["classes"], None, [huge], {})
+    (tmp_path / "manifest.json").write_text(dump_manifest(manifest))
+    with pytest.raises(DataError, match="more samples than bytes can hold"):
+        read_manifest(tmp_path)
+
+
+def test_manifests_that_are_no_files_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"manifest\.json: not a regular file"):
+        read_manifest(tmp_path)
+    for target in ("/dev/zero", str(tmp_path)):
+        path.unlink()
+        path.symlink_to(target)
+        with pytest.raises(DataError, match=r"manifest\.json: (not a regular file|a folder)"):
+            read_manifest(tmp_path)
+    path.unlink()
+    with path.open("wb") as stream:
+        stream.truncate(257 << 20)
+    with pytest.raises(DataError, match="larger than 268,435,456 bytes"):
+        read_manifest(tmp_path)
