@@ -35,14 +35,14 @@ from vitgraft.data_shards.manifest import (
 )
 from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.images import Exif
-from vitgraft.data_shards.pack.label_report import OnError
+from vitgraft.data_shards.pack.label_report import LabelReport, OnError, Say
 from vitgraft.data_shards.remote import download, is_url, join, list_names, shown
 from vitgraft.data_shards.shards import index_name
 from vitgraft.data_shards.tar_scan import scan_tar
 
 MAX_TAR_BYTES = 64 << 30
 """Of a tar behind a URL, which is fetched to be indexed."""
-_LISTED_FAULTS = 20
+_UNITS: dict[Kind, str] = {"detection": "instances", "semantic": "pixels", "video": "clips", "image": "images"}
 
 Progress = Callable[[int, int], None]
 
@@ -58,6 +58,7 @@ def index_tars(
     exif: Exif = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Manifest:
     """Make a folder or URL of tars readable as a data set, without copying them.
 
@@ -66,11 +67,12 @@ def index_tars(
         kind, classes: as in the manifest.
         out: folder of indices and manifest; ``None``: beside the tars.
         members: for roles of ``ROLES``: other members to take.
-        on_error: ``skip`` leaves out samples that lack something or are broken, and counts them in the manifest's
-            ``source``. A tar that is broken itself always raises.
+        on_error: ``skip`` leaves out samples that lack something or are broken, and annotations that cannot be taken,
+            and lists them in the manifest's ``source``. A tar that is broken itself always raises.
         exif: whether images are turned by their EXIF orientation, see
             :class:`~vitgraft.data_shards.foreign_samples.SampleChecker`; the manifest's ``source`` counts them.
         progress: called with tars done and in all.
+        say: told the report on the labels, before the manifest is written.
 
     Raises:
         ConfigError: no such role, a URL without ``out``, or ``out`` holds something else or is in use.
@@ -80,10 +82,9 @@ def index_tars(
     roles = take_roles(kind, members or {})
     check_classes(list(classes), "classes")
     target, names = _target(source, out), _tar_names(source)
-    check = SampleChecker(kind, list(classes), roles, exif)
+    report = LabelReport(_UNITS[kind], list(classes), on_error=on_error)
+    check = SampleChecker(kind, report, roles, exif)
     shards: list[Shard] = []
-    faults: list[str] = []
-    skipped = turned = 0
     try:
         with IndexFolder(target) as folder:
             _check_unused(target, overwrite or folder.resumed)
@@ -97,11 +98,9 @@ def index_tars(
                         except DataError as error:
                             if on_error == "raise":
                                 raise
-                            skipped += 1
-                            faults += [str(error)] if len(faults) < _LISTED_FAULTS else []
+                            report.fault(error)
                             continue
                         texts.append(canonical_json(metadata).encode())
-                        turned += "orientation" in metadata
                         starts.append(group.start)
                         ends.append(group.end)
                     if starts:
@@ -109,12 +108,14 @@ def index_tars(
                 if progress is not None:
                     progress(number + 1, len(names))
             if not shards:
-                first = f"; the first: {faults[0]}" if faults else ""
+                first = f"; the first: {report.skipped[0]}" if report.skipped else ""
                 raise DataError(f"{_shown(source)}: no tar holds a usable {kind} sample{first}")
+            check.close()
+            report.close(say)
             root = None if target == source else str(source) if is_url(source) else str(Path(source).resolve())
             foreign = Foreign(members=check.renamed, root=root)
             facts: dict[str, Any] = {"packer": "index", "members": {role: list(taken) for role, taken in roles.items()}}
-            facts |= {"turned": turned, "skipped": skipped, "first_skipped": faults}
+            facts |= {"skipped": report.skipped, "label_report": report.as_source()}
             manifest = make_manifest(kind, list(classes), None, shards, facts, foreign)
             folder.publish(dump_manifest(manifest).encode())
     except OSError as error:

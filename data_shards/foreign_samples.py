@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import (
     VIDEO_EXTENSIONS,
-    check_annotations,
     decode_json,
     decode_label,
-    decode_masks,
     probe_video,
 )
 from vitgraft.data_shards.files import pread
+from vitgraft.data_shards.foreign_boxes import ForeignBoxes
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, oriented_size, read_header
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
 from vitgraft.data_shards.pack.images import Exif, which_way_up
+from vitgraft.data_shards.pack.label_report import TURNED, LabelReport
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 from vitgraft.data_shards.tar_scan import Group
 
@@ -62,9 +64,10 @@ class SampleChecker:
         exif: whether images are turned; ``auto``: unless label map, masks or stated size are those of stored pixels.
     """
 
-    def __init__(self, kind: Kind, classes: list[str], roles: dict[str, tuple[str, ...]], exif: Exif = "auto") -> None:
-        self.kind, self.classes, self.roles, self.exif = kind, classes, roles, exif
-        self._by_name = {name: number for number, name in enumerate(classes)}
+    def __init__(self, kind: Kind, report: LabelReport, roles: dict[str, tuple[str, ...]], exif: Exif = "auto") -> None:
+        self.kind, self.classes, self.report, self.roles, self.exif = kind, report.classes, report, roles, exif
+        self._boxes = ForeignBoxes(report)
+        self._by_name = {name: number for number, name in enumerate(report.classes)}
         self.renamed: dict[str, str] = {}
         for role, wanted in roles.items():
             for extension in wanted:
@@ -93,10 +96,19 @@ class SampleChecker:
         if self.kind == "semantic":
             self._check_label_map(text, (metadata["height"], metadata["width"]), where)
         elif self.kind == "detection":
-            metadata["annotations"] = self._annotations(text, metadata, where)
+            metadata["annotations"] = self._boxes.read(text, (metadata["height"], metadata["width"]), where)
+            self._boxes.count(metadata["annotations"])
         else:
             metadata["label"] = self._class_of(text, name, where)
+            self.report.counts[metadata["label"]] += 1
+        if "orientation" in metadata:
+            self.report.repair(TURNED, where)
+        self.report.samples += 1
         return metadata
+
+    def close(self) -> None:
+        """Tell the report what can be told of all samples."""
+        self._boxes.close()
 
     def _stated_size(self, label: bytes, where: str) -> tuple[Any, Any] | None:
         """(height, width) for which the labels were made, where they say."""
@@ -149,31 +161,6 @@ class SampleChecker:
             return value
         raise DataError(f"{where}: label {str(value)[:80]!r} is none of the {len(self.classes)} classes; see --classes")
 
-    def _annotations(self, data: bytes, metadata: dict[str, Any], where: str) -> list[dict[str, Any]]:
-        items = decode_json(data, where).get("annotations")
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise DataError(f'{where}: expected JSON {{"annotations": [{{"bbox": [x, y, w, h], "class": …}}, …]}}')
-        named = [
-            {
-                "id": number,
-                "bbox": item.get("bbox"),
-                "class": self._by_name.get(item["class"]) if isinstance(item.get("class"), str) else item.get("class"),
-                "area": 0.0 if item.get("area") is None else item["area"],
-                "iscrowd": int(bool(item.get("iscrowd"))),
-                "segmentation": item.get("segmentation"),
-            }
-            for number, item in enumerate(items)
-        ]
-        check_annotations(metadata | {"annotations": named}, len(self.classes), where)
-        decode_masks(named, (metadata["height"], metadata["width"]), where)
-        for item, given in zip(named, items, strict=True):
-            item["bbox"] = [float(value) for value in item["bbox"]]
-            if item["segmentation"] is not None:
-                item["segmentation"] = {key: item["segmentation"][key] for key in ("size", "counts")}
-            if given.get("area") is None:
-                item["area"] = _area(item)
-        return named
-
     def _check_label_map(self, data: bytes, size: tuple[int, int], where: str) -> None:
         label = decode_label(data, where)
         if tuple(label.shape) != size:
@@ -181,15 +168,9 @@ class SampleChecker:
         wrong = label[(label != IGNORE) & ((label < 0) | (label >= len(self.classes)))]
         if len(wrong):
             raise DataError(f"{where}: class id {int(wrong[0])} of {len(self.classes)} and {IGNORE}; see --classes")
-
-
-def _area(item: dict[str, Any]) -> float:
-    """Pixels of an annotation's mask, or of its box where it has none: evaluation tells small from large by them."""
-    from pycocotools import mask as coco_mask
-
-    if item["segmentation"] is not None:
-        return float(coco_mask.area(item["segmentation"]))
-    return float(max(item["bbox"][2], 0) * max(item["bbox"][3], 0))
+        pixels = torch.bincount(label.flatten().to(torch.int64), minlength=IGNORE + 1).tolist()
+        self.report.unlabelled += pixels.pop(IGNORE)
+        self.report.counts.update({number: count for number, count in enumerate(pixels) if count})
 
 
 def _bytes_of(group: Group, extension: str, descriptor: int, where: str) -> bytes:

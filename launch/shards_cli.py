@@ -409,13 +409,10 @@ def index_shards(
             exif=exif,
             overwrite=overwrite,
             progress=screen.callback("index"),
+            say=screen.note,
         )
-    for line in manifest.source["first_skipped"]:
-        typer.echo(f"left out: {line}")
-    typer.echo(
-        f"{manifest.samples} samples in {len(manifest.shards)} tars indexed, {manifest.source['turned']} turned, "
-        f"{manifest.source['skipped']} left out; the data set is {out or source}"
-    )
+    indexed = f"{manifest.samples} samples in {len(manifest.shards)} tars indexed; the data set is {out or source}"
+    typer.echo(indexed + _left_out(manifest))
 
 
 @shards.command("verify", epilog="Example: vitgraft shards verify data/train")
@@ -523,6 +520,10 @@ def _class_names(text: str) -> list[str]:
 
 
 def _say(manifest: Manifest, out: Path) -> None:
+    packed = f"{manifest.samples} samples of {len(manifest.classes)} classes packed into {out}"
+    typer.echo(packed + _left_out(manifest))
+
+
+def _left_out(manifest: Manifest) -> str:
     skipped = manifest.source.get("skipped", [])
-    left_out = f"; {len(skipped)} faults left out, the first: {skipped[0]}" if skipped else ""
-    typer.echo(f"{manifest.samples} samples of {len(manifest.classes)} classes packed into {out}{left_out}")
+    return f"; {len(skipped)} faults left out, the first: {skipped[0]}" if skipped else ""

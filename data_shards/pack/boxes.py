@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitgraft.data_shards.pack.label_report import BOXES, CLIPPED, LabelFault, LabelReport
@@ -68,6 +69,19 @@ class BoxCheck:
                 )
             self.report.repair(CLIPPED, where)
         return inside if part > 0 else None
+
+    def inside(self, box: Sequence[float], size: tuple[int, int], where: str) -> list[float] | None:
+        """Return the part of [x, y, width, height] in the image; ``None``: it has no area. Raises as :meth:`clip`."""
+        x, y, width, height = box
+        if width <= 0 or height <= 0:
+            return None
+        corners = x, y, x + width, y + height
+        found = self.clip(corners, size, where, (x, y, width, height))
+        if found is None:
+            return None
+        # A box that lies inside keeps its exact numbers: x + width - x would round.
+        left, top, right, bottom = found
+        return [x, y, width, height] if found == corners else [left, top, right - left, bottom - top]
 
     def close(self) -> None:
         """Note what is wrong with the boxes as a whole."""

@@ -77,7 +77,7 @@ class AnnotationReader:
             written = mask.box
         else:
             written = self._numbers(annotation["bbox"], where)
-        box = self._inside(written, size, where)
+        box = self._boxes.inside(written, size, where)
         if box is None:
             self.degenerate.append(key)
             self.report.leave_out("boxes without area", f"annotation {key!s:.80}")
@@ -150,19 +150,6 @@ class AnnotationReader:
             self.report.repair(STRINGS, f"{where}: bbox")
         x, y, width, height = (value for value in values if value is not None)
         return x, y, width, height
-
-    def _inside(self, box: tuple[float, float, float, float], size: tuple[int, int], where: str) -> list[float] | None:
-        """The part of [x, y, width, height] in the image, or ``None`` when it has no area."""
-        x, y, w, h = box
-        if w <= 0 or h <= 0:
-            return None
-        corners = x, y, x + w, y + h
-        inside = self._boxes.clip(corners, size, where, box)
-        if inside is None:
-            return None
-        # A box that lies inside keeps its exact numbers: x + w - x would round.
-        left, top, right, bottom = inside
-        return [x, y, w, h] if inside == corners else [left, top, right - left, bottom - top]
 
     def _crowd(self, value: Any, where: str) -> int:
         crowd = as_flag(value)
