@@ -7,6 +7,7 @@ does not block, a file that grows while it is read stays within its bound.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -79,6 +80,19 @@ def lock_within(descriptor: int, seconds: float, *, shared: bool = False) -> boo
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
+
+
+def lock_holder(descriptor: int) -> str:
+    """Name who holds a lock on an open file, for people: the process as far as this host and container know it."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        inode = str(os.fstat(descriptor).st_ino)
+        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
+            parts = line.split()
+            # "1: FLOCK ADVISORY WRITE 4711 08:01:131 0 EOF", and with an arrow the ones who wait.
+            if parts[1] == "FLOCK" and parts[5].rpartition(":")[2] == inode and int(parts[4]) > 0:
+                name = Path(f"/proc/{int(parts[4])}/comm").read_text(encoding="utf-8", errors="replace").strip()
+                return f"process {parts[4]} ({name})"
+    return "a process of another host, user or container"
 
 
 def read_bytes(path: Path, limit: int, error: type[VitgraftError] = DataError) -> bytes:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from vitgraft.configs.files import open_regular
 
 
 def canonical_json(value: Any) -> str:
@@ -29,9 +32,22 @@ def seed_of(*parts: str | int) -> int:
 
 
 def sha256_file(path: Path, chunk: int = 1 << 20) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(chunk):
-            digest.update(block)
+    """SHA-256 (hex) of a regular file's bytes.
+
+    Raises:
+        OSError: it cannot be read, or is a fifo or device, which might never end.
+    """
+    descriptor = open_regular(path)
+    try:
+        return sha256_descriptor(descriptor, chunk)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_descriptor(descriptor: int, chunk: int = 1 << 20) -> str:
+    """SHA-256 (hex) of all bytes of an open file, wherever it stands; it stays there."""
+    digest, offset = hashlib.sha256(), 0
+    while block := os.pread(descriptor, chunk, offset):
+        digest.update(block)
+        offset += len(block)
     return digest.hexdigest()

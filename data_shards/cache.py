@@ -6,22 +6,31 @@ FOLDER/SHA256.tar.bad          fetched several times and wrong each time: not as
 FOLDER/lock                    held while room is made
 
 All locks are flock's: the kernel frees them when their holder dies. A reader holds a shared one while it reads, and
-only a file that nobody reads is evicted, the one that was not used for longest first.
+only a file that nobody reads is evicted, the one that was not used for longest first. Nobody waits for a lock without
+end: who holds it is named.
+
+What others can write is not believed. A file that is not this user's own, or lies in a folder that is not, is hashed at
+its first use in a process. Links, fifos and the like under our names are removed, never followed or waited for.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from stat import S_ISREG
+from typing import Any, NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError, cause_of
-from vitgraft.configs.hashing import sha256_file
+from vitgraft.configs.files import is_own, lock_holder, lock_within, open_regular, read_text
+from vitgraft.configs.hashing import sha256_descriptor
 from vitgraft.data_shards.remote import UnreachableError, download, shown
 
 FETCHES = 3
@@ -30,9 +39,17 @@ BAD_SECONDS = 600.0
 """How long a file that stayed wrong is not asked for again."""
 WAIT_SECONDS = 600.0
 """How long to wait for room that other processes' transfers take."""
+LOCK_SECONDS = 60.0
+"""How long to wait for a lock that is held for moments only."""
+SILENT_SECONDS = 600.0
+"""How long to wait for a process that fetches a file and writes nothing: longer than its own time-outs."""
+TELL_SECONDS = 30.0
+"""After so long a wait for another process's transfer is told."""
 _POLL = 0.05
-_OURS = re.compile(r"[0-9a-f]{64}\.(tar|idx)(\.part|\.bad)?")
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+_OURS = re.compile(r"[0-9a-f]{64}\.(tar|idx)(\.part|\.bad(\.[0-9a-f]{8})?)?")
+_NO_FILE = {errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR}
+_MAX_BAD_BYTES = 64 << 10
+_log = logging.getLogger("vitgraft")
 
 
 class RemoteFile(NamedTuple):
@@ -54,6 +71,11 @@ class FileCache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
+        self._hashed: set[tuple[str, int, int, int]] = set()
+        """Files that others could have put here, and that this process has found to be right."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hashed": set()}
 
     @contextmanager
     def opened(self, file: RemoteFile) -> Iterator[int]:
@@ -87,13 +109,16 @@ class FileCache:
         """Remove the file if what lies here is not what was fetched (a failing disk); whether it was removed."""
         path = self._path(file)
         try:
-            before = os.stat(path)
-            if sha256_file(path) == file.sha256:
-                return False
-            _remove(path, before.st_ino)
+            descriptor = open_regular(path, follow=False)
+            try:
+                if sha256_descriptor(descriptor) == file.sha256:
+                    return False
+                _remove(path, os.fstat(descriptor).st_ino)
+            finally:
+                os.close(descriptor)
         except OSError:
             # Evicted meanwhile, or unreadable: the next read fetches it or says why not.
-            return not path.exists()
+            return not os.path.lexists(path)
         return True
 
     def _path(self, file: RemoteFile) -> Path:
@@ -105,48 +130,77 @@ class FileCache:
 
     def _present(self, file: RemoteFile) -> int | None:
         """A descriptor with a shared lock if the whole file is here."""
+        name = self._name(file)
+        descriptor = _open_ours(name, os.O_RDONLY)
+        if descriptor is None:
+            return None
         try:
-            descriptor = os.open(self._name(file), os.O_RDONLY | _FLAGS)
-        except FileNotFoundError:
-            return None
-        # Even if it is evicted before this lock, the descriptor still reads all of it.
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        facts = os.fstat(descriptor)
-        if facts.st_size != file.bytes:
-            # Cut by a full disk or a crash: made anew.
+            # Even if it is evicted before this lock, the descriptor still reads all of it.
+            _lock(descriptor, name, shared=True)
+            facts = os.fstat(descriptor)
+            # Cut by a full disk or a crash, or made by somebody else: made anew.
+            if facts.st_size == file.bytes and self._is_right(file, descriptor, facts):
+                with suppress(PermissionError):
+                    os.utime(descriptor)
+                return descriptor
+            _remove(Path(name), facts.st_ino)
+        except BaseException:
             os.close(descriptor)
-            _remove(self._path(file), facts.st_ino)
-            return None
-        with suppress(PermissionError):
-            os.utime(descriptor)
-        return descriptor
+            raise
+        os.close(descriptor)
+        return None
+
+    def _is_right(self, file: RemoteFile, descriptor: int, facts: os.stat_result) -> bool:
+        """Whether this is what was fetched: its name says so where only this user could have given it that name."""
+        if is_own(facts) and is_own(os.stat(self.folder)):
+            return True
+        seen = (file.sha256, facts.st_dev, facts.st_ino, facts.st_size)
+        if seen not in self._hashed:
+            if sha256_descriptor(descriptor) != file.sha256:
+                return False
+            self._hashed.add(seen)
+        return True
 
     def _fetched(self, file: RemoteFile) -> int:
         """Fetch, or wait for the process that is fetching; a descriptor with a shared lock."""
+        waiting = _Waiting(Path(f"{self._name(file)}.part"))
         while True:
             part = self._own(file)
             if part is not None:
                 return self._fill(file, part)
             if (descriptor := self._present(file)) is not None:
                 return descriptor
+            waiting.check()
             time.sleep(_POLL)
 
     def _own(self, file: RemoteFile) -> int | None:
         """The .part file of ``file``, locked for this process; ``None``: another one has it, or the file is here."""
         self._refuse_bad(file)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Only this user writes in it, whatever the umask.
+        self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         path = self._path(file)
-        part = path.with_name(f"{path.name}.part")
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
+        part = f"{path}.part"
+        descriptor = _open_ours(part, os.O_RDWR)
+        if made := descriptor is None:
+            try:
+                descriptor = open_regular(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644, follow=False)
+            except FileExistsError:
+                return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            facts = os.fstat(descriptor)
             # Between the two calls its owner may have renamed or removed it.
-            owned = os.stat(part).st_ino == os.fstat(descriptor).st_ino
-            if owned and path.exists():
+            owned = os.stat(part, follow_symlinks=False).st_ino == facts.st_ino
+            # What somebody else made, or what has another name too, could be written to through that.
+            strange = facts.st_nlink != 1 or (not made and facts.st_uid != os.geteuid())
+            if owned and (strange or path.exists()):
                 os.unlink(part)
                 owned = False
         except (BlockingIOError, FileNotFoundError):
             owned = False
+        except BaseException:
+            os.close(descriptor)
+            raise
         if not owned:
             os.close(descriptor)
             return None
@@ -176,7 +230,7 @@ class FileCache:
                 f"{min(found[0], file.bytes)} bytes with SHA-256 {found[1][:12]}, expected {file.bytes} with "
                 f"{file.sha256[:12]}); upload the file again or pack again"
             )
-            path.with_name(f"{path.name}.bad").write_text(message, encoding="utf-8")
+            _write_new(Path(f"{path}.bad"), message)
             raise DataError(message)
         finally:
             if not done:
@@ -194,11 +248,16 @@ class FileCache:
 
     def _refuse_bad(self, file: RemoteFile) -> None:
         """Raise what the last fetches found: all workers asking again for each sample would be hours of transfers."""
-        path = self._path(file)
-        bad = path.with_name(f"{path.name}.bad")
-        with suppress(FileNotFoundError):
-            if time.time() - bad.stat().st_mtime < BAD_SECONDS:
-                raise DataError(bad.read_text(encoding="utf-8"))
+        bad = Path(f"{self._name(file)}.bad")
+        with suppress(OSError):
+            facts = os.stat(bad, follow_symlinks=False)
+            if time.time() - facts.st_mtime >= BAD_SECONDS or not (is_own(facts) and S_ISREG(facts.st_mode)):
+                return
+            try:
+                message = read_text(bad, _MAX_BAD_BYTES)
+            except DataError:  # removed meanwhile
+                return
+            raise DataError(message)
 
     def _reserve(self, file: RemoteFile, descriptor: int) -> None:
         """Make room and take it, by giving the .part file its final size."""
@@ -217,13 +276,18 @@ class FileCache:
                     f"{self.folder}: no room for {file.bytes} bytes within data.cache.max_bytes {self.max_bytes}: all "
                     "of it is being fetched or read; raise it"
                 )
+            # Those who wait for this transfer see that it is alive.
+            os.utime(descriptor)
             time.sleep(_POLL)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
+        path = f"{self.folder}/lock"
+        descriptor = _open_ours(path, os.O_RDWR)
+        if descriptor is None:
+            descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, 0o644, follow=False)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor, path)
             yield
         finally:
             os.close(descriptor)
@@ -236,9 +300,9 @@ class FileCache:
                 continue
             with suppress(FileNotFoundError):
                 facts = entry.stat(follow_symlinks=False)
-                if entry.name.endswith(".bad") and time.time() - facts.st_mtime >= BAD_SECONDS:
+                if ".bad" in entry.name and time.time() - facts.st_mtime >= BAD_SECONDS:
                     os.unlink(entry.path)
-                elif not entry.name.endswith(".bad"):
+                elif ".bad" not in entry.name:
                     # What dead processes left half-fetched goes first.
                     age = 0.0 if entry.name.endswith(".part") else facts.st_mtime
                     found.append((age, facts.st_size, entry.path))
@@ -262,11 +326,77 @@ class FileCache:
         )
 
 
+class _Waiting:
+    """Waits for another process's transfer: tells after a while, and gives up when nothing of it is seen any more."""
+
+    def __init__(self, part: Path) -> None:
+        self._part, self._told = part, False
+        self._start = self._changed = time.monotonic()
+        self._seen: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises UnreachableError once the transfer counts as dead."""
+        now, holder = time.monotonic(), ""
+        with suppress(OSError):
+            facts = os.stat(self._part, follow_symlinks=False)
+            if (seen := (facts.st_ino, facts.st_size, facts.st_mtime_ns)) != self._seen:
+                self._seen, self._changed = seen, now
+        silent = now - self._changed
+        if silent < SILENT_SECONDS and (self._told or now - self._start < TELL_SECONDS):
+            return
+        with suppress(OSError):
+            descriptor = open_regular(self._part, follow=False)
+            holder = lock_holder(descriptor)
+            os.close(descriptor)
+        if silent >= SILENT_SECONDS:
+            raise UnreachableError(
+                f"{self._part}: locked by {holder or 'another process'}, which has written nothing for {silent:.0f} s; "
+                "end it, or set data.cache.folder to another folder"
+            )
+        self._told = True
+        _log.warning("%s: waiting for %s, which fetches it", self._part, holder or "another process")
+
+
+def _lock(descriptor: int, path: str, *, shared: bool = False) -> None:
+    """Take a lock that nobody holds for long."""
+    if not lock_within(descriptor, LOCK_SECONDS, shared=shared):
+        raise UnreachableError(
+            f"{path}: locked by {lock_holder(descriptor)} for more than {LOCK_SECONDS:.0f} s; end it, or set "
+            "data.cache.folder to another folder"
+        )
+
+
+def _open_ours(path: str, flags: int) -> int | None:
+    """Open a file under one of our names; ``None``: there is none, or it was a link or the like and is removed."""
+    try:
+        return open_regular(path, flags, follow=False)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+    # Not what any vitgraft wrote. Where it cannot be removed, that is what is said.
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return None
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Put a small file in the place of whatever has this name, without following it."""
+    draft = f"{path}.{secrets.token_hex(4)}"
+    descriptor = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, follow=False)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+    os.replace(draft, path)
+
+
 def _evict(path: str) -> bool:
     """Remove a file that nobody reads or fetches; whether it was."""
     try:
         # Opened for writing, as NFS wants it for an exclusive lock.
-        descriptor = os.open(path, os.O_RDWR | _FLAGS)
+        descriptor = open_regular(path, os.O_RDWR, follow=False)
     except OSError:
         return False
     try:

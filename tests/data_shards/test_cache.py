@@ -288,16 +288,102 @@ def test_a_folder_that_cannot_be_made(server: HttpFolder, tmp_path: Path) -> Non
         read(FileCache(tmp_path / "file" / "cache", SIZE), file_of(server, 0))
 
 
-def test_links_planted_in_the_folder_are_not_followed(server: HttpFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["{}.tar.part", "{}.tar.bad", "{}.tar", "lock"])
+@pytest.mark.parametrize("planted", ["link", "dangling", "fifo"])
+def test_what_is_planted_in_the_folder_is_neither_followed_nor_waited_for(
+    server: HttpFolder, tmp_path: Path, name: str, planted: str
+) -> None:
     cache = FileCache(tmp_path / "cache", 4 * SIZE)
     cache.folder.mkdir()
     file = file_of(server, 0)
-    target = tmp_path / "precious"
+    target, path = tmp_path / "precious", cache.folder / name.format(file.sha256)
     target.write_text("mine")
-    (cache.folder / f"{file.sha256}.tar.part").symlink_to(target)
-    with pytest.raises(DataError):
-        read(cache, file)
+    if planted == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target if planted == "link" else tmp_path / "new")
+    assert read(cache, file) == (server.folder / "0.tar").read_bytes()
+    # The note on a damaged file goes to its own name too.
+    server.faults["1.tar"] = ["flip"] * 3
+    bad = cache.folder / f"{file_of(server, 1).sha256}.tar.bad"
+    bad.symlink_to(target)
+    with pytest.raises(DataError, match="damaged each of 3 times"):
+        read(cache, file_of(server, 1))
+    assert not bad.is_symlink()
     assert target.read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_part_that_is_a_second_name_of_a_file_is_not_written_to(server: HttpFolder, tmp_path: Path) -> None:
+    cache = FileCache(tmp_path / "cache", 4 * SIZE)
+    cache.folder.mkdir()
+    file, precious = file_of(server, 0), tmp_path / "precious"
+    precious.write_text("mine")
+    os.link(precious, cache.folder / f"{file.sha256}.tar.part")
+    assert len(read(cache, file)) == SIZE
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("shared", ["folder", "file"])
+def test_what_others_could_have_put_here_is_hashed_at_its_first_use(
+    server: HttpFolder, tmp_path: Path, shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the right name and size with other bytes."""
+    cache = FileCache(tmp_path / "cache", 4 * SIZE)
+    cache.folder.mkdir(mode=0o700)
+    file = file_of(server, 0)
+    path = cache.folder / f"{file.sha256}.tar"
+    path.write_bytes(bytes(SIZE))
+    path.chmod(0o666 if shared == "file" else 0o600)
+    cache.folder.chmod(0o777 if shared == "folder" else 0o700)
+    assert read(cache, file) == (server.folder / "0.tar").read_bytes()
+    assert server.requests == {"0.tar": 1}
+    hashed: list[int] = []
+    original = cache_module.sha256_descriptor
+    monkeypatch.setattr(cache_module, "sha256_descriptor", lambda d: hashed.append(d) or original(d))
+    for _ in range(3):
+        read(cache, file)
+    # Made by this process now: what is its own, in a folder of its own, is not hashed again.
+    assert len(hashed) == (1 if shared == "folder" else 0)
+    read(pickle.loads(pickle.dumps(cache)), file)
+    assert len(hashed) == (2 if shared == "folder" else 0)
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["{}.tar.part", "{}.tar", "lock"])
+def test_nobody_waits_without_end_for_a_lock(
+    server: HttpFolder, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_module, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(cache_module, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(cache_module, "TELL_SECONDS", 0.1)
+    cache = FileCache(tmp_path / "cache", 4 * SIZE)
+    cache.folder.mkdir()
+    file = file_of(server, 0)
+    path = cache.folder / name.format(file.sha256)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UnreachableError, match=rf"locked by process {holder.pid} \(\S+\)") as caught:
+            read(cache, file)
+        assert "\n" not in str(caught.value)
+        if name.endswith("part"):
+            assert f"waiting for process {holder.pid}" in caplog.text
+    finally:
+        holder.kill()
+        holder.wait()
+        assert holder.stdout is not None
+        holder.stdout.close()
+    assert read(cache, file) == (server.folder / "0.tar").read_bytes()
 
 
 def test_foreign_files_in_the_folder_are_left_alone(server: HttpFolder, tmp_path: Path) -> None:
