@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.data_shards.manifest import MANIFEST
-from vitgraft.data_shards.pack.journal import own, sync, sync_folder
+from vitgraft.data_shards.pack.journal import create, own, sync, sync_folder
 
 WORK = "index.part"
 _OURS = re.compile(r"lock|.*\.idx|.*\.tar|manifest\.json(\.tmp)?")
@@ -65,13 +65,14 @@ class IndexFolder:
         """What lies there is moved or removed, so it must be ours."""
         paths = list(self.work.glob("*"))
         locked = (self.work / "lock").exists()
-        others = [path.name for path in paths if not (locked and _OURS.fullmatch(path.name) and path.is_file())]
+        ours = [path for path in paths if locked and _OURS.fullmatch(path.name)]
+        others = [path.name for path in paths if path not in ours or path.is_symlink() or not path.is_file()]
         if others:
             raise ConfigError(f"{self.work}: holds {min(others)!r}, which no indexing wrote; move it away")
 
     def write(self, name: str, data: bytes) -> None:
         """A file that is to be published; on the disk when this returns."""
-        with (self.work / name).open("wb") as stream:
+        with create(self.work / name) as stream:
             stream.write(data)
             sync(stream)
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitgraft.configs.files import open_regular
+
 _BYTES = 4
 _MAPPED = 256
 """More than windows usually have; a slab that was given up is unmapped by later ones."""
@@ -75,8 +77,11 @@ class Slabs:
 
 @lru_cache(maxsize=_MAPPED)
 def _mapped(name: SlabName) -> Tensor:
-    with open(name.path, "r+b", buffering=0) as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), name.size), dtype=torch.float32)
+    descriptor = open_regular(name.path, os.O_RDWR)
+    try:
+        return torch.frombuffer(mmap.mmap(descriptor, name.size), dtype=torch.float32)
+    finally:
+        os.close(descriptor)
 
 
 def slab_to_write(name: SlabName, shape: tuple[int, ...]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
+import stat
 from pathlib import Path
 from typing import cast
 
 from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.files import lock_holder, lock_within, open_regular
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.manifest import Kind, read_manifest
@@ -15,6 +17,9 @@ from vitgraft.data_shards.pack.writer import Progress
 from vitgraft.data_shards.remote import is_url
 
 SCHEME = "digits:"
+WAIT_SECONDS, TELL_SECONDS = 600.0, 30.0
+"""How long to wait for another process that packs built-in data, and after how long that is told."""
+_log = logging.getLogger("vitgraft")
 
 
 def cache_folder() -> Path:
@@ -51,16 +56,35 @@ def ensure_digits(uri: str, progress: Progress | None = None) -> Path:
         valid = ", ".join(f"{SCHEME}{k}/{s}" for k, s in DEFAULT_SAMPLES)
         raise ConfigError(f"{uri}: no such built-in data set; valid ones: {valid}")
     folder = cache_folder() / f"digits-v{VERSION}" / f"{kind}-{split}"
+    lock = folder.with_suffix(".lock")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 - closed by the with below
+        folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = open_regular(lock, os.O_RDWR | os.O_CREAT, 0o644, follow=False)
     except OSError as error:
-        raise DataError(f"{folder.parent}: cannot be written: {error.strerror}; set VITGRAFT_CACHE") from None
-    with lock:
+        raise DataError(f"{lock}: cannot be written: {error.strerror}; set VITGRAFT_CACHE") from None
+    try:
         # Released when the file is closed, also by the kernel when its holder is killed.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not lock_within(descriptor, TELL_SECONDS):
+            _log.warning("%s: waiting for %s, which packs it", folder, lock_holder(descriptor))
+            if not lock_within(descriptor, WAIT_SECONDS):
+                holder = lock_holder(descriptor)
+                raise DataError(f"{lock}: locked by {holder} for {WAIT_SECONDS:.0f} s; end it, or set VITGRAFT_CACHE")
+        if _is_strange(folder.parent):
+            raise DataError(
+                f"{folder.parent}: not this user's own, or writable by all; chmod o-w or set VITGRAFT_CACHE"
+            )
         try:
+            if folder.exists() and _is_strange(folder):
+                raise DataError("packed anew")
             read_manifest(folder)
         except DataError:
             pack_digits(cast(Kind, kind), cast(Split, split), folder, overwrite=True, progress=progress)
+    finally:
+        os.close(descriptor)
     return folder
+
+
+def _is_strange(folder: Path) -> bool:
+    """Tell whether somebody else may have filled a folder. Groups are trusted, as a umask may give them all."""
+    facts = folder.stat()
+    return facts.st_uid not in (0, os.geteuid()) or bool(facts.st_mode & stat.S_IWOTH)

@@ -22,13 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.files import lock_holder, open_regular, read_bytes
 from vitgraft.configs.hashing import canonical_json, sha256_file
 from vitgraft.configs.schema.section import Amount, Section
 from vitgraft.data_shards.shards import Sha256, Shard
 
 _NAMES = ("set", "old", "journal.jsonl", "journal.new", "lock")
 
+_MAX_JOURNAL_BYTES = 1 << 30
 VERSION = 1
 """Changes when the same items give other bytes."""
 
@@ -176,7 +178,7 @@ class Workplace:
         if self.folder.is_symlink() or not self.folder.is_dir():
             raise ConfigError(f"{self.folder}: expected a folder of the packer; move it away or choose another --out")
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            others = sorted(entry.name for entry in entries if entry.name not in _NAMES or entry.is_symlink())
+            others = sorted(entry.name for entry in entries if not _is_ours(entry))
             if others:
                 message = f"{self.folder}: holds {others[0]!r}, which no packer wrote; move it away"
                 raise ConfigError(f"{message} or choose another --out")
@@ -199,8 +201,8 @@ class Workplace:
         """The lines of the journal up to the first that is damaged: the last one may have been cut short."""
         found: list[Finished] = []
         # ValidationError is a ValueError: what stands before the damage is good.
-        with contextlib.suppress(OSError, ValueError):
-            for line in self._journal_path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(OSError, ValueError, DataError):
+            for line in read_bytes(self._journal_path, _MAX_JOURNAL_BYTES).split(b"\n")[:-1]:
                 found.append(Finished.model_validate_json(line))
         return found
 
@@ -208,7 +210,9 @@ class Workplace:
         shard = finished.shard
         try:
             return (
-                (self.set / shard.name).stat().st_size == shard.bytes
+                not (self.set / shard.name).is_symlink()
+                and not (self.set / shard.index_name).is_symlink()
+                and (self.set / shard.name).stat().st_size == shard.bytes
                 and sha256_file(self.set / shard.name) == shard.sha256
                 and sha256_file(self.set / shard.index_name) == shard.index_sha256
             )
@@ -217,7 +221,8 @@ class Workplace:
 
     def _write_journal(self, lines: list[Finished]) -> None:
         # Unbuffered: a line that found no space would be tried again by close, whose error would hide the first.
-        self._journal = self._journal_new.open("wb", buffering=0)
+        self._journal_new.unlink(missing_ok=True)
+        self._journal = create(self._journal_new, buffering=0)
         for line in lines:
             self.append(line)
         sync(self._journal)
@@ -225,18 +230,31 @@ class Workplace:
         sync_folder(self.folder)
 
 
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    """Tell whether a packer may have made this: no link, and no fifo, which removing a folder would open."""
+    if entry.name in ("set", "old"):
+        return entry.is_dir(follow_symlinks=False)
+    return entry.name in _NAMES and entry.is_file(follow_symlinks=False)
+
+
 def own(folder: Path, busy: str) -> int:
     """Make a folder and lock the file ``lock`` in it, which only its owner may remove: the descriptor.
 
     Raises:
-        ConfigError: another process has it; says ``busy``.
+        ConfigError: another process has it; says ``busy`` and who. Or the folder belongs to another user, who could
+            exchange what is written in it.
         OSError: it cannot be made or locked.
     """
     path = folder / "lock"
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        # Only this user writes in it, whatever the umask.
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            facts = os.stat(folder, follow_symlinks=False)
+            # Not for root, whose files some network folders call nobody's.
+            if os.geteuid() and facts.st_uid != os.geteuid():
+                raise ConfigError(f"{folder}: belongs to another user (number {facts.st_uid}); move it away")
+            descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, 0o644, follow=False)
         except FileNotFoundError:
             continue
         try:
@@ -248,10 +266,24 @@ def own(folder: Path, busy: str) -> int:
         except FileNotFoundError:
             os.close(descriptor)
         except OSError as error:
+            holder = lock_holder(descriptor)
             os.close(descriptor)
             if not isinstance(error, BlockingIOError):
                 raise
-            raise ConfigError(busy) from None
+            raise ConfigError(f"{busy} (locked by {holder})") from None
+
+
+def create(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a new file for writing; what has the name already, a link say, is not written through.
+
+    Args:
+        buffering: as for ``open``.
+
+    Raises:
+        OSError: there is one, or it cannot be made.
+    """
+    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, follow=False)
+    return os.fdopen(descriptor, "wb", buffering)
 
 
 def sync(stream: BinaryIO) -> None:

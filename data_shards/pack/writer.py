@@ -19,7 +19,7 @@ import numpy as np
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.hashing import canonical_json
 from vitgraft.data_shards.manifest import MANIFEST, Kind, Manifest, Shard, dump_manifest, make_manifest
-from vitgraft.data_shards.pack.journal import Finished, Identity, Workplace, sync, sync_folder
+from vitgraft.data_shards.pack.journal import Finished, Identity, Workplace, create, sync, sync_folder
 from vitgraft.data_shards.pack.label_report import Say
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 
@@ -218,7 +218,7 @@ class DatasetWriter:
         # Names of files may hold bytes that are no characters, which no manifest can.
         source = json.loads(json.dumps(self.source, ensure_ascii=False).encode("utf-8", "replace"))
         manifest = make_manifest(self.kind, self.classes, self.category_ids, self._shards, source)
-        with (place.set / MANIFEST).open("wb") as stream:
+        with create(place.set / MANIFEST) as stream:
             stream.write(dump_manifest(manifest).encode())
             sync(stream)
         sync_folder(place.set)
@@ -272,7 +272,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.bytes = path, 0
-        self._stream: BinaryIO | None = path.open("wb")
+        self._stream: BinaryIO | None = create(path)
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:

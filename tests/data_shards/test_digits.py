@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.data_shards import sources
 from vitgraft.data_shards.decode import decode_frames, decode_label
 from vitgraft.data_shards.manifest import read_manifest
 from vitgraft.data_shards.pack.digits import pack_digits, scans_of
@@ -200,3 +203,39 @@ def test_two_processes_at_once_pack_once(tmp_path: Path, monkeypatch: pytest.Mon
     (folder / "shard-000000.tar").write_bytes(b"")
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[1] == "1"
     assert read_manifest(folder).samples == 20
+
+
+def test_built_in_data_that_somebody_else_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITGRAFT_CACHE", str(tmp_path))
+    folder = ensure_digits("digits:video/val")
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text())
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    ensure_digits("digits:video/val")
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    # All could have exchanged its samples.
+    folder.chmod(0o777)
+    ensure_digits("digits:video/val")
+    assert (folder / "manifest.json").stat().st_mtime_ns != before
+    folder.parent.chmod(0o777)
+    with pytest.raises(DataError, match=r"digits-v1: not this user's own, or writable by all; chmod o-w or set VITG"):
+        ensure_digits("digits:video/val")
+
+
+def test_the_lock_of_built_in_data_is_not_followed_nor_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VITGRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "TELL_SECONDS", 0.1)
+    lock, target = tmp_path / "digits-v1" / "video-val.lock", tmp_path / "precious"
+    lock.parent.mkdir()
+    target.write_text("mine")
+    lock.symlink_to(target)
+    with pytest.raises(DataError, match=r"video-val\.lock: cannot be written"):
+        ensure_digits("digits:video/val")
+    assert target.read_text() == "mine"
+    lock.unlink()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=rf"video-val\.lock: locked by process {os.getpid()} "):
+            ensure_digits("digits:video/val")

@@ -730,6 +730,17 @@ def test_a_folder_of_that_name_that_is_anothers_is_left_alone(laion: Path, names
     assert content(laion) == before
 
 
+def test_a_link_in_that_folder_is_not_written_through(laion: Path, tmp_path: Path) -> None:
+    (laion / "index.part").mkdir()
+    (laion / "index.part" / "lock").write_text("")
+    (tmp_path / "precious").write_text("mine")
+    name = sorted(path.stem for path in laion.glob("*.tar"))[0]
+    (laion / "index.part" / f"{name}.idx").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match=r"index\.part: holds '.*', which no indexing wrote; move it away"):
+        index_tars(laion, "image", ["manx", "tabby"], **BREEDS)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_class_names_that_cannot_be_written(laion: Path) -> None:
     with pytest.raises(DataError, match="holds what is no character"):
         index_tars(laion, "image", ["manx", "tab\udce9"], **BREEDS)

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -139,14 +139,11 @@ def test_an_old_set_that_cannot_be_put_back_at_once_is_kept(tmp_path: Path, monk
 
 
 def test_no_space_for_a_line_of_the_journal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = journal.Workplace._empty
+    def full(path: Path, buffering: int = -1) -> BinaryIO:
+        path.symlink_to("/dev/full")
+        return path.open("wb", buffering=0)
 
-    def empty_and_full(self: journal.Workplace) -> None:
-        empty(self)
-        # Its renaming moves the link.
-        (self.folder / "journal.new").symlink_to("/dev/full")
-
-    monkeypatch.setattr(journal.Workplace, "_empty", empty_and_full)
+    monkeypatch.setattr(journal, "create", full)
     # A device has nothing to sync.
     monkeypatch.setattr(journal, "sync", lambda stream: stream.flush())
     with pytest.raises(DataError, match=r"set: disk full after 2 samples .* free some space"):
@@ -164,3 +161,34 @@ def test_a_sample_is_as_large_as_a_reader_takes(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match=r"sample 000000000: a sample of 8704 bytes, more than 8192; split it"):
         write(tmp_path / "other", size=largest + 1)
     assert names(tmp_path / "other.packing") == []
+
+
+@pytest.mark.parametrize("name", ["lock", "set", "journal.new"])
+@pytest.mark.parametrize("planted", ["link", "fifo"])
+def test_what_is_planted_in_the_workplace_is_not_written_through(tmp_path: Path, name: str, planted: str) -> None:
+    (tmp_path / "set.packing").mkdir()
+    target, path = tmp_path / "precious", tmp_path / "set.packing" / name
+    target.write_text("mine")
+    if planted == "link":
+        path.symlink_to(target)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(ConfigError, match=f"holds '{name}', which no packer wrote; move it away"):
+        write(tmp_path / "set")
+    assert target.read_text() == "mine"
+
+
+def test_new_files_are_new(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        journal.create(tmp_path / "link")
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_workplace_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set.packing").mkdir()
+    owner = (tmp_path / "set.packing").stat().st_uid
+    monkeypatch.setattr(journal.os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ConfigError, match=rf"set\.packing: belongs to another user \(number {owner}\); move it away"):
+        write(tmp_path / "set")
