@@ -21,6 +21,7 @@ from vitgraft.launch.devices import place
 from vitgraft.launch.hosts import Host, choose_slots, read_hostfile, ssh_arguments
 from vitgraft.launch.node_backend import NodeBackend, follow, name_of
 from vitgraft.launch.nodes import NodePlace
+from vitgraft.launch.normalisation import with_normalisation
 from vitgraft.launch.run_dir import RunHandle, open_run, record_failed_start
 from vitgraft.launch.stopping import stopping_at_once
 from vitgraft.launch.supervisor import Supervisor
@@ -62,6 +63,7 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
             classes = check_data(recipe, screen)
             check_model(recipe, classes)
             check_copy(recipe)
+            recipe = with_normalisation(recipe, run, resume, screen.note)
             if resume == "never" or not all_step_names(run):
                 check_start(recipe)
             handle = open_run(run, recipe, resume, where.command)

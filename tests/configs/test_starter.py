@@ -10,6 +10,8 @@ import torch
 from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema.model import ModelConfig
 from vitgraft.models.build import build_model
+from vitgraft.models.layer_decay import layer_of
+from vitgraft.trainer.param_groups import ParameterFacts, make_groups
 
 
 def test_the_coco_starter_predicts_and_gives_losses_on_a_smaller_canvas() -> None:
@@ -69,3 +71,30 @@ def test_the_vit_adapter_starters_run(name: str) -> None:
     torch.stack([term.total for term in losses.values()]).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(term.total.isfinite() for term in losses.values())
+
+
+def decays(name: str) -> dict[str, float]:
+    """Weight decay of every parameter of a starter, by name."""
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = build_model(recipe.model, num_classes=3, image_size=(64, 64))
+    depth = model.backbone.depth
+    facts = [ParameterFacts(name, parameter.ndim) for name, parameter in model.named_parameters()]
+    groups = make_groups(recipe.train, facts, lambda name: layer_of(name, depth), depth)
+    return {name: group.weight_decay for group in groups for name in group.names}
+
+
+def test_the_vit_adapter_starters_decay_as_published() -> None:
+    """Detection spares positions and level embeddings by name; under layer-wise decay, in segmentation, they decay."""
+    for name, expected in ("starter/coco_vit_adapter", 0.0), ("starter/semantic_vit_adapter", 0.01):
+        found = decays(name)
+        assert [found["backbone.vit.pos_embed"], found["adapter.level_embed"]] == [expected, expected]
+        assert found["backbone.vit.blocks.0.norm1.weight"] == found["backbone.vit.blocks.0.attn.qkv.bias"] == 0.0
+        assert found["backbone.vit.blocks.0.attn.qkv.weight"] == {0.0: 0.05, 0.01: 0.01}[expected]
+
+
+def test_the_semantic_starter_scales_the_short_side_as_published() -> None:
+    """mmseg's ratio of 0.5 to 2 of (2048, 512), and crops of which no class has three quarters."""
+    first, second, *_ = load_recipe("starter/semantic_vit_adapter").data.transforms
+    assert first.model_dump() == {"name": "multi_scale", "short": [256, 1024], "max_long": 4096, "sampling": "range"}
+    assert second.model_dump()["cat_max_ratio"] == 0.75

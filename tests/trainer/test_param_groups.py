@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from vitgraft.configs.errors import ConfigError
-from vitgraft.configs.schema.model import ModelConfig
+from vitgraft.configs.schema.model import BackboneConfig, ModelConfig
 from vitgraft.configs.schema.train import TrainConfig
+from vitgraft.models import registry
 from vitgraft.models.build import build_model
 from vitgraft.models.layer_decay import layer_of
 from vitgraft.trainer.param_groups import Group, ParameterFacts, check_rules, frozen_names, make_groups
@@ -75,6 +77,20 @@ def test_layer_decay_on_a_real_model() -> None:
         else:
             assert multiplier == pytest.approx(0.5**4), name
         assert decay == (0.0 if name.endswith("bias") or "norm" in part[-2] else 0.05) or "scale" in name, name
+
+
+@pytest.mark.parametrize("trunk", ["eva01", "eva02"])
+def test_residual_convolutions_have_the_full_rate(trunk: str) -> None:
+    """They are not pre-trained; the rate of block 0 would be next to nothing (detectron2's ViTDet)."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "window_size": 2, "global_blocks": [1]}
+    config: Any = TypeAdapter(BackboneConfig).validate_python({"name": trunk, "residual_blocks": [0, 1], **sizes})
+    names = [f"backbone.{n}" for n, _ in registry.build("backbone", config, image_size=(32, 32)).named_parameters()]
+    facts = [ParameterFacts(name, 2) for name in names]
+    found = settings(make_groups(config_of(layer_decay=0.5), facts, lambda name: layer_of(name, 2), 2))
+    residual = {name: multiplier for name, (multiplier, _) in found.items() if ".residual." in name}
+    assert len(residual) > 10
+    assert set(residual.values()) == {1.0}
+    assert found["backbone.blocks.0.norm1.weight"][0] == 0.25
 
 
 def test_later_rules_win_key_by_key() -> None:

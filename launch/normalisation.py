@@ -1,0 +1,48 @@
+"""Images are normalised as those were on which the trunk's weights were trained, where the recipe does not say how."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.load import load_recipe
+from vitgraft.configs.schema import Recipe
+from vitgraft.launch.run_recipe import CONFIG, is_bound
+from vitgraft.models.pretrained import normalisation_of
+
+_KEYS = ("mean", "std")
+
+
+def with_normalisation(recipe: Recipe, run: Path, resume: str, note: Callable[[str], None]) -> Recipe:
+    """The recipe with ``data.mean`` and ``data.std`` of its weights, unless it gives them or the run has others.
+
+    Args:
+        resume: as for :func:`vitgraft.launch.run_dir.open_run`.
+        note: takes a line where the numbers are not the recipe's, or not the weights'.
+    """
+    known = normalisation_of(recipe.model.backbone)
+    if known is None:
+        return recipe
+    theirs, certain = known
+    open_keys = [key for key in _KEYS if key not in recipe.data.model_fields_set]
+    chosen = {key: getattr(theirs, key) for key in open_keys} if certain else {}
+    whose = "the weights were trained"
+    if chosen and resume != "never" and is_bound(run):
+        with contextlib.suppress(ConfigError):  # whoever checks the recipe against the run says what is wrong with it
+            begun = load_recipe(str(run / CONFIG)).data
+            chosen, whose = {key: getattr(begun, key) for key in open_keys}, "this run was begun"
+    before = {key: getattr(recipe.data, key) for key in _KEYS}
+    now = before | chosen
+    if now != before:
+        note(f"data.mean {now['mean']}, data.std {now['std']}: as {whose}; the recipe gives none")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=chosen)})
+    if now != {key: getattr(theirs, key) for key in _KEYS}:
+        name = getattr(recipe.model.backbone, "timm", None)
+        of = "the weights" if certain else f"timm's weights of {name!r}"
+        note(
+            f"data.mean {now['mean']}, data.std {now['std']}: but {of} were trained with {theirs.mean}, {theirs.std}; "
+            "set both to those unless you mean it"
+        )
+    return recipe
