@@ -75,7 +75,7 @@ class ForeignBoxes:
         bbox = item.get("bbox")
         if is_missing(bbox) and mask is not None:
             box = list(mask.box)
-            self.report.repair("given the box of their mask", where)
+            self.report.repair("boxes made of masks", where)
         else:
             values = [as_number(value) for value in bbox] if isinstance(bbox, list) else []
             box = [value for value in values if value is not None]

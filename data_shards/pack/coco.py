@@ -19,7 +19,7 @@ from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack
 from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, LabelReport
 from vitgraft.data_shards.pack.plain_values import Key
 
-SIZED = "given the size of the image, as none is stated"
+SIZED = "sizes taken from images"
 
 
 @dataclass

@@ -24,9 +24,9 @@ from vitgraft.data_shards.pack.plain_values import STRINGS, Key, as_flag, as_num
 Crowds = Literal["keep", "objects"]
 """What ``iscrowd: 1`` means: a crowd, or (as some tools mark what is drawn with a brush) an object like any."""
 
-BOXED = "given their box as mask, as others have masks"
-FROM_MASK = "given the box of their mask"
-OBJECTS = "taken for objects, no crowds"
+BOXED = "masks made of boxes"
+FROM_MASK = "boxes made of masks"
+OBJECTS = "crowds taken for objects"
 FORM = "[x, y, width, height]"
 
 
@@ -46,6 +46,7 @@ class AnnotationReader:
     where: str
     degenerate: list[Key] = field(default_factory=list)
     masks: int = 0
+    scores: int = 0
 
     def __post_init__(self) -> None:
         self._boxes = BoxCheck(self.report, FORM)
@@ -89,6 +90,7 @@ class AnnotationReader:
         if mask is None:
             self._without_mask.add(where)
         self.masks += mask is not None
+        self.scores += "score" in annotation
         area = as_number(annotation.get("area"))
         image["annotations"].append(
             {
@@ -111,6 +113,8 @@ class AnnotationReader:
             self.report.repair(BOXED, self._without_mask.first[-1], self._without_mask.count - shown + 1)
         elif self._without_mask.count:
             self.report.remark("no annotation has a mask; to train boxes alone: --set model.head.masks=false")
+        if self.scores:
+            self.report.remark(f"{self.scores:,} annotations have a score, as predictions do; is this the right file?")
         refuse_outside(self.categories, self._outside, "annotations", self.where, self.report)
         self._check_crowds()
 

@@ -12,8 +12,8 @@ from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.label_report import UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.plain_values import Key, as_flag, as_key, order
 
-GROUPS = "categories without annotations that stand above others, or have the name of one"
-MERGED = "categories that are the same class as the one below them of their name"
+GROUPS = "unused categories above others or of the same name"
+MERGED = "categories merged with the one below of the same name"
 
 Entries = Mapping[Key, dict[str, Any]]
 

@@ -12,7 +12,7 @@ from vitgraft.data_shards.pack.images import OpenedImage
 from vitgraft.data_shards.pack.label_report import SIZES, LabelFault, LabelReport
 from vitgraft.data_shards.pack.plain_values import STRINGS, Key, as_integer, as_key, is_missing, order
 
-NUMBERED = "numbered, as they have no id"
+NUMBERED = "ids made up"
 
 
 def entries_of(tree: Any, key: str, where: str) -> list[Any]:

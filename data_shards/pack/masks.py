@@ -9,8 +9,8 @@ from vitgraft.data_shards.decode import covered
 from vitgraft.data_shards.pack.label_report import MASKS, LabelFault
 from vitgraft.data_shards.pack.plain_values import STRINGS, as_integer, as_number, is_missing, is_number
 
-DEGENERATE = "relieved of polygons with fewer than three points"
-OTHER_FORM = "read from polygons in another form"
+DEGENERATE = "masks without their polygons of fewer than three points"
+OTHER_FORM = "polygons in another form"
 
 Note = Callable[[str], None]
 """Is told what was done to read a mask."""

@@ -46,17 +46,17 @@ def counted(manifest: Manifest, sort: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "repaired", "left_out", "instances"),
     [
-        ("one_without_mask", {"given their box as mask, as others have masks": 1}, {}, 12),
-        ("segmentation_four", {"relieved of polygons with fewer than three points": 1}, {}, 8),
-        ("segmentation_emptyin", {"given their box as mask, as others have masks": 1}, {}, 8),
-        ("segmentation_emptydict", {"given their box as mask, as others have masks": 1}, {}, 8),
+        ("one_without_mask", {"masks made of boxes": 1}, {}, 12),
+        ("segmentation_four", {"masks without their polygons of fewer than three points": 1}, {}, 8),
+        ("segmentation_emptyin", {"masks made of boxes": 1}, {}, 8),
+        ("segmentation_emptydict", {"masks made of boxes": 1}, {}, 8),
         ("box_5px_outside", {"clipped": 1}, {}, 8),
         ("file_name_backslash", {"found by another name": 4}, {}, 8),
         ("file_name_percent20", {"found by another name": 4}, {}, 8),
         ("coco_strsize", {"read from strings": 8}, {}, 8),
         ("coco_strids", {}, {}, 8),
-        ("coco_nobbox", {"given the box of their mask": 1}, {}, 8),
-        ("dummy_root_same_name", {}, {"categories that are the same class as the one below them of their name": 1}, 8),
+        ("coco_nobbox", {"boxes made of masks": 1}, {}, 8),
+        ("dummy_root_same_name", {}, {"categories merged with the one below of the same name": 1}, 8),
     ],
 )
 def test_inputs_that_were_once_refused_or_lost(
@@ -78,7 +78,7 @@ def test_a_set_of_crowds_alone_is_asked_about(fault_data: Path, tmp_path: Path) 
     assert sum(manifest.source["label_report"]["crowds"].values()) == 12
     assert ", 12 crowds; faults: none" in told[-1]
     manifest, told = pack_fault(fault_data, "all_crowd", tmp_path / "objects", crowds="objects")
-    assert counted(manifest, "repaired") == {"taken for objects, no crowds": 12}
+    assert counted(manifest, "repaired") == {"crowds taken for objects": 12}
     assert not any(a["iscrowd"] for sample in samples(tmp_path / "objects") for a in sample["annotations"])
     manifest, told = pack_fault(fault_data, "all_crowd", tmp_path / "skip", on_error="skip")
     assert any(line.startswith("  packed all the same: ") for line in told)
