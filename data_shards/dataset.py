@@ -25,6 +25,8 @@ from vitgraft.data_shards.decode import (
     probe_video,
     sample_frames,
     shown,
+    stated_frames,
+    stated_label,
     stated_size,
 )
 from vitgraft.data_shards.frames import clip_of
@@ -327,16 +329,15 @@ class PackedDataset:
 
     def _metadata(self, raw: RawSample) -> dict[str, Any]:
         metadata = decode_json(raw.first(("json",)), raw.where)
-        label, classes = metadata.get("label"), len(self.manifest.classes)
-        if self.kind in CLASSED and not (isinstance(label, int) and 0 <= label < classes):
-            raise DataError(f"{raw.where}: label {label!r} is not one of the {classes} classes; pack again")
+        if self.kind in CLASSED:
+            stated_label(metadata, len(self.manifest.classes), raw.where)
         return metadata
 
     def _pixels(self, raw: RawSample, metadata: dict[str, Any]) -> Tensor:
         """The image (3, H, W), turned as its metadata says, or the clip (T, 3, H, W) with the frames of its purpose."""
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
         if self.kind == "video":
-            count = _frame_count(metadata, where)
+            count = stated_frames(metadata, where)
             indices = sample_frames(count, self.config.clip, self.train)
             return decode_frames(clip_of(raw, metadata), indices, where, self.config.clip.decoder, count)
         return decode_image(raw.first(IMAGE_EXTENSIONS), where, orientation_of(metadata, where))
@@ -346,7 +347,7 @@ class PackedDataset:
         if self.kind != "video":
             return [self.transforms.prepare(self._pixels(raw, metadata))]
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
-        count, clip, data = _frame_count(metadata, where), self.config.clip, clip_of(raw, metadata)
+        count, clip, data = stated_frames(metadata, where), self.config.clip, clip_of(raw, metadata)
         if self.views is None:
             indices = sample_frames(count, clip, self.train)
             resized = decode_resized(data, indices, where, self.transforms.fitted, clip.decoder, count)
@@ -404,13 +405,6 @@ class PackedDataset:
             return [{"boxes": s.boxes, "labels": s.labels, "masks": s.masks} for s in placed]
         attribute = "label_map" if self.kind == "semantic" else "labels"
         return torch.stack([getattr(sample, attribute) for sample in placed])
-
-
-def _frame_count(metadata: dict[str, Any], where: str) -> int:
-    frames = metadata.get("frames")
-    if not isinstance(frames, int) or frames < 1:
-        raise DataError(f"{where}: {frames!r} frames; pack again")
-    return frames
 
 
 def prepare_image(image: Tensor, config: DataConfig) -> Prepared:

@@ -17,7 +17,7 @@ from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.frame_stack import FrameStack, Target
 from vitgraft.data_shards.images import MAX_PIXELS, opened
 from vitgraft.data_shards.listing import VIDEO_SUFFIXES
-from vitgraft.data_shards.video import Decoder, Video, open_video
+from vitgraft.data_shards.video import MAX_FRAMES, Decoder, Video, open_video
 
 MAX_JSON_BYTES = 256 << 20
 MAX_MASK_BYTES = 2 << 30
@@ -108,6 +108,30 @@ def stated_size(metadata: dict[str, Any], where: str) -> tuple[int, int]:
         size = shown(f"{width}x{height}")
         raise DataError(f"{where}: metadata says {size} pixels, more than {MAX_PIXELS}; pack again")
     return height, width
+
+
+def stated_frames(metadata: dict[str, Any], where: str) -> int:
+    """How many frames a video has, as its sample's metadata states.
+
+    Raises:
+        DataError: absent, no positive integer, or more than ``MAX_FRAMES``.
+    """
+    frames = metadata.get("frames")
+    if type(frames) is not int or not 1 <= frames <= MAX_FRAMES:
+        raise DataError(f"{where}: metadata says {shown(frames)} frames, expected 1 to {MAX_FRAMES}; pack again")
+    return frames
+
+
+def stated_label(metadata: dict[str, Any], classes: int, where: str) -> int:
+    """The class of a sample that has one, as its metadata states.
+
+    Raises:
+        DataError: absent, or no class id.
+    """
+    label = metadata.get("label")
+    if type(label) is not int or not 0 <= label < classes:
+        raise DataError(f"{where}: label {shown(repr(label))} is not one of the {classes} classes; pack again")
+    return label
 
 
 def check_annotations(metadata: dict[str, Any], classes: int, where: str) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.decode import (
     check_annotations,
@@ -21,6 +20,8 @@ from vitgraft.data_shards.decode import (
     decode_label,
     decode_masks,
     sample_frames,
+    stated_frames,
+    stated_label,
 )
 from vitgraft.data_shards.frames import clip_of
 from vitgraft.data_shards.geometry import Sample, resize
@@ -100,7 +101,7 @@ def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
     """
     metadata = decode_json(raw.first(("json",)), raw.where)
     if manifest.kind == "video":
-        count = int(metadata["frames"])
+        count = stated_frames(metadata, raw.where)
         indices = sample_frames(count, _STRIP, train=False)
         frames = decode_frames(clip_of(raw, metadata), indices, raw.where, length=count)
         picture = draw_clip(frames, _class_name(raw, metadata, manifest))
@@ -121,10 +122,7 @@ def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
 
 
 def _class_name(raw: RawSample, metadata: dict[str, Any], manifest: Manifest) -> str:
-    label = metadata.get("label")
-    if not isinstance(label, int) or not 0 <= label < len(manifest.classes):
-        raise DataError(f"{raw.where}: label {label!r} of {len(manifest.classes)} classes; pack again")
-    return manifest.classes[label]
+    return manifest.classes[stated_label(metadata, len(manifest.classes), raw.where)]
 
 
 def _draw_annotations(sample: Sample, raw: RawSample, metadata: dict[str, Any], manifest: Manifest) -> Tensor:

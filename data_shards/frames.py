@@ -21,7 +21,7 @@ class ImageFrames:
 
     def __init__(self, members: dict[str, bytes], fps: Any, where: str) -> None:
         self._members, self._where = members, where
-        self.fps = float(fps) if isinstance(fps, int | float) else 0.0
+        self.fps = float(fps) if isinstance(fps, int | float) and 0 < fps < 1e9 else 0.0
 
     @property
     def length(self) -> int:

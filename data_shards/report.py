@@ -17,7 +17,16 @@ from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.configs.outputs import write_output
 from vitgraft.configs.schema.data import CacheConfig
-from vitgraft.data_shards.decode import check_annotations, decode_json, decode_label, decode_masks, probe_video
+from vitgraft.data_shards.decode import (
+    check_annotations,
+    decode_json,
+    decode_label,
+    decode_masks,
+    probe_video,
+    shown,
+    stated_label,
+    stated_size,
+)
 from vitgraft.data_shards.frame_stack import FrameStack
 from vitgraft.data_shards.frames import ImageFrames, clip_of
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of, oriented_size, read_header
@@ -56,10 +65,10 @@ class VerifyReport:
             return "copy it again or pack again"
         same = "the shards are as they were written, so these were damaged before"
         if self.manifest.foreign is not None:
-            return f"{same}: index again with --drop-faulty, or train with data.on_error: skip"
+            return f"{same}: index again with --drop-faulty, or train with data.on_error: {{skip: N}}"
         return (
             f"{same}: replace their files and pack again, or pack with --decode --drop-faulty, which leaves them out, "
-            "or train with data.on_error: skip"
+            "or train with data.on_error: {skip: N}"
         )
 
 
@@ -133,18 +142,18 @@ def check_sample(raw: RawSample, manifest: Manifest) -> dict[str, Any]:
             for number in range(clip.length):
                 clip.fill(FrameStack([0, number], raw.where))
         if facts["frames"] != metadata.get("frames"):
-            raise DataError(f"{raw.where}: {facts['frames']} frames, expected {metadata.get('frames')}; pack again")
+            raise DataError(
+                f"{raw.where}: {facts['frames']} frames, expected {shown(metadata.get('frames'))}; pack again"
+            )
         found = (facts["height"], facts["width"])
     else:
         orientation = orientation_of(metadata, raw.where)
         image = decode_image(raw.first(IMAGE_EXTENSIONS), raw.where, orientation)
         found = (image.shape[1], image.shape[2])
     if found != expected:
-        raise DataError(f"{raw.where}: (height, width) {found}, metadata says {expected}; pack again")
+        raise DataError(f"{raw.where}: (height, width) {found}, metadata says {shown(expected)}; pack again")
     if manifest.kind in CLASSED:
-        label = metadata.get("label")
-        if not isinstance(label, int) or not 0 <= label < len(manifest.classes):
-            raise DataError(f"{raw.where}: label {label!r} of {len(manifest.classes)} classes; pack again")
+        stated_label(metadata, len(manifest.classes), raw.where)
     elif manifest.kind == "detection":
         annotations = check_annotations(metadata, len(manifest.classes), raw.where)
         decode_masks(annotations, (found[0], found[1]), raw.where)
@@ -229,8 +238,5 @@ def _statistics(raw: RawSample, manifest: Manifest) -> tuple[Counter[int], tuple
         values, numbers = torch.unique(label, return_counts=True)
         found = Counter(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
         return found, (label.shape[0], label.shape[1]), found.pop(IGNORE, 0)
-    try:
-        size = int(metadata["height"]), int(metadata["width"])
-        return Counter([int(metadata["label"])]), size, 0
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{raw.where}: metadata lacks label, height or width; pack again") from None
+    number = stated_label(metadata, len(manifest.classes), raw.where)
+    return Counter([number]), stated_size(metadata, raw.where), 0

@@ -205,6 +205,8 @@ class PyAVVideo:
                 if not container.streams.video:
                     raise DataError(f"{self._where}: no video stream; expected a video")
                 stream = container.streams.video[0]
+                if stream.codec_context is None:
+                    raise DataError(f"{self._where}: a video of a codec that FFmpeg does not know; convert it")
                 stream.codec_context.thread_count = 1
                 _check_size(stream.width, stream.height, self._where)
                 yield container, stream

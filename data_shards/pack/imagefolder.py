@@ -36,7 +36,7 @@ IMAGE_KEYS = ("images", "data", "x", "x_train", "x_test")
 LABEL_KEYS = ("labels", "fine_labels", "y", "y_train", "y_test")
 # What numpy, zipfile and the decompressors raise of damaged or encrypted files; TokenError is of numpy's header.
 _BROKEN_ARRAYS = (
-    *(OSError, ValueError, EOFError, RuntimeError, struct.error),
+    *(OSError, ValueError, EOFError, RuntimeError, struct.error, OverflowError, TypeError, MemoryError),
     *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
 

@@ -459,3 +459,31 @@ def test_label_maps_in_colours_or_with_holes() -> None:
     Image.fromarray(pixels).save(stream, "PNG")
     with pytest.raises(DataError, match="transparent pixels"):
         decode.decode_label(stream.getvalue(), "label")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError(), KeyError("x"), ZeroDivisionError("y"), RuntimeError("z"), TypeError("a\nb"), IndexError()],
+)
+def test_whatever_pillow_raises_of_a_damaged_file_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    data = png(np.zeros((3, 4), np.uint8))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", refuse)
+    for read in (images.decode_image, decode.decode_label, images.encode_png, images.value_range):
+        with pytest.raises(DataError, match=r"^x: broken image \(.+\); expected") as caught:
+            read(data, "x")
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    data = png(np.zeros((3, 4), np.uint8))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", refuse)
+    with pytest.raises(DataError, match="x: decoding takes more memory than there is"):
+        images.decode_image(data, "x")
