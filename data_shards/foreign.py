@@ -56,6 +56,7 @@ def index_tars(
     members: Mapping[str, Sequence[str]] | None = None,
     on_error: OnError = "raise",
     exif: Exif = "auto",
+    decode: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -71,6 +72,7 @@ def index_tars(
             and lists them in the manifest's ``source``. A tar that is broken itself always raises.
         exif: whether images are turned by their EXIF orientation, see
             :class:`~vitgraft.data_shards.foreign_samples.SampleChecker`; the manifest's ``source`` counts them.
+        decode: decode every image too, so that what is cut short is found.
         progress: called with tars done and in all.
         say: told the report on the labels, before the manifest is written.
 
@@ -83,7 +85,7 @@ def index_tars(
     check_classes(list(classes), "classes")
     target, names = _target(source, out), _tar_names(source)
     report = LabelReport(_UNITS[kind], list(classes), on_error=on_error)
-    check = SampleChecker(kind, report, roles, exif)
+    check = SampleChecker(kind, report, roles, exif, decode)
     shards: list[Shard] = []
     try:
         with IndexFolder(target) as folder:

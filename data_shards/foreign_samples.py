@@ -16,7 +16,7 @@ from vitgraft.data_shards.decode import (
 )
 from vitgraft.data_shards.files import pread
 from vitgraft.data_shards.foreign_boxes import ForeignBoxes
-from vitgraft.data_shards.images import IMAGE_EXTENSIONS, oriented_size, read_header
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, oriented_size, read_header
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
 from vitgraft.data_shards.pack.images import Exif, which_way_up
 from vitgraft.data_shards.pack.label_report import TURNED, LabelReport
@@ -62,10 +62,19 @@ class SampleChecker:
 
     Args:
         exif: whether images are turned; ``auto``: unless label map, masks or stated size are those of stored pixels.
+        decode: images are decoded, not only their headers read.
     """
 
-    def __init__(self, kind: Kind, report: LabelReport, roles: dict[str, tuple[str, ...]], exif: Exif = "auto") -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        report: LabelReport,
+        roles: dict[str, tuple[str, ...]],
+        exif: Exif = "auto",
+        decode: bool = False,
+    ) -> None:
         self.kind, self.classes, self.report, self.roles, self.exif = kind, report.classes, report, roles, exif
+        self._decode = decode
         self._boxes = ForeignBoxes(report)
         self._by_name = {name: number for number, name in enumerate(report.classes)}
         self.renamed: dict[str, str] = {}
@@ -133,6 +142,8 @@ class SampleChecker:
         header = read_header(data, where)
         if header.depth > 16:
             raise DataError(f"{where}: an image of 32-bit values, of which nobody knows the white; leave it out")
+        if self._decode:
+            decode_image(data, where)
         stated = self._stated_size(label, where) if header.orientation > 1 else None
         orientation, _ = which_way_up(header, self.exif, stated)
         height, width = oriented_size(header.size, orientation)

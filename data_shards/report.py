@@ -65,7 +65,7 @@ class VerifyReport:
             return "copy it again or pack again"
         same = "the shards are as they were written, so these were damaged before"
         if self.manifest.foreign is not None:
-            return f"{same}: index again with --drop-faulty, or train with data.on_error: {{skip: N}}"
+            return f"{same}: index again with --decode --drop-faulty, or train with data.on_error: {{skip: N}}"
         return (
             f"{same}: replace their files and pack again, or pack with --decode --drop-faulty, which leaves them out, "
             "or train with data.on_error: {skip: N}"

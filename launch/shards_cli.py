@@ -385,6 +385,7 @@ def index_shards(
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,
     exif: Exif = "auto",
+    decode: Decode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Index again what is indexed already.")] = False,
 ) -> None:
     """Make tars that others wrote readable as they are: indices and a manifest, no copy."""
@@ -407,6 +408,7 @@ def index_shards(
             members=members,
             on_error="skip" if drop_faulty else on_error,
             exif=exif,
+            decode=decode,
             overwrite=overwrite,
             progress=screen.callback("index"),
             say=screen.note,

@@ -776,3 +776,15 @@ def test_images_in_tars_are_turned_unless_their_labels_are_of_stored_pixels(
     assert np.array_equal(image, np.rot90(pixels, -1) if turned else pixels)
     assert verify(tmp_path / "tars").ok
     index_tars(tmp_path / "tars", kind, ["x"], exif="ignore" if stored or kind == "image" else "apply", overwrite=True)
+
+
+def test_decoding_finds_images_that_are_cut_short(tmp_path: Path) -> None:
+    data = picture(100, size=(400, 300))
+    write_tar(
+        tmp_path / "0.tar", [("a.jpg", data), ("a.cls", b"0"), ("b.jpg", data[: len(data) // 2]), ("b.cls", b"0")]
+    )
+    assert index_tars(tmp_path, "image", ["x"]).samples == 2
+    with pytest.raises(DataError, match="broken image"):
+        index_tars(tmp_path, "image", ["x"], decode=True, overwrite=True)
+    assert index_tars(tmp_path, "image", ["x"], decode=True, on_error="skip", overwrite=True).samples == 1
+    assert verify(tmp_path).ok

@@ -224,3 +224,23 @@ def test_bitmaps_among_the_photographs(fault_data: Path, tmp_path: Path) -> None
     assert manifest.source["label_report"]["classes"] == {"cat": 3, "dog": 3}
     assert any("passed over: 2 other files: " in line and "Thumbs.db" in line for line in told)
     assert verify(tmp_path / "set").ok
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2**45, 3072), (2**62, 4, 4, 3), (2**63, 2, 2), (2**70, 2, 2), (-(2**45), 4, 4), (True, 2, 2), (2, 2**45, 2**45)],
+)
+@pytest.mark.parametrize("kind", ["|u1", "|V0", "<f4", "|O"])
+def test_arrays_that_promise_what_no_file_holds(shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    text = repr({"descr": kind, "fortran_order": False, "shape": shape}).encode()
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    array = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 100
+    (tmp_path / "a.npy").write_bytes(array)
+    np.save(tmp_path / "b.npy", np.zeros(2, np.int64))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", array)
+        archive.writestr("labels.npy", (tmp_path / "b.npy").read_bytes())
+    for name, labels in (("a.npy", tmp_path / "b.npy"), ("a.npz", None)):
+        with pytest.raises(DataError) as caught:
+            pack_arrays(tmp_path / name, tmp_path / "out", labels=labels)
+        assert "\n" not in str(caught.value)
