@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.configs.files import read_bytes
+from vitgraft.configs.files import open_regular, read_bytes
 from vitgraft.configs.hashing import canonical_json, sha256_file
 from vitgraft.data_shards.foreign_samples import SampleChecker, take_roles
 from vitgraft.data_shards.index_folder import IndexFolder
+from vitgraft.data_shards.listing import HIDDEN
 from vitgraft.data_shards.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -93,7 +95,8 @@ def index_tars(
             for number, name in enumerate(names):
                 with _Local(source, name, folder.work) as tar:
                     starts, ends, texts = [], [], []
-                    for group in scan_tar(tar.path, tar.where):
+                    hidden = partial(_pass_over, report, tar.where)
+                    for group in scan_tar(tar.path, tar.where, hidden):
                         where = f"{tar.where}:{group.key}"
                         try:
                             metadata = check(group, tar.descriptor, where)
@@ -125,6 +128,10 @@ def index_tars(
     return manifest
 
 
+def _pass_over(report: LabelReport, where: str, name: str) -> None:
+    report.pass_over(HIDDEN, f"{where}:{name}")
+
+
 class _Local:
     """Context manager: a tar as a local file; one behind a URL is fetched, and removed again."""
 
@@ -137,9 +144,9 @@ class _Local:
 
     def __enter__(self) -> _Local:
         if self.url is None:
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = open_regular(self.path)
             return self
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self.descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644, follow=False)
         try:
             size, self.sha256 = download(self.url, self.descriptor, MAX_TAR_BYTES)
             if size > MAX_TAR_BYTES:

@@ -17,21 +17,26 @@ from vitgraft.data_shards.decode import (
 from vitgraft.data_shards.files import pread
 from vitgraft.data_shards.foreign_boxes import ForeignBoxes
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, oriented_size, read_header
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
 from vitgraft.data_shards.pack.images import Exif, which_way_up
-from vitgraft.data_shards.pack.label_report import TURNED, LabelReport
+from vitgraft.data_shards.pack.label_ids import missing_class
+from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, TURNED, LabelReport
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 from vitgraft.data_shards.tar_scan import Group
 
 _PICTURES = (*IMAGE_EXTENSIONS, "jpeg")
+_USUAL = {*_PICTURES, "mp4", "avi", "mkv", "webm", "mov"}
+_OTHERS = tuple(sorted({suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES} - {*_PICTURES}))
 _CLASS = ("cls", "json:label")
 ROLES: dict[Kind, dict[str, tuple[str, ...]]] = {
-    "detection": {"image": _PICTURES, "label": ("json",)},
-    "semantic": {"image": ("jpg", "jpeg", "webp"), "label": ("label.png", "seg.png", "mask.png", "png")},
+    "detection": {"image": (*_PICTURES, *_OTHERS), "label": ("json",)},
+    "semantic": {"image": ("jpg", "jpeg", "webp", *_OTHERS), "label": ("label.png", "seg.png", "mask.png", "png")},
     "video": {"video": VIDEO_EXTENSIONS, "label": _CLASS},
-    "image": {"image": _PICTURES, "label": _CLASS},
+    "image": {"image": (*_PICTURES, *_OTHERS), "label": _CLASS},
 }
-"""What a sample of each kind needs, and the members that are taken for it; NAME:FIELD is a field of a JSON member."""
+"""What a sample of each kind needs, and the members that are taken for it; NAME:FIELD is a field of a JSON member.
+Where a sample has an unusual one beside a usual one, the usual one is taken."""
 
 
 def take_roles(kind: Kind, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -118,6 +123,11 @@ class SampleChecker:
     def close(self) -> None:
         """Tell the report what can be told of all samples."""
         self._boxes.close()
+        if self.kind == "semantic" and self.report.samples:
+            choose, accept = "unpack the tars and use shards pack semantic with", "pass --on-error skip"
+            message = missing_class(self.report, [IGNORE], choose=choose, accept=accept)
+            if message is not None:
+                self.report.doubt(message, NOTHING_TO_LEARN)
 
     def _stated_size(self, label: bytes, where: str) -> tuple[Any, Any] | None:
         """(height, width) for which the labels were made, where they say."""
@@ -152,9 +162,13 @@ class SampleChecker:
     def _take(self, group: Group, role: str, where: str) -> str:
         """Which of the role's members the sample has."""
         found = [wanted for wanted in self.roles[role] if wanted.partition(":")[0] in group.members]
+        if self.roles[role] == ROLES[self.kind][role] and role != "label":
+            found = [wanted for wanted in found if wanted in _USUAL] or found
         if not found:
             there = ", ".join(f".{extension}" for extension in sorted(group.members))
-            raise DataError(f"{where}: no {role} (.{', .'.join(self.roles[role])}) among {there[:200]}; see --member")
+            raise DataError(
+                f"{where}: no {role} (.{', .'.join(self.roles[role][:8])}) among {there[:200]}; see --member"
+            )
         if role != "label" and len(found) > 1:
             raise DataError(f"{where}: both .{found[0]} and .{found[1]}; say which with --member {role}=")
         if self.kind == "semantic" and role == "label" and len(found) > 1:

@@ -6,6 +6,7 @@ Credentials and endpoints are fsspec's own matter: its configuration files and t
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 import re
@@ -31,6 +32,12 @@ _BLOCK = 8 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _LISTED = re.compile(rb'href="(?:\./)?([\w.\-]+)"')
 _MAX_LISTING_BYTES = 16 << 20
+_NO_FOLDERS = {
+    *("async_wrapper", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "libarchive"),
+    *("reference", "simplecache", "tar", "zip"),
+}
+"""Schemes of fsspec that name no folder of files by themselves."""
+_log = logging.getLogger("vitgraft")
 _RETRIED_STATUS = (408, 425, 429)
 
 T = TypeVar("T")
@@ -140,6 +147,9 @@ def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL (it keeps one for each kind and process) and the path in it."""
     if "::" in url:
         raise ConfigError(f"{shown(url)}: chained URLs are not supported; name one file system")
+    scheme = url.partition("://")[0].lower()
+    if scheme in _NO_FOLDERS:
+        raise ConfigError(f"{shown(url)}: {scheme}:// names no folder of files; unpack it and name the folder")
     try:
         import fsspec
 
@@ -157,6 +167,13 @@ def file_system(url: str) -> tuple[Any, str]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{shown(url)}: {error}; use s3://, gs://, http(s):// or another scheme of fsspec") from None
+    except OSError:
+        raise  # some connect at once: tried again
+    except Exception as error:  # an argument is missing, or the client's own settings are wrong
+        raise ConfigError(
+            f"{shown(url)}: {scheme}:// cannot be used ({_reason(url, error)}); check the client's settings, or use "
+            "s3://, gs:// or http(s)://"
+        ) from None
     return system, path
 
 
@@ -191,6 +208,10 @@ def _retry(url: str, action: Callable[[], T]) -> T:
             reason = f"HTTP status {status}" if isinstance(status, int) else _reason(url, error)
             if refused or isinstance(error, PermissionError):
                 raise UnreachableError(f"{shown(url)}: refused ({reason}); check the URL and your access") from None
+            if isinstance(error, NotImplementedError | TypeError | AttributeError):
+                raise ConfigError(f"{shown(url)}: cannot be read as a file ({reason}); use another scheme") from None
+            if attempt == 0:
+                _log.warning("%s: %s; trying again, %d times in all", shown(url), reason, ATTEMPTS)
             if attempt + 1 < ATTEMPTS:
                 delay = min(LONGEST_DELAY, FIRST_DELAY * 2**attempt)
                 time.sleep(delay * _delays.uniform(0.5, 1.5))
@@ -201,4 +222,6 @@ def _retry(url: str, action: Callable[[], T]) -> T:
 
 def _reason(url: str, error: Exception) -> str:
     text = " ".join(str(error).split()).replace(url, shown(url))
+    if isinstance(error, TimeoutError) and not text.startswith("slower"):
+        return f"no answer for {STALL_SECONDS:g} s"
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

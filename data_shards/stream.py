@@ -270,6 +270,8 @@ def _foreign_members(data: bytes, wanted: Mapping[str, str]) -> dict[str, bytes]
     keys: set[str] = set()
     count = 0
     for name, first, end in found:
+        if is_hidden_member(name):
+            continue
         key, extension = member_name(name)
         keys.add(key)
         if not extension:
@@ -291,7 +293,7 @@ def _members(data: bytes, key: str | None, where: str, wanted: Mapping[str, str]
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                if wanted is not None and member.isdir():
+                if wanted is not None and (member.isdir() or is_hidden_member(member.name)):
                     continue
                 name, extension = member_name(member.name) if wanted is not None else _own_name(member.name)
                 key = name if key is None else key
@@ -329,3 +331,8 @@ def member_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
+
+
+def is_hidden_member(name: str) -> bool:
+    """Tell whether this is none of a foreign tar's samples: on a Mac, tar adds a ``._NAME`` to each file."""
+    return name.rpartition("/")[2].startswith(".")

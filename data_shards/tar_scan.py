@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES, member_name
+from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES, is_hidden_member, member_name
 
 MAX_HEADER_BYTES = 1 << 20
 """Of what a tar says about a member beyond its 512 bytes of header (long names, times)."""
@@ -34,8 +34,11 @@ class Group:
     members: dict[str, Member] = field(default_factory=dict)
 
 
-def scan_tar(path: Path, where: str) -> Iterator[Group]:
+def scan_tar(path: Path, where: str, pass_over: Callable[[str], None] = lambda _: None) -> Iterator[Group]:
     """The samples of a tar by its headers alone, in order.
+
+    Args:
+        pass_over: told the names of hidden members, which are of no sample.
 
     Raises:
         DataError: not a plain tar, or one with anything but files and folders with relative names, sizes that cannot
@@ -51,6 +54,9 @@ def scan_tar(path: Path, where: str) -> Iterator[Group]:
                 tar.members = []  # type: ignore[attr-defined]
                 _check_member(member, size, where)
                 if member.isdir():
+                    continue
+                if member.isreg() and is_hidden_member(member.name):
+                    pass_over(member.name)
                     continue
                 key, extension = member_name(member.name)
                 if group is None or group.key != key:
@@ -113,5 +119,7 @@ def _check_member(member: tarfile.TarInfo, tar_bytes: int, where: str) -> None:
             f"{MAX_SAMPLE_BYTES} are allowed; copy the tar again or leave the member out"
         )
     key, extension = member_name(name)
+    if is_hidden_member(name):
+        return
     if not extension or key.endswith("/") or not key:
         raise DataError(f"{where}: member {shown_name}: expected KEY.EXTENSION; leave it out of the tar")

@@ -23,7 +23,9 @@ FEW = 4
 """Classes of a set in which each should occur: where the last do not, they are more likely stored as 255."""
 
 
-def missing_class(report: LabelReport, ignored: Sequence[int]) -> str | None:
+def missing_class(
+    report: LabelReport, ignored: Sequence[int], *, choose: str = "pass", accept: str = f"pass --ignore {IGNORE}"
+) -> str | None:
     """Tell why the counted label maps of a set cannot be what was meant; ``None``: they may be.
 
     Masks of 0 and 255 are the commonest there are, and 255 is ignored: the class that it stands for would be missing
@@ -33,6 +35,7 @@ def missing_class(report: LabelReport, ignored: Sequence[int]) -> str | None:
     Args:
         report: with the pixels of each class, and of those ignored as ``unlabelled``.
         ignored: ids that count as unlabelled though nobody said so; none where the meaning of all is known.
+        choose, accept: what to do for ``--ids``, and what where they do mean unlabelled.
     """
     classes = len(report.classes)
     present = [number for number in range(classes) if report.counts[number]]
@@ -49,7 +52,7 @@ def missing_class(report: LabelReport, ignored: Sequence[int]) -> str | None:
     both = "" if absent else " and --classes with both names"
     return (
         f"labels: {found}, and {share:.0%} of all pixels are {' or '.join(map(str, ignored))}, which is ignored: if "
-        f"that is a class, pass --ids {wanted}{both}; if it means unlabelled, pass --ignore {IGNORE}"
+        f"that is a class, {choose} --ids {wanted}{both}; if it means unlabelled, {accept}"
     )
 
 

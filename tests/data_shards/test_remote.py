@@ -137,7 +137,7 @@ def test_damage_that_stays_is_one_line_and_is_not_fetched_for_ever(
     [
         ("500", r"cannot be fetched after 6 attempts \(HTTP status 500\); check the network", 6),
         ("403", r"refused \(HTTP status 403\); check the URL and your access", 1),
-        ("stall", "cannot be fetched after 6 attempts .*[Tt]imeout", 6),
+        ("stall", r"cannot be fetched after 6 attempts \(no answer for 0.2 s\)", 6),
         ("cut", "cannot be fetched after 6 attempts", 6),
     ],
 )
@@ -205,6 +205,34 @@ def test_manifests_that_are_not_there_or_not_manifests(served: HttpFolder) -> No
 def test_urls_that_nothing_can_read(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_manifest(url) if is_url(url) else read_small(url, 10)
+
+
+@pytest.mark.parametrize("scheme", sorted(remote._NO_FOLDERS))
+def test_schemes_that_cannot_work_are_refused_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_DELAY", 60.0)
+    with pytest.raises(
+        ConfigError, match=rf"^{scheme}://a/manifest.json: {scheme}:// names no folder of files; unpack"
+    ):
+        read_small(f"{scheme}://a/manifest.json", 10)
+
+
+def test_a_client_that_cannot_be_made_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is called, a wrong setting is no matter of the network."""
+    monkeypatch.setattr(remote, "FIRST_DELAY", 60.0)
+    monkeypatch.setattr(remote, "_NO_FOLDERS", frozenset())
+    with pytest.raises(ConfigError, match=r"reference:// cannot be used \(TypeError: "):
+        read_small("reference://a/manifest.json", 10)
+
+
+def test_the_first_retry_is_told(served: HttpFolder, caplog: pytest.LogCaptureFixture) -> None:
+    served.faults["manifest.json"] = ["503", "503"]
+    assert read_manifest(served.url)
+    told = f"{served.url}/manifest.json: HTTP status 503; trying again, 6 times in all"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    caplog.clear()
+    served.faults["manifest.json"] = ["stall"]
+    assert read_manifest(served.url)
+    assert "no answer for 0.5 s; trying again" in caplog.text
 
 
 def test_secrets_in_urls_are_not_shown(served: HttpFolder) -> None:
