@@ -8,11 +8,10 @@ from typing import Any
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import check_annotations, decode_json, decode_masks
 from vitgraft.data_shards.pack.boxes import BoxCheck
+from vitgraft.data_shards.pack.coco_annotations import FORM, FROM_MASK
 from vitgraft.data_shards.pack.label_report import BOXES, NOTHING_TO_LEARN, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.masks import Mask, read_mask
 from vitgraft.data_shards.pack.plain_values import STRINGS, as_flag, as_integer, as_number, is_missing
-
-FORM = "[x, y, width, height]"
 
 
 @dataclass
@@ -75,7 +74,7 @@ class ForeignBoxes:
         bbox = item.get("bbox")
         if is_missing(bbox) and mask is not None:
             box = list(mask.box)
-            self.report.repair("boxes made of masks", where)
+            self.report.repair(FROM_MASK, where)
         else:
             values = [as_number(value) for value in bbox] if isinstance(bbox, list) else []
             box = [value for value in values if value is not None]

@@ -73,16 +73,24 @@ def _polygons(parts: list[Any], note: Note) -> list[list[float]]:
             note(OTHER_FORM)
         if len(part) % 2:
             raise ValueError(f"a polygon of {len(part)} numbers, which are no points x, y")
-        values = [as_number(value) for value in part]
-        if None in values:
-            raise ValueError(f"a polygon holds {str(part[values.index(None)])[:40]!r}, which is no number")
         if not all(map(is_number, part)):
+            part = _spelt_out(part)
             note(STRINGS)
         if len(part) < 6:
             note(DEGENERATE)
         else:
-            polygons.append([value for value in values if value is not None])
+            polygons.append(part)
     return polygons
+
+
+def _spelt_out(values: list[Any]) -> list[float]:
+    numbers = []
+    for value in values:
+        number = as_number(value)
+        if number is None:
+            raise ValueError(f"a polygon holds {str(value)[:40]!r}, which is no number")
+        numbers.append(number)
+    return numbers
 
 
 def _is_point(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -59,5 +60,6 @@ def order(key: Key) -> tuple[bool, Key]:
 
 def is_missing(value: Any) -> bool:
     """Tell whether a value says that there is none: null, an empty list, object or text, or NaN."""
-    # NaN is what tables write where a field is empty.
-    return value is None or value != value or (isinstance(value, list | dict | str) and not value)
+    if isinstance(value, float):
+        return math.isnan(value)  # what tables write where a field is empty
+    return value is None or (isinstance(value, list | dict | str) and not value)
