@@ -27,13 +27,15 @@ from vitgraft.launch.gang import HostGang, Orders
 from vitgraft.launch.predecessor import end_predecessor
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import die_with_parent
+from vitgraft.trainer.signals import OF_THE_JOB, ignore_job_signals
 
 ALIVE_S = 1.0
 SILENCE_S = 30.0
 """A supervisor that says nothing for so long is gone; it says something every few seconds."""
 LOCK_VARIABLE = "VITGRAFT_LOCK_FD"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TICK_S = 0.1
+_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""What becomes of orders of another version, or a ticket of another's."""
 _PEER = struct.Struct("3i")  # pid, user, group
 
 
@@ -130,7 +132,7 @@ class Agent:
             return
         try:
             answer(message)
-        except (OSError, ValueError) as error:  # ValueError: orders of another version
+        except (OSError, *_NOT_UNDERSTOOD) as error:
             self._say({"say": "refused", "text": f"{type(error).__name__}: {' '.join(str(error).split())}"})
 
     @contextlib.contextmanager
@@ -138,7 +140,7 @@ class Agent:
         """What the machine refuses ends the attempt, not the agent: it still has to end what lives."""
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:  # the latter two: a ticket of another's
+        except (OSError, *_NOT_UNDERSTOOD) as error:
             if self._gang is not None:
                 self._gang.fail(what, error)
 
@@ -306,9 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.write(out, b"\n")
     lock = os.environ.get(LOCK_VARIABLE)
     agent = Agent(Wire(0, out), options.host, int(lock) if lock else None)
-    for number in STOP_SIGNALS:
-        # A job's SIGTERM reaches every process of a host; the supervisor gets its own.
-        signal.signal(number, signal.SIG_IGN)
+    # A job's SIGTERM reaches every process of a host; the supervisor gets its own. Here they are blocked until now.
+    ignore_job_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_JOB)
     return agent.serve()
 
 

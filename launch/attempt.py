@@ -300,7 +300,7 @@ class Attempt:
             self._hear_alive(host, message, now)
         elif say == "relay":
             self._hear_process(host, int(message["rank"]), message["message"], now)
-        elif say == "end":
+        elif say == "end" and message["rank"] in self._states:
             self.ends.append(RankEnd(message["rank"], host, now, message["code"], message["by_us"]))
             if message["code"] not in _NO_FAILURE:
                 self.failed_at = self.failed_at or now
@@ -323,6 +323,8 @@ class Attempt:
         self.hosts[host] = replace(self.hosts[host], memory_kills=message["memory_kills"], run_free=message["free"])
         for number, said in message["ranks"].items():
             rank = int(number)
+            if rank not in self._states:
+                continue  # nobody would ever hear of its end
             self._states[rank] = RankState(
                 rank, host, said["phase"], said["step"], now - said["age"], now - said["quiet"]
             )

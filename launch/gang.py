@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.evaluator import EvaluatorKeeper
+from vitgraft.launch.messages import of_roles
 from vitgraft.launch.role_process import end_family, end_of, log_path
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
@@ -167,7 +168,7 @@ class HostGang:
         for number, rank in self.ranks.items():
             # Polled before its last words are read, said after them.
             code = end_of(rank.process) if rank.code is None else None
-            for message in rank.wire.receive():
+            for message in of_roles(rank.wire.receive()):
                 self._hear(number, rank, message)
             if code is not None:
                 rank.code = code
@@ -262,7 +263,7 @@ class HostGang:
         rank.state |= {"longest": longest | new, "own": [*earlier.get("own", []), *message["own"]]}
 
     def _hear_roles(self) -> None:
-        for message in self._roles.receive() if self._roles is not None else ():
+        for message in of_roles(self._roles.receive()) if self._roles is not None else ():
             if message.get("kind") != "beat":
                 self.say({"say": "relay", "rank": -1, "message": message})
             elif message["role"] == "checkpointer" and self._keeper is not None:

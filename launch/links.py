@@ -6,6 +6,7 @@ import contextlib
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,11 @@ from typing import IO, Any, TypeVar
 
 from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.agent import LOCK_VARIABLE
+from vitgraft.launch.messages import of_agents
 from vitgraft.launch.remote_shell import NoAnswer, explain, ssh_command
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
+from vitgraft.trainer.signals import OF_THE_JOB
 
 T = TypeVar("T")
 CONNECT_S = 10.0
@@ -62,7 +65,7 @@ class AgentLink:
 
     def receive(self) -> list[dict[str, Any]]:
         """What it said since the last call."""
-        messages, self._kept = [*self._kept, *self.wire.receive()], []
+        messages, self._kept = [*self._kept, *of_agents(self.wire.receive())], []
         if messages:
             self.heard = time.monotonic()
         return messages
@@ -78,7 +81,7 @@ class AgentLink:
         with selectors.DefaultSelector() as selector:
             selector.register(self.wire.read, selectors.EVENT_READ)
             while not self.wire.closed:
-                for message in (messages := self.wire.receive()):
+                for message in (messages := of_agents(self.wire.receive())):
                     self.heard = time.monotonic()
                     if message.get("say") in (answer, "refused"):
                         self._kept += [other for other in messages if other is not message]
@@ -176,7 +179,12 @@ def start_agent(
 def start_here(host: str, lock: int, logs: Path | None = None) -> AgentLink:
     """An agent on this host, which dies with this process."""
     environment = {**os.environ, LOCK_VARIABLE: str(lock), PARENT_VARIABLE: str(os.getpid())}
-    return start_agent(host, [*AGENT, "--host", host], environment, lock, logs)
+    # Blocked until it ignores them: what a scheduler sends to every process of a job must not end it meanwhile.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_JOB)
+    try:
+        return start_agent(host, [*AGENT, "--host", host], environment, lock, logs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_over_ssh(host: str, ssh_args: Sequence[str], logs: Path | None = None) -> AgentLink:

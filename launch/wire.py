@@ -8,8 +8,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import parse_json
+
 MAX_UNSENT = 16 << 20
 """Bytes that wait for a reader; one that takes nothing for so long is as good as gone."""
+MAX_MESSAGE = 2 << 20
+"""Bytes of a line; the end that sends longer ones is as good as gone, too."""
+_AT_ONCE = 4 << 20
+"""Bytes that are taken in one call, however fast the other end speaks: others are to be heard as well."""
 _BLOCK = 1 << 16
 
 
@@ -26,7 +33,7 @@ class Wire:
         self.read, self.write = read, write
         self.closed = False
         self._mute = self._released = False
-        self._came = b""
+        self._came = bytearray()
         self._unsent = bytearray()
         for descriptor in {read, write}:
             os.set_blocking(descriptor, False)
@@ -35,7 +42,7 @@ class Wire:
         """Send it now, or with the next :meth:`flush` as far as the other end does not read."""
         if self._mute:
             return
-        self._unsent += (json.dumps(message, ensure_ascii=False) + "\n").encode()
+        self._unsent += (json.dumps(message, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
         self.flush()
 
     def flush(self) -> None:
@@ -50,9 +57,10 @@ class Wire:
             self._unsent.clear()
 
     def receive(self) -> list[dict[str, Any]]:
-        """All that came since the last call, without waiting. Lines that are no JSON objects (what a login shell
-        prints) are left out."""
-        while not self.closed:
+        """What came since the last call, without waiting. Lines that are no JSON objects (what a login shell prints)
+        are left out."""
+        taken = 0
+        while not self.closed and taken < _AT_ONCE:
             try:
                 block = os.read(self.read, _BLOCK)
             except BlockingIOError:
@@ -61,11 +69,16 @@ class Wire:
                 block = b""
             self.closed = not block
             self._came += block
+            taken += len(block)
         *lines, self._came = self._came.split(b"\n")
+        if max(map(len, (*lines, self._came))) > MAX_MESSAGE:
+            self.closed = True
+            lines = [line for line in lines if len(line) <= MAX_MESSAGE]
+            self._came.clear()
         messages = []
         for line in lines:
-            with contextlib.suppress(ValueError):
-                message = json.loads(line)
+            with contextlib.suppress(DataError):
+                message = parse_json(bytes(line), "message", finite=False)
                 if isinstance(message, dict):
                     messages.append(message)
         return messages

@@ -56,10 +56,12 @@ class Reporter:
                 print(fallback, file=sys.stderr, flush=True)
             return
         if "text" in message:
-            message["text"] = message["text"].encode()[: _MAX_LINE - 200].decode(errors="ignore")
+            # Names of files may have bytes that are no text.
+            text = message["text"].encode(errors="backslashreplace")
+            message["text"] = text[: _MAX_LINE - 200].decode(errors="ignore")
         # A launcher that died takes this process with it in a moment; its closed pipe is no error of ours.
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._descriptor, (json.dumps(message, ensure_ascii=False) + "\n").encode())
+            os.write(self._descriptor, (json.dumps(message, ensure_ascii=False) + "\n").encode(errors="surrogatepass"))
 
 
 def error_message(error: VitgraftError) -> dict[str, Any]:

@@ -64,6 +64,15 @@ def test_it_tells_of_its_host_and_ends_with_the_pipe(run: Path, tmp_path: Path) 
     assert not process.is_running()
 
 
+def test_what_a_whole_job_is_sent_does_not_end_it_while_it_starts(run: Path, tmp_path: Path) -> None:
+    link = started(run)
+    assert link._process is not None
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        link._process.send_signal(number)
+    assert link.ask("facts", "facts", 30, folder=str(tmp_path))["say"] == "facts"
+    link.close(patience=10)
+
+
 def test_it_leaves_with_the_code_that_it_is_told(run: Path) -> None:
     link = started(run)
     link.ask("facts", "facts", 30, folder="/")
@@ -332,7 +341,7 @@ def test_the_ssh_of_an_agent_is_its_own_and_ignores_what_is_sent_to_a_whole_job(
     link = start_over_ssh("node-1", ["-oControlPath=/mine"])
     deadline, told = time.monotonic() + 20, []
     while not told and time.monotonic() < deadline:
-        told = link.receive()
+        told = link.wire.receive()
         time.sleep(0.05)
     link.close(patience=5)
     assert {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} <= set(told[0]["ignored"])

@@ -21,9 +21,8 @@ from support_agents import Wishes
 from support_writers import make_run
 
 from vitgraft.configs.errors import ConfigError, DataError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
-from vitgraft.launch import handshake, training
+from vitgraft.launch import ending, handshake, training
 from vitgraft.launch import node_backend as module
-from vitgraft.launch.agent import STOP_SIGNALS
 from vitgraft.launch.handshake import Stranger, introduce
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink
@@ -76,12 +75,12 @@ def test_a_node_is_known_by_its_number_and_heard(backend: NodeBackend, places: l
     descriptor = connected(places[2], tmp_path)
     wire = Wire(descriptor, descriptor)
     link = backend.connect(Host(name_of(2), 2), again=False, since=time.monotonic(), meanwhile=lambda: None)
-    wire.send({"say": "alive"})
+    wire.send({"say": "begun"})
     deadline = time.monotonic() + 10
     while not (said := link.receive()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert (link.host, said) == ("node-2", [{"say": "alive"}])
+    assert (link.host, said) == ("node-2", [{"say": "begun"}])
     link.close()
     wire.close()
 
@@ -287,7 +286,7 @@ def test_a_failure_that_another_attempt_may_follow_is_waited_out(
 def following(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that follow: signals are heard as before when they are over, and nobody waits for long."""
     monkeypatch.setattr(module, "WAIT_S", 5.0)
-    old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    old = {number: signal.getsignal(number) for number in ending.SIGNALS}
     yield
     for number, handler in old.items():
         signal.signal(number, handler)
