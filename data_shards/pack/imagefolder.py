@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import open_regular
 from vitgraft.data_shards.images import MAX_PIXELS
 from vitgraft.data_shards.listing import IMAGE_SUFFIXES, is_hidden, list_files
 from vitgraft.data_shards.manifest import Manifest
@@ -32,6 +35,8 @@ from vitgraft.data_shards.pack.video_lists import sort_labels
 
 MAX_ARRAY_BYTES = 64 << 30
 """Larger arrays are refused before they are read."""
+_ANY_RATIO_BYTES, _MAX_RATIO = 256 << 20, 200
+"""How far a compressed array may inflate, if it is larger than the first: real images shrink tenfold at most."""
 IMAGE_KEYS = ("images", "data", "x", "x_train", "x_test")
 LABEL_KEYS = ("labels", "fine_labels", "y", "y_train", "y_test")
 # What numpy, zipfile and the decompressors raise of damaged or encrypted files; TokenError is of numpy's header.
@@ -205,37 +210,54 @@ def _load(arrays: Path, labels: Path | None) -> tuple[npt.NDArray[Any], npt.NDAr
 
 
 def _npy(path: Path) -> npt.NDArray[Any]:
-    try:
+    with _refused(path, ".npy"):
+        # numpy opens by name, and would wait for a fifo's writer.
+        os.close(open_regular(path))
         # Mapped, so that a header that promises more than the file holds allocates nothing.
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
-    except _BROKEN_ARRAYS as error:
-        raise DataError(f"{path}: cannot be read as .npy ({error}); pickled objects are not accepted") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: expected one array of .npy format")
     return array
 
 
 def _member(path: Path, keys: tuple[str, ...]) -> npt.NDArray[Any]:
+    with (
+        _refused(path, ".npz"),
+        os.fdopen(open_regular(path), "rb") as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        held = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        key = next((key for key in keys if key in held), None)
+        if key is None:
+            listed = ", ".join(sorted(held)[:10])
+            raise DataError(f"{path}: holds {listed}; expected an array called {' or '.join(keys)}")
+        info = archive.getinfo(held[key])
+        if info.file_size > MAX_ARRAY_BYTES:
+            raise DataError(f"{path}: {key} has more than {MAX_ARRAY_BYTES} bytes; split it")
+        if info.file_size > max(
+            _ANY_RATIO_BYTES, _MAX_RATIO * min(info.compress_size, os.fstat(file.fileno()).st_size)
+        ):
+            raise DataError(
+                f"{path}: {key} would inflate more than {_MAX_RATIO} times to {info.file_size:,} bytes; if it is "
+                "sound, save it again with numpy.savez"
+            )
+        with archive.open(info) as stream:
+            _check_header(stream, info.file_size, f"{path}: {key}")
+        with archive.open(info) as stream:
+            array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array
+
+
+@contextmanager
+def _refused(path: Path, form: str) -> Iterator[None]:
+    """Whatever numpy and the decompressors raise inside the block becomes a DataError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            held = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            key = next((key for key in keys if key in held), None)
-            if key is None:
-                listed = ", ".join(sorted(held)[:10])
-                raise DataError(f"{path}: holds {listed}; expected an array called {' or '.join(keys)}")
-            if archive.getinfo(held[key]).file_size > MAX_ARRAY_BYTES:
-                raise DataError(f"{path}: {key} has more than {MAX_ARRAY_BYTES} bytes; split it")
-            with archive.open(held[key]) as stream:
-                _check_header(stream, archive.getinfo(held[key]).file_size, f"{path}: {key}")
-            with archive.open(held[key]) as stream:
-                array: npt.NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-            return array
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except _BROKEN_ARRAYS as error:
-        raise DataError(f"{path}: cannot be read as .npz ({error}); pickled objects are not accepted") from None
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read as {form} ({reason}); pickled objects are not accepted") from None
 
 
 def _check_header(stream: Any, size: int, where: str) -> None:

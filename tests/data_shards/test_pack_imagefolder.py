@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -201,7 +202,7 @@ def test_a_damaged_label_is_told(tmp_path: Path, configure: Callable[..., DataCo
     Image.fromarray(IMAGES[0]).save(stream, "PNG")
     with DatasetWriter(tmp_path / "set", "image", ["a"]) as writer:
         writer.add({"png": stream.getvalue()}, {"label": 1, "file_name": "x", "height": 32, "width": 32})
-    assert "label 1 of 1 classes" in next(iter(verify(tmp_path / "set").bad_samples.values()))
+    assert "label 1 is not one of the 1 classes" in next(iter(verify(tmp_path / "set").bad_samples.values()))
     assert inspect(tmp_path / "set", draw=1, out=tmp_path / "pictures").unreadable
     dataset = PackedDataset(tmp_path / "set", configure(tmp_path / "set"), "image")
     with pytest.raises(DataError, match="label 1 is not one of the 1 classes"):
@@ -244,3 +245,41 @@ def test_arrays_that_promise_what_no_file_holds(shape: tuple[int, ...], kind: st
         with pytest.raises(DataError) as caught:
             pack_arrays(tmp_path / name, tmp_path / "out", labels=labels)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.npy"])
+def test_arrays_that_are_no_files(name: str, tmp_path: Path) -> None:
+    """Which would be waited for without end."""
+    os.mkfifo(tmp_path / name)
+    np.save(tmp_path / "y.npy", LABELS)
+    labels = None if name.endswith("z") else tmp_path / "y.npy"
+    with pytest.raises(DataError, match=r"x\.np[yz]: cannot be read as .* not a regular file"):
+        pack_arrays(tmp_path / name, tmp_path / "set", labels=labels)
+
+
+def test_an_archive_that_inflates_without_measure(tmp_path: Path) -> None:
+    """300 MB of nothing in 300 kB."""
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w", force_zip64=True) as stream,
+    ):
+        head = {"descr": "|u1", "fortran_order": False, "shape": (300, 1000, 1000)}
+        np.lib.format.write_array_header_1_0(stream, head)
+        for _ in range(300):
+            stream.write(bytes(1_000_000))
+    with pytest.raises(DataError, match=r"x\.npz: images would inflate more than 200 times to 300,000,128 bytes; if"):
+        pack_arrays(tmp_path / "x.npz", tmp_path / "set")
+
+
+def test_pickled_arrays_are_never_read(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    np.savez(tmp_path / "x.npz", images=np.array([Evil()], object), labels=LABELS)
+    np.save(tmp_path / "x.npy", np.array([Evil()], object))
+    np.save(tmp_path / "y.npy", LABELS)
+    for name, labels in (("x.npz", None), ("x.npy", tmp_path / "y.npy")):
+        with pytest.raises(DataError, match="pickled objects are not accepted"):
+            pack_arrays(tmp_path / name, tmp_path / "set", labels=labels)
+    assert not (tmp_path / "executed").exists()
