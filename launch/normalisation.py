@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch.run_recipe import CONFIG, is_bound
-from vitgraft.models.pretrained import normalisation_of
+from vitgraft.models.pretrained import Normalisation, normalisation_of
+from vitgraft.trainer.checkpoint.layout import MANIFEST
+from vitgraft.trainer.checkpoint.read import complete_checkpoints, open_checkpoint
 
 _KEYS = ("mean", "std")
 
@@ -22,7 +24,7 @@ def with_normalisation(recipe: Recipe, run: Path, resume: str, note: Callable[[s
         resume: as for :func:`vitgraft.launch.run_dir.open_run`.
         note: takes a line where the numbers are not the recipe's, or not the weights'.
     """
-    known = normalisation_of(recipe.model.backbone)
+    known = _of_checkpoint(recipe) or normalisation_of(recipe.model)
     if known is None:
         return recipe
     theirs, certain = known
@@ -46,3 +48,18 @@ def with_normalisation(recipe: Recipe, run: Path, resume: str, note: Callable[[s
             "set both to those unless you mean it"
         )
     return recipe
+
+
+def _of_checkpoint(recipe: Recipe) -> tuple[Normalisation, bool] | None:
+    """That of the run in ``train.init_from``; ``None`` without one, or where it says nothing that can be taken."""
+    if recipe.train.init_from is None:
+        return None
+    path = Path(recipe.train.init_from).expanduser()
+    try:
+        newest = open_checkpoint(path) if (path / MANIFEST).is_file() else complete_checkpoints(path)[-1]
+    except (CheckpointError, IndexError):  # checked elsewhere
+        return None
+    found = newest.manifest.normalisation
+    if len(found.mean) != 3 or len(found.std) != 3 or min(found.std) <= 0:
+        return None
+    return Normalisation(list(found.mean), list(found.std)), True

@@ -16,6 +16,7 @@ from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.contract import Counts, Losses, Predictions, Targets
 from vitgraft.models.heads import classifier, mask_rcnn, upernet, video_transformer
 from vitgraft.models.necks import fpn
+from vitgraft.models.weight_files import canvas_of
 from vitgraft.models.weights import load_weights, read_tensors
 
 # Imported for what they register.
@@ -107,7 +108,8 @@ def build_model(config: ModelConfig, *, num_classes: int, image_size: tuple[int,
     if config.weights is not None:
         tensors = read_tensors(config.weights, where="model.weights")
         loaded = {"backbone": trunk, "adapter": adapter} | ({} if neck is None else {"neck": neck})
-        load_weights(loaded, tensors, where=f"model.weights: {config.weights}")
+        canvas = canvas_of(config.weights, "model.weights")
+        load_weights(loaded, tensors, where=f"model.weights: {config.weights}", canvas=canvas)
     return GraftedModel(trunk, adapter, neck, head)
 
 

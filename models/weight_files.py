@@ -21,12 +21,10 @@ from vitgraft.models.pickles import PickleError, ProgramError
 from vitgraft.models.state_dicts import chosen_state, kind_of
 from vitgraft.models.tensor_records import TensorError, is_tensor, tensor_of
 from vitgraft.models.torch_files import Content, UnreadableError, read_archive, read_stream
-from vitgraft.models.weight_names import check_kind, locate
+from vitgraft.models.weight_names import MAX_HEADER_BYTES, check_kind, locate, metadata_of, numbers_of
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 16 << 20
-"""Of a .safetensors file; a published one of a thousand tensors has below 0.2 MB."""
 MAX_NAME = 500
 
 
@@ -61,6 +59,12 @@ def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> 
     if note:
         log.info("%s: %s: %s", where, path, note)
     return tensors
+
+
+def canvas_of(file: str | Path, where: str) -> tuple[int, int] | None:
+    """The canvas (height, width) for which a file's tables are laid out, where ``vitgraft export`` wrote it."""
+    found = numbers_of(metadata_of(str(file), where), "image_size", 2)
+    return None if found is None or not 0 < min(found) <= max(found) < 1 << 20 else (int(found[0]), int(found[1]))
 
 
 def _content(stream: BinaryIO, path: Path) -> Content:

@@ -11,9 +11,11 @@ import os
 import re
 from pathlib import Path
 
-from vitgraft.configs.errors import CheckpointError, ConfigError, VitgraftError
-from vitgraft.configs.files import open_regular
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError
+from vitgraft.configs.files import open_regular, parse_json
 
+MAX_HEADER_BYTES = 16 << 20
+"""Of a .safetensors file; a published one of a thousand tensors has below 0.2 MB."""
 _HUB = ("hf:", "hf-hub:")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _STRANGERS = (
@@ -64,6 +66,34 @@ def check_kind(path: Path, where: str) -> None:
     said = next((said for start, said in _STRANGERS if re.match(start, head, re.IGNORECASE | re.DOTALL)), None)
     if said is not None:
         raise CheckpointError(f"{where}: {path} is {said}")
+
+
+def metadata_of(name: str, where: str) -> dict[str, str]:
+    """The texts that a local .safetensors file holds beside its tensors, such as those of ``vitgraft export``.
+
+    Empty for every other file, and for one that cannot be read, of which whoever loads it says more.
+    """
+    path, _ = _parsed(name, where, ConfigError)
+    if not isinstance(path, Path):
+        return {}
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(length), str(path)) if length <= MAX_HEADER_BYTES else {}
+    except (OSError, DataError):
+        return {}
+    texts = header.get("__metadata__") if isinstance(header, dict) else None
+    return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
+
+
+def numbers_of(metadata: dict[str, str], key: str, count: int) -> list[float] | None:
+    """A list of ``count`` numbers in a file's metadata; ``None`` for anything else."""
+    try:
+        value = parse_json(metadata.get(key, ""), key)
+    except DataError:
+        return None
+    fits = isinstance(value, list) and len(value) == count and all(type(v) in (int, float) for v in value)
+    return [float(v) for v in value] if fits else None
 
 
 def _parsed(name: str, where: str, missing: type[VitgraftError]) -> tuple[Path | str, str | None]:

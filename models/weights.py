@@ -1,8 +1,8 @@
 """Loading published weights: read without running any code, matched by name, resized, checked and reported.
 
-A file is .safetensors, or .pth/.pt/.bin of tensors (``torch.load(weights_only=True)``), local or on the Hugging Face
-hub. Every trunk, adapter and neck says in its ``layout`` how the official names become its own; the spellings that many
-files share (:mod:`vitgraft.models.weight_layouts`) need no saying. For a trunk from timm, timm's own converter is asked
+A file is .safetensors, .pth/.pt/.bin of tensors, or .pkl of arrays, local or on the Hugging Face hub. Every trunk,
+adapter and neck says in its ``layout`` how the official names become its own; the spellings that many files share
+(:mod:`vitgraft.models.weight_layouts`) need no saying. For a trunk from timm, timm's own converter is asked
 where that does not suffice (CLIP, OpenCLIP, DINOv2 with registers and others).
 """
 
@@ -31,7 +31,7 @@ from vitgraft.models.resizing import (
     square_grid,
     table_layout,
 )
-from vitgraft.models.weight_files import read_tensors
+from vitgraft.models.weight_files import canvas_of, read_tensors
 from vitgraft.models.weight_layouts import (
     GRAFTED,
     IGNORED,
@@ -66,19 +66,25 @@ class Conversion:
 
 
 def load_weights(
-    parts: Mapping[str, nn.Module] | nn.Module, state: Mapping[str, Tensor], *, where: str, strict: bool = False
+    parts: Mapping[str, nn.Module] | nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    where: str,
+    strict: bool = False,
+    canvas: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Load ``state``, the tensors of a file, into a module or into the parts of a model; the report is logged once.
 
     A module alone and the part called ``backbone`` must be found whole, but for what its layout calls fresh. Of the
     other parts, and of what is grafted on a trunk, either all is found or nothing, and then it stays as initialised.
     With ``strict`` every part must be found, and every tensor of the file be taken or be ignored with a reason.
-    ``where``: the recipe's key and the file, for errors and the log.
+    ``where``: the recipe's key and the file, for errors and the log. ``canvas``: (height, width) in pixels for which
+    its tables of positions are laid out, if that is known; published ones are square.
 
     Raises ``CheckpointError``, naming key and expectation, for what is missing, has another shape, belongs to more
     blocks than there are, or is the statistics of a BatchNorm where there is another norm. Nothing is loaded then.
     """
-    conversion = convert_weights(parts, state, where=where, strict=strict)
+    conversion = convert_weights(parts, state, where=where, strict=strict, canvas=canvas)
     modules = {"": parts} if isinstance(parts, nn.Module) else parts
     with torch.no_grad():
         for part, values in conversion.values.items():
@@ -94,17 +100,24 @@ def load_trunk(trunk: nn.Module, file: str | Path, *, where: str = "model.backbo
 
     Raises ``CheckpointError`` as :func:`read_tensors` and :func:`load_weights` do.
     """
-    return load_weights(trunk, read_tensors(file, where=where), where=f"{where}: {file}")
+    tensors = read_tensors(file, where=where)
+    return load_weights(trunk, tensors, where=f"{where}: {file}", canvas=canvas_of(file, where))
 
 
 def convert_weights(
-    parts: Mapping[str, nn.Module] | nn.Module, state: Mapping[str, Tensor], *, where: str, strict: bool = False
+    parts: Mapping[str, nn.Module] | nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    where: str,
+    strict: bool = False,
+    canvas: tuple[int, int] | None = None,
 ) -> Conversion:
     """What :func:`load_weights` loads, without loading it; differentiable in the tensors of ``state``."""
     modules = {"": parts} if isinstance(parts, nn.Module) else dict(parts)
     matches = [_match(name, module, state) for name, module in modules.items() if module is not None]
     report = LoadReport()
     for match in matches:
+        match.canvas = canvas
         _check_found(match, where, report, strict)
     _check_left_over(matches, state, where, report, strict)
     values = {match.part: {name: _fitted(match, name, where, report) for name in match.found} for match in matches}
@@ -126,6 +139,8 @@ class _Match:
     """Names in the file that timm's converter made something else of."""
     rivals: list[str] = field(default_factory=list)
     """Other prefixes under which as much is found."""
+    canvas: tuple[int, int] | None = None
+    """(height, width) for which the file's tables are laid out, if that is known."""
 
     @property
     def missing(self) -> list[str]:
@@ -353,15 +368,18 @@ def _positions(match: _Match, name: str, value: Tensor, where: str) -> Tensor | 
     Raises ``CheckpointError`` for a table whose grid cannot be told from the file's class token and our grid.
     """
     target, (source, *_) = match.targets[name], match.found[name].sources
-    own = match.view.originals[source].endswith("vit.pos_embed")  # of a model of ours, on the same canvas
-    if value.shape == target.shape and (own or match.timm):
-        return value
     owner, grid = _grid(match, name)
     if grid is None:
         return value
     before = target.shape[1] - grid[0] * grid[1]
-    tokens = _prefix_rows(match, source, owner)
-    layout = table_layout(value.shape[1], tokens, grid)
+    layout = _known_layout(match, source, value.shape[1], owner)
+    tokens: tuple[int, ...] = PREFIXES
+    if layout is None:
+        own = match.view.originals[source].endswith("vit.pos_embed")  # of a model of ours, on the same canvas
+        if value.shape == target.shape and (own or match.timm):
+            return value
+        tokens = _prefix_rows(match, source, owner)
+        layout = table_layout(value.shape[1], tokens, grid)
     if layout is None:
         if tokens == PREFIXES:
             return None
@@ -374,6 +392,17 @@ def _positions(match: _Match, name: str, value: Tensor, where: str) -> Tensor | 
         return value
     antialias = isinstance(owner, VisionTransformer) and not getattr(match.module, "by_sizes", False)
     return resize_positions(value, target, before, grid, layout, antialias=antialias)
+
+
+def _known_layout(match: _Match, source: str, rows: int, owner: nn.Module) -> tuple[int, tuple[int, int]] | None:
+    """(prefix rows, grid) of a file's table whose canvas is known; ``None`` where it is not laid out for a canvas."""
+    if match.canvas is None or match.timm or not hasattr(getattr(owner, "patch_embed", None), "grid_size"):
+        return None
+    kernel = match.view.tensors.get(source.removesuffix("pos_embed") + "patch_embed.proj.weight")
+    if kernel is None:
+        return None
+    height, width = (-(-side // size) for side, size in zip(match.canvas, kernel.shape[-2:], strict=True))
+    return (rows - height * width, (height, width)) if 0 <= rows - height * width <= max(PREFIXES) else None
 
 
 def _prefix_rows(match: _Match, source: str, owner: nn.Module) -> tuple[int, ...]:

@@ -47,7 +47,9 @@ def start_from(
     if model.neck is not None:
         parts["neck"] = model.neck
     body = {name: value for name, value in state.items() if not name.startswith("head.")}
-    report = load_weights(parts, body, where=where)
+    sides = checkpoint.manifest.normalisation.image_size
+    canvas = (sides[0], sides[1]) if len(sides) == 2 and min(sides) > 0 else None
+    report = load_weights(parts, body, where=where, canvas=canvas)
     kind = "averaged weights" if EMA in checkpoint.manifest.kinds else "weights"
     told = [f"{count} tensors of the {part}" for part, count in report.loaded.items() if count]
     if report.fresh:

@@ -99,8 +99,8 @@ class DataConfig(Section):
     """The canvas [height, width]: every image is resized into it and padded at the bottom and right."""
     mean: list[FiniteFloat] = [0.485, 0.456, 0.406]
     std: list[PositiveFloat] = [0.229, 0.224, 0.225]
-    """Of pixels from 0 to 1. Where the recipe gives none and ``model.backbone.weights`` is ``timm``, those of timm's
-    weights."""
+    """Of pixels from 0 to 1. Where the recipe gives none, those with which the weights that it names were trained, if
+    that is known (timm's, exported ones, those of ``train.init_from``)."""
     transforms: Annotated[list[TransformConfig], Field(max_length=100)] = [Resize()]
     """Training transforms in order; padding to the canvas and normalisation always follow."""
     clip: ClipConfig = ClipConfig()

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support_checkpoints import write
 from support_writers import make_run
 
 from vitgraft.configs.load import dump_recipe, load_recipe
@@ -54,17 +57,38 @@ def test_nothing_changes_where_the_weights_say_nothing_or_the_same() -> None:
     assert recipe.identity_hash() == load_recipe("starter/coco", ["model.backbone.weights=timm", name]).identity_hash()
 
 
-def test_of_a_file_beside_a_timm_name_there_is_only_a_note() -> None:
-    recipe, notes = resolved("model.backbone.weights=vit_s.safetensors")
+def test_of_a_file_beside_a_timm_name_there_is_only_a_note(tmp_path: Path) -> None:
+    (tmp_path / "vit_s.pth").write_bytes(b"x" * 100)
+    recipe, notes = resolved(f"model.backbone.weights={tmp_path / 'vit_s.pth'}")
     assert (recipe.data.mean, recipe.data.std) == IMAGENET
     assert len(notes) == 1
     assert "but timm's weights of 'vit_small_patch16_224' were trained with [0.5, 0.5, 0.5]" in notes[0]
 
 
+def test_an_exported_file_brings_its_own_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "export.safetensors"
+    save_file({"a": torch.ones(1)}, file, {"mean": "[0.1, 0.2, 0.3]", "std": "[0.4, 0.5, 1]", "image_size": "[24, 40]"})
+    for key in "model.backbone.weights", "model.weights":
+        recipe, notes = resolved(f"{key}={file}")
+        assert (recipe.data.mean, recipe.data.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 1.0])
+        assert len(notes) == 1
+    for wrong in ({"mean": "[0.1]"}, {"std": "[0, 1, 1]"}, {"std": '[1, 1, "x"]'}, {"std": "[1, 1, 1e999]"}):
+        save_file({"a": torch.ones(1)}, file, {"mean": "[0.1, 0.2, 0.3]", "std": "[0.4, 0.5, 1]"} | wrong)
+        assert resolved(f"model.backbone.weights={file}")[0].data.mean == IMAGENET[0]
+
+
+def test_a_run_that_begins_with_anothers_weights_takes_its_numbers(tmp_path: Path) -> None:
+    for source in write(tmp_path / "run", 3), tmp_path / "run":
+        recipe, notes = resolved(f"train.init_from={source}")
+        assert (recipe.data.mean, recipe.data.std) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+        assert len(notes) == 1
+    assert resolved(f"train.init_from={tmp_path / 'none'}")[1] == []
+
+
 def test_unknown_names_and_tags_are_left_to_the_trunk() -> None:
     for name in "vit_none", "vit_base_patch16_224.none":
         changes = ["model.backbone.weights=timm", f"model.backbone.timm={name}"]
-        assert normalisation_of(load_recipe("starter/coco", changes).model.backbone) is None
+        assert normalisation_of(load_recipe("starter/coco", changes).model) is None
 
 
 def test_a_run_keeps_what_it_was_begun_with(tmp_path: Path) -> None:
@@ -102,6 +126,6 @@ def test_a_trunk_built_by_that_name_is_the_one_whose_numbers_they_are() -> None:
     import timm
 
     made = timm.create_model("vit_small_patch16_224", img_size=32, depth=1)
-    known = normalisation_of(load_recipe("starter/coco", ["model.backbone.weights=timm"]).model.backbone)
+    known = normalisation_of(load_recipe("starter/coco", ["model.backbone.weights=timm"]).model)
     assert known is not None
     assert known[0].mean == list(made.pretrained_cfg["mean"])

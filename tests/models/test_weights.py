@@ -29,7 +29,7 @@ from vitgraft.models.backbones.relative_position import resize_bias_table
 from vitgraft.models.backbones.trunk import Trunk
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.resizing import resize_patch_kernel, resize_positions
-from vitgraft.models.weights import Layout, LoadReport, convert_weights, load_weights, read_tensors
+from vitgraft.models.weights import Layout, LoadReport, convert_weights, load_trunk, load_weights, read_tensors
 
 SIZES: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 VIT = {"name": "vit", "patch_size": 8, **SIZES}
@@ -423,6 +423,19 @@ def test_the_class_token_of_a_file_tells_a_grid_that_is_not_square() -> None:
     target, report = loaded(VIT, registers, size=(24, 40))
     assert torch.equal(target.state_dict()["vit.pos_embed"], state["pos_embed"])
     assert report.ignored["reg_token"] == "this trunk has no registers"
+
+
+def test_an_exported_file_says_for_which_canvas_its_table_is(tmp_path: Path) -> None:
+    """2 × 8 places are as many as 4 × 4."""
+    _, state = official(VIT, size=(16, 64))
+    save_file(state, tmp_path / "x.safetensors", {"image_size": "[16, 64]"})
+    target = trunk(VIT, size=(16, 64))
+    load_trunk(target, tmp_path / "x.safetensors")
+    assert torch.equal(target.state_dict()["vit.pos_embed"], state["pos_embed"])
+    square = trunk(VIT, size=(32, 32))
+    load_trunk(square, tmp_path / "x.safetensors")
+    expected = resample_abs_pos_embed(state["pos_embed"], [4, 4], [2, 8], num_prefix_tokens=0, antialias=False)
+    torch.testing.assert_close(square.state_dict()["vit.pos_embed"], expected)
 
 
 def test_class_tokens_without_a_row_of_the_table() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_checkpoints import CLASSES, model_of, save_model
 from support import tiny_recipe
+from timm.layers import resample_abs_pos_embed
 
 from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.load import validate_recipe
@@ -83,6 +84,18 @@ def test_another_kind_of_head_starts_fresh(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         wanted = before[name] if name.startswith("head.") else source.state_dict()[name]
         assert torch.equal(value, wanted), name
+
+
+def test_positions_of_an_oblong_canvas_are_known_to_be_so(tmp_path: Path) -> None:
+    """2 × 8 places are as many as 4 × 4."""
+    tree = tiny_recipe("semantic", "data", data__image_size=[16, 64])
+    source = model_of(validate_recipe(tree, "recipe"))
+    checkpoint = save_model(tmp_path / "run", tree, source)
+    table = source.state_dict()["backbone.vit.pos_embed"]
+    for size, grid in ([32, 32], [4, 4]), ([24, 40], [3, 5]), ([16, 64], [2, 8]):
+        model, _, _ = started(checkpoint, tiny_recipe("semantic", "data", data__image_size=size))
+        expected = resample_abs_pos_embed(table, grid, [2, 8], num_prefix_tokens=0, antialias=False)
+        torch.testing.assert_close(model.state_dict()["backbone.vit.pos_embed"], expected)
 
 
 def test_another_canvas_resizes_positions(tmp_path: Path) -> None:
