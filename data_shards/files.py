@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.files import open_regular
 from vitgraft.data_shards.cache import FileCache, RemoteFile
 from vitgraft.data_shards.remote import UnreachableError, join, shown
 
@@ -78,7 +79,7 @@ class LocalFolder:
         return pread(descriptor, start, length)
 
     def _opened(self, file: FileFacts) -> int:
-        descriptor = os.open(self.folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(self.folder / file.name)
         size = os.fstat(descriptor).st_size
         if size != file.bytes:
             os.close(descriptor)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import open_regular
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.files import FileFacts, place_of
 from vitgraft.data_shards.manifest import MANIFEST, Manifest, Shard
@@ -201,7 +202,7 @@ class ShardReader:
         try:
             facts = os.stat(path)
             found = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            if found != self._checked and self.manifest.fingerprint.encode() not in path.read_bytes():
+            if found != self._checked and self.manifest.fingerprint.encode() not in _content(path):
                 raise UnreachableError(f"{self.folder}: packed again since it was opened; start again")
         except OSError as error:
             raise _unreadable(str(path), error) from None
@@ -219,6 +220,12 @@ class ShardReader:
             return self._index_files.read(shard.index_file, start, end - start)
         except OSError as error:
             raise _unreadable(path, error) from None
+
+
+def _content(path: Path) -> bytes:
+    """A manifest that was read before; raises OSError where it is no file any more."""
+    with os.fdopen(open_regular(path), "rb") as stream:
+        return stream.read()
 
 
 class _OpenShard(NamedTuple):

@@ -85,7 +85,7 @@ def coco(
 )
 def semantic(
     images: Annotated[Path, typer.Option("--images", help="Folder of the images.")],
-    labels: Annotated[Path, typer.Option("--labels", help="Folder of label PNGs with the images' stems.")],
+    labels: Annotated[Path, typer.Option("--labels", help="Folder of label maps (PNG) with the images' stems.")],
     classes: ClassesNeeded,
     out: Out,
     image_suffix: Annotated[
@@ -106,7 +106,8 @@ def semantic(
         bool, typer.Option("--reduce-zero", help="0 does not count and the other ids fall by one.")
     ] = False,
     ids: Annotated[
-        str, typer.Option("--ids", metavar="N[,N…]", help="The label ids of class 0, 1, …; others do not count.")
+        str,
+        typer.Option("--ids", metavar="N[,N…]", help="Label ids of class 0, 1, …, e.g. 0,255; others do not count."),
     ] = "",
     colours: Annotated[
         Path | None, typer.Option("--colours", help="Labels are colours: file with R G B NAME in each line.")
@@ -120,7 +121,7 @@ def semantic(
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
 ) -> None:
-    """Pack images with label PNGs (grey, palette or colours, 8 or 16 bit)."""
+    """Pack images with label maps (PNG or another format without loss; grey, palette or colours, 8 or 16 bit)."""
     from vitgraft.data_shards.pack.pairs import Pairing
     from vitgraft.data_shards.pack.semantic import pack_semantic
     from vitgraft.launch.ui import Screen
@@ -309,7 +310,7 @@ def video(
     samples_per_shard: PerShard = 1000,
     jobs: Jobs = None,
 ) -> None:
-    """Pack video clips with one label each (mp4, avi, mkv, webm, mov)."""
+    """Pack video clips with one label each (mp4, mov, avi, mkv, webm, mpg and others)."""
     from vitgraft.configs.errors import ConfigError
     from vitgraft.data_shards.pack.reencode import Reencode
     from vitgraft.data_shards.pack.video import pack_video

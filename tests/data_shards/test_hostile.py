@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -28,7 +30,8 @@ from vitgraft.configs.schema import DataConfig
 from vitgraft.data_shards import decode
 from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.dataset import PackedDataset
-from vitgraft.data_shards.manifest import Kind, Shard, dump_manifest, make_manifest
+from vitgraft.data_shards.manifest import Kind, Shard, dump_manifest, make_manifest, read_manifest
+from vitgraft.data_shards.stream import ShardReader
 
 Configure = Callable[..., DataConfig]
 Member = tuple[tarfile.TarInfo, bytes]
@@ -361,3 +364,18 @@ def test_the_entry_that_is_named_is_the_one_that_is_read(tmp_path: Path, configu
         assert len(dataset.train_batch([Entry(0, 0, number, 0)]).targets[0]["labels"]) == 1
     with pytest.raises(DataError, match="000000001"):
         dataset.train_batch([Entry(0, 0, 1, 0)])
+
+
+def test_a_shard_that_became_a_fifo_is_not_waited_for(packed: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed["semantic"], tmp_path / "set"))
+    manifest = read_manifest(folder)
+    for name in ("shard-000000.tar", "shard-000000.idx"):
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DataError, match="not a regular file"):
+            ShardReader(folder, manifest).read(0)
+        path.unlink()
+        path.write_bytes(content)
+    assert ShardReader(folder, manifest).read(0)
