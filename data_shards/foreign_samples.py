@@ -16,10 +16,10 @@ from vitgraft.data_shards.decode import (
 )
 from vitgraft.data_shards.files import pread
 from vitgraft.data_shards.foreign_boxes import ForeignBoxes
-from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, oriented_size, read_header
+from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, oriented_size, read_header, value_range
 from vitgraft.data_shards.listing import IMAGE_SUFFIXES
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind
-from vitgraft.data_shards.pack.images import Exif, which_way_up
+from vitgraft.data_shards.pack.images import DeepImages, Exif, which_way_up
 from vitgraft.data_shards.pack.label_ids import missing_class
 from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, TURNED, LabelReport
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
@@ -81,6 +81,7 @@ class SampleChecker:
         self.kind, self.classes, self.report, self.roles, self.exif = kind, report.classes, report, roles, exif
         self._decode = decode
         self._boxes = ForeignBoxes(report)
+        self._deep = DeepImages(remedy="pack the images of the tars, with")
         self._by_name = {name: number for number, name in enumerate(report.classes)}
         self.renamed: dict[str, str] = {}
         for role, wanted in roles.items():
@@ -128,6 +129,7 @@ class SampleChecker:
             message = missing_class(self.report, [IGNORE], choose=choose, accept=accept)
             if message is not None:
                 self.report.doubt(message, NOTHING_TO_LEARN)
+        self._deep.tell(self.report, None)
 
     def _stated_size(self, label: bytes, where: str) -> tuple[Any, Any] | None:
         """(height, width) for which the labels were made, where they say."""
@@ -152,7 +154,9 @@ class SampleChecker:
         header = read_header(data, where)
         if header.depth > 16:
             raise DataError(f"{where}: an image of 32-bit values, of which nobody knows the white; leave it out")
-        if self._decode:
+        if header.depth > 8:
+            self._deep.add(header, value_range(data, where))
+        elif self._decode:
             decode_image(data, where)
         stated = self._stated_size(label, where) if header.orientation > 1 else None
         orientation, _ = which_way_up(header, self.exif, stated)

@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ _PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 first."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "PCX", "SGI", "QOI")
 """What is decoded. Not: formats that run a program (EPS), hold files of others (ICO, ICNS, IPTC), or are stubs."""
+_ROWS_PIXELS = 1 << 20
 _OPPOSITE = {6: 8, 8: 6}
 """Of quarter turns; all other orientations are their own opposite."""
 _OF_FRAMES = ("PNG", "WEBP", "GIF", "TIFF", "AVIF")
@@ -216,6 +217,16 @@ def encode_png(data: bytes | Path, where: str, values: Values | None = None) -> 
     return stream.getvalue()
 
 
+def is_narrow(found: Values, most: float) -> bool:
+    """Whether values fill less than a tenth of 0 to ``most``: decoded as they are, such images are all but black."""
+    return found[1] - found[0] < most / 10
+
+
+def range_for(high: float) -> str:
+    """The option that makes the most of values up to ``high``: those of 10, 12 or 14 bits, say."""
+    return f"--range 0,{2 ** max(1, int(high)).bit_length() - 1}"
+
+
 def value_range(data: bytes | Path, where: str) -> Values:
     """The smallest and the largest value of all channels, decoded at the depth that Pillow gives.
 
@@ -239,18 +250,34 @@ def _stored(image: Image.Image, where: str, values: Values | None, keep: bool = 
         raise DataError(f"{where}: values of 32 bits; --range LOW,HIGH says which of them are black and white")
     pixels: npt.NDArray[Any]
     if grey and values is not None:
-        low, high = values
-        scaled = np.nan_to_num((np.asarray(image, dtype=np.float64) - low) * (255 / (high - low)))
-        pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        pixels = _by_rows(np.asarray(image), np.uint8, functools.partial(_scaled, values=values))
+    elif grey and keep:
+        pixels = _by_rows(np.asarray(image), np.uint16, lambda rows: np.clip(rows, 0, 65535))
     elif grey:
-        deep = np.clip(np.asarray(image, dtype=np.int64), 0, 65535).astype(np.uint16)
-        pixels = deep if keep else (deep >> 8).astype(np.uint8)
+        pixels = _by_rows(np.asarray(image), np.uint8, lambda rows: np.clip(rows, 0, 65535) >> 8)
     elif image.mode in ("1", "L"):
         pixels = np.asarray(image.convert("L"))
     else:
         # Without a copy; numpy marks it as not to be written, though nobody else has these bytes.
         pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     return turned(pixels, _OPPOSITE.get(own, own))
+
+
+def _scaled(rows: npt.NDArray[Any], values: Values) -> npt.NDArray[Any]:
+    low, high = values
+    scaled = np.nan_to_num((rows.astype(np.float64) - low) * (255 / (high - low)))
+    return np.clip(np.rint(scaled), 0, 255)
+
+
+def _by_rows(
+    pixels: npt.NDArray[Any], dtype: Any, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+) -> npt.NDArray[Any]:
+    """``function`` of all pixels (H, W), some rows at a time, as what it makes on the way takes several times more."""
+    made = np.empty(pixels.shape, dtype)
+    step = max(1, _ROWS_PIXELS // max(1, pixels.shape[1]))
+    for first in range(0, len(pixels), step):
+        made[first : first + step] = function(pixels[first : first + step])
+    return made
 
 
 def load_image(path: Path | str, values: Values | None = None) -> tuple[Tensor, int]:
@@ -260,8 +287,15 @@ def load_image(path: Path | str, values: Values | None = None) -> tuple[Tensor, 
         values: as of :func:`decode_image`.
 
     Raises:
-        DataError: missing, broken or too large.
+        DataError: missing, broken, too large, or 16-bit grey that would be all but black without ``values``.
     """
     path = Path(path)
-    orientation = read_header(path, str(path)).orientation
-    return decode_image(path, str(path), orientation, values), orientation
+    header = read_header(path, str(path))
+    if header.grey and header.depth == 16 and values is None:
+        low, high = found = value_range(path, str(path))
+        if is_narrow(found, 65535):
+            raise DataError(
+                f"{path}: 16-bit values from {low:g} to {high:g}, less than a tenth of 0 to 65535, would be all but "
+                f"black; pass {range_for(high)}, or the range with which the training data was packed"
+            )
+    return decode_image(path, str(path), header.orientation, values), header.orientation

@@ -29,8 +29,8 @@ def try_image(data: bytes, generator: random.Random) -> None:
     ):
         with contextlib.suppress(DataError):
             step()
-    # At least one is left to be seen by the caller.
-    decode_image(data, "x")
+    # One is left to be seen by the caller.
+    decode_image(data, "x", 1, (0, 4095))
 
 
 def try_video(data: bytes, generator: random.Random) -> None:
@@ -167,3 +167,22 @@ def _encoded(frames: list[Any], container: str, codec: str) -> bytes:
             output.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=video.pix_fmt)))
         output.mux(video.encode())
     return stream.getvalue()
+
+
+def _large(mode: str, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, (8944, 8944)).save(stream, form, **options)
+    return stream.getvalue()
+
+
+LARGEST = {
+    "PNG": lambda: _large("RGBA", "PNG"),
+    "PNG of 16 bits": lambda: _large("I;16", "PNG"),
+    "PNG with a palette": lambda: _large("P", "PNG", transparency=0),
+    "JPEG": lambda: _large("CMYK", "JPEG"),
+    "GIF": lambda: _large("P", "GIF"),
+    "TIFF": lambda: _large("RGB", "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF of floats": lambda: _large("F", "TIFF", compression="tiff_adobe_deflate"),
+    "WebP": lambda: _large("RGBA", "WEBP", lossless=True, method=0),
+}
+"""Blank images of as many pixels as are taken."""

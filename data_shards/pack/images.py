@@ -13,7 +13,9 @@ from vitgraft.data_shards.images import (
     Values,
     decode_image,
     encode_png,
+    is_narrow,
     oriented_size,
+    range_for,
     read_header,
     value_range,
 )
@@ -26,8 +28,6 @@ says, or where both sizes are the same, that of the set's other images. ``apply`
 
 RANGES = "images that use a small part of their range"
 FIRST = "first of several frames or pages"
-_LEAST = 0.1
-"""Of the range of 16 bits, a set must use so much."""
 
 
 @dataclass(frozen=True)
@@ -154,29 +154,43 @@ def settle(opened: Iterable[tuple[OpenedImage, dict[str, Any]]], report: LabelRe
     if say is not None and unsure:
         how, other = ("as they are stored", "apply") if as_stored else ("as they are displayed", "ignore")
         say(f"EXIF: the annotations of {unsure:,} images fit both ways up: packed {how}; the other way: --exif {other}")
-    _tell_ranges([image for image, _ in images if image.found is not None], report, say)
+    deep = DeepImages(images[0][0].reading.values if images else None)
+    for image, _ in images:
+        deep.add(image.header, image.found)
+    deep.tell(report, say)
 
 
-def _tell_ranges(deep: list[OpenedImage], report: LabelReport, say: Say | None) -> None:
-    """Tell which values images of more than 8 bits hold, and doubt a set that would be all but black."""
-    for grey in (True, False):
-        found = [image.found for image in deep if image.header.grey == grey and image.found is not None]
-        if not found:
-            continue
-        low, high = min(pair[0] for pair in found), max(pair[1] for pair in found)
-        # Of colours the upper 8 bits alone are decoded.
-        of, most = ("16-bit grey", 65535) if grey else ("16-bit colour", 255)
-        told = f"{len(found):,} {of} images hold values from {low:g} to {high:g} of 0 to {most}"
-        if not grey:
-            told += " (upper 8 bits)"
-        values = deep[0].reading.values if grey else None
-        if values is not None:
-            told = f"{len(found):,} grey images of more than 8 bits hold values from {low:g} to {high:g}"
-            told += f", packed with {values[0]:g} as black and {values[1]:g} as white"
-        elif high - low < _LEAST * most:
-            top = 2 ** max(1, int(high)).bit_length() - 1
-            remedy = f"pass --range 0,{top}" if grey else "convert them to 8 bits first"
-            report.doubt(f"{told}, less than a tenth, and would be all but one colour; {remedy}", RANGES)
-            continue
-        if say is not None:
-            say(told)
+class DeepImages:
+    """Collects which values images of more than 8 bits hold, and doubts a set that would be all but black.
+
+    Args:
+        values: what is packed as black and white, where it is given.
+        remedy: what to do with grey images of a narrow range, followed by the option.
+    """
+
+    def __init__(self, values: Values | None = None, remedy: str = "pass") -> None:
+        self._values, self._remedy = values, remedy
+        self._found: dict[bool, tuple[int, Values]] = {}
+
+    def add(self, header: Header, found: Values | None) -> None:
+        """Note an image; ``found``: its smallest and largest value, where it has more than 8 bits."""
+        if found is not None:
+            count, (low, high) = self._found.get(header.grey, (0, found))
+            self._found[header.grey] = count + 1, (min(low, found[0]), max(high, found[1]))
+
+    def tell(self, report: LabelReport, say: Say | None) -> None:
+        """Say what was found, or tell the report that it is a fault."""
+        for grey, (count, (low, high)) in self._found.items():
+            told = f"{count:,} 16-bit {'grey' if grey else 'colour'} images hold values from {low:g} to {high:g}"
+            if grey and self._values is not None:
+                told = f"{count:,} grey images of more than 8 bits hold values from {low:g} to {high:g}"
+                told += f", packed with {self._values[0]:g} as black and {self._values[1]:g} as white"
+            else:
+                # Of colours the upper 8 bits alone are decoded.
+                told += " of 0 to 65535" if grey else " of 0 to 255 in the upper 8 bits"
+                if is_narrow((low, high), 65535 if grey else 255):
+                    remedy = f"{self._remedy} {range_for(high)}" if grey else "convert them to 8 bits first"
+                    report.doubt(f"{told}, less than a tenth, and would be all but one colour; {remedy}", RANGES)
+                    continue
+            if say is not None:
+                say(told)

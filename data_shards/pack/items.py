@@ -116,6 +116,8 @@ def pack_items(
         return canonical_json([common, [items[number].metadata, facts]])
 
     source = {**source, "label_report": report.as_source()}
+    if (values := options.get("values")) is not None:
+        source["range"] = list(values)
     if report.skipped:
         source["skipped"] = [*report.skipped]
     writer = DatasetWriter(

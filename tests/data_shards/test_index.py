@@ -831,3 +831,11 @@ def test_masks_whose_255_is_a_class_are_doubted_in_tars_too(tmp_path: Path) -> N
         index_tars(tmp_path / "set", "semantic", ["background", "object"])
     manifest = index_tars(tmp_path / "set", "semantic", ["background", "object"], on_error="skip")
     assert manifest.samples == 1
+
+
+def test_deep_images_in_tars_that_would_be_black_are_a_fault(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(stream, "PNG")
+    write_tar(tmp_path / "0.tar", [("a.png", stream.getvalue()), ("a.cls", b"0")])
+    with pytest.raises(DataError, match=r"from 4000 to 4000 of .*; pack the images of the tars, with --range 0,4095"):
+        index_tars(tmp_path, "image", ["x"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.dataset import PackedDataset
-from vitgraft.data_shards.images import decode_image
+from vitgraft.data_shards.images import decode_image, load_image
 from vitgraft.data_shards.manifest import Manifest, read_manifest
 from vitgraft.data_shards.pack.bdd100k import pack_bdd100k
 from vitgraft.data_shards.pack.coco import pack_coco
@@ -330,3 +332,32 @@ def test_the_command_line_passes_on_how_images_are_read(fault_data: Path, tmp_pa
     for text in ("5", "a,b", "1,2,3", "9,0"):
         assert isinstance(pack("png_12bit", "--range", text).exception, ConfigError)
     assert pack("images_tiff").exit_code == 0
+
+
+def test_colours_of_12_bits_are_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    save_colours(tmp_path / "img" / "a.png", np.full((12, 16, 3), 4000, np.uint16))
+    annotations = coco_file(tmp_path / "a.json", {"a.png": (12, 16)})
+    with pytest.raises(DataError, match=r"1 16-bit colour images .* of 0 to 255 in the upper 8 bits.*; convert them"):
+        pack_coco(tmp_path / "img", annotations, tmp_path / "out")
+    save_colours(tmp_path / "img" / "a.png", np.linspace(0, 65535, 576).astype(np.uint16).reshape(12, 16, 3))
+    pack_coco(tmp_path / "img", annotations, tmp_path / "out")
+
+
+def save_colours(path: Path, pixels: Any) -> None:
+    """A PNG of (H, W, 3) uint16, which Pillow does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    path.write_bytes(data)
+
+
+def test_a_loose_image_that_would_be_black_asks_for_the_range(tmp_path: Path) -> None:
+    values = np.linspace(0, 4095, 12 * 16).astype(np.uint16).reshape(12, 16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"would be all but black; pass --range 0,4095, or the range with which"):
+        load_image(tmp_path / "a.png")
+    image, _ = load_image(tmp_path / "a.png", (0, 4095))
+    assert np.array_equal(image[0].numpy(), np.rint(values / 4095 * 255))

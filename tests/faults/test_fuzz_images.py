@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import fuzz_media
 import pytest
-from fuzz_media import image_files, try_image
+from fuzz_media import LARGEST, image_files, try_image
 from fuzzing import campaign
 
 MEMORY = 2 << 30
@@ -17,3 +21,24 @@ def test_damaged_images(tmp_path: Path) -> None:
     files = image_files()
     assert len(files) > 30
     campaign(try_image, files, tmp_path, memory=MEMORY)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_images_take_no_more_memory_than_is_said(name: str, tmp_path: Path) -> None:
+    """Little data, 80 million pixels."""
+    lines = (
+        "import random, resource, sys",
+        "from fuzz_media import LARGEST, try_image",
+        f"data = LARGEST[{name!r}]()",
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
+        "try_image(data, random.Random(0))",
+        "print(len(data), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)",
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(fuzz_media.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, env=environment
+    )
+    size, peak = map(int, done.stdout.split())
+    assert size < 8 << 20
+    assert peak < MEMORY
