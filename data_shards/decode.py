@@ -15,7 +15,7 @@ from torch import Tensor
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.frame_stack import FrameStack, Target
-from vitgraft.data_shards.images import MAX_PIXELS, opened
+from vitgraft.data_shards.images import MAX_PIXELS, opened, read_header
 from vitgraft.data_shards.listing import VIDEO_SUFFIXES
 from vitgraft.data_shards.video import MAX_FRAMES, Decoder, Video, open_video
 
@@ -28,10 +28,21 @@ _MORE_VIDEOS = {suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES} - {"mp4",
 VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "webm", "mov", *sorted(_MORE_VIDEOS))
 """Of members, the usual ones first; decoders look at the content."""
 
+_LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 NO_JPEG = (
     "label maps in JPEG or WebP are refused, as they change ids at every edge; save them as PNG from their "
     "source: what was a JPEG once stays wrong"
 )
+
+
+def check_lossless(path: Path) -> None:
+    """Refuse a file of ids or colours in a format that changes pixels.
+
+    Raises:
+        DataError: it is one, or no image.
+    """
+    if read_header(path, str(path)).format in _LOSSY:
+        raise DataError(f"{path}: {NO_JPEG}")
 
 
 def decode_label(data: bytes | Path, where: str) -> Tensor:
@@ -43,7 +54,7 @@ def decode_label(data: bytes | Path, where: str) -> Tensor:
         DataError: broken, too large, in a format that changes pixels, a colour image, or one with transparency.
     """
     with opened(data, where) as image:
-        if image.format in ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF") or image.info.get("compression") == "jpeg":
+        if image.format in _LOSSY or image.info.get("compression") == "jpeg":
             raise DataError(f"{where}: {NO_JPEG}")
         if image.mode in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
             values = np.asarray(image).astype(np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
-from vitgraft.data_shards.decode import decode_label
+from vitgraft.data_shards.decode import check_lossless, decode_label
 from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import IGNORE
 from vitgraft.data_shards.pack.files import read_text
@@ -104,6 +104,7 @@ def coloured_ids(path: Path, colours: Sequence[tuple[int, int]]) -> Labels:
     Raises:
         DataError: not an image, or a colour that is not listed.
     """
+    check_lossless(path)
     red, green, blue = decode_image(path, str(path)).numpy().astype(np.int32)
     found = (red << 16) + (green << 8) + blue
     packed = np.full(found.shape, IGNORE, dtype=np.uint8)

@@ -77,6 +77,8 @@ def _by_key(
     folder: Path, option: str, suffix: str | None, extensions: Collection[str], report: LabelReport
 ) -> dict[str, Path]:
     if suffix is not None and Path(f"name{suffix}").suffix.lower() not in extensions:
+        if extensions is LABEL_SUFFIXES and Path(f"name{suffix}").suffix.lower() in _LOSSY:
+            raise ConfigError(f"{option} {suffix}: {NO_JPEG}")
         listed = ", ".join(sorted(extensions))
         raise ConfigError(f"{option} {suffix}: expected the end of the files' names with its extension ({listed})")
     listing = list_files(folder, extensions)

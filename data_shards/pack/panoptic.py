@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.decode import check_lossless
 from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco_categories import Categories, read_categories, refuse_outside
@@ -161,6 +162,7 @@ def segment_ids(path: Path) -> npt.NDArray[np.int32]:
     Raises:
         DataError: broken or too large.
     """
+    check_lossless(path)
     red, green, blue = decode_image(path, str(path)).numpy().astype(np.int32)
     ids: npt.NDArray[np.int32] = red + 256 * green + 65536 * blue
     return ids

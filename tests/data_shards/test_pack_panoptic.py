@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.decode import decode_label
 from vitgraft.data_shards.manifest import read_manifest
-from vitgraft.data_shards.pack.panoptic import pack_panoptic
+from vitgraft.data_shards.pack.panoptic import pack_panoptic, segment_ids
 from vitgraft.data_shards.report import inspect, verify
 from vitgraft.data_shards.stream import RawSample, ShardReader
 
@@ -176,3 +176,9 @@ def test_pngs_of_another_size_or_broken(scene: tuple[Path, dict[str, Any]]) -> N
     (folder / "panoptic" / "a.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"a\.png: broken image"):
         pack(folder, tree)
+
+
+def test_segment_ids_in_jpeg_are_refused_with_the_reason(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(DataError, match=r"a\.png: label maps in JPEG or WebP are refused"):
+        segment_ids(tmp_path / "a.png")

@@ -391,6 +391,17 @@ def test_label_maps_in_jpeg_are_refused_with_the_reason(tmp_path: Path) -> None:
         raise run(*words).exception or AssertionError
 
 
+def test_colours_in_jpeg_are_refused_with_the_reason_too(tmp_path: Path) -> None:
+    words = [*masks(tmp_path, [0, 1]), "--classes", "a,b"]
+    (tmp_path / "colours.txt").write_text("0 0 0 a\n255 255 255 b\n")
+    # Under the name of a PNG.
+    Image.new("RGB", (4, 3)).save(tmp_path / "lab" / "0.png", "JPEG")
+    with pytest.raises(DataError, match=r"0\.png: label maps in JPEG or WebP are refused"):
+        raise run(*words, "--colours", tmp_path / "colours.txt").exception or AssertionError
+    with pytest.raises(ConfigError, match=r"--label-suffix _L\.jpg: label maps in JPEG or WebP are refused"):
+        raise run(*words, "--label-suffix", "_L.jpg").exception or AssertionError
+
+
 def test_what_lies_among_images_and_labels_is_counted_and_named(tmp_path: Path) -> None:
     words = masks(tmp_path, [0, 1])
     for name in ("img/._0.jpg", "img/.DS_Store", "img/notes.txt", "lab/Thumbs.db", "lab/._0.png"):
