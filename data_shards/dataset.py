@@ -30,7 +30,7 @@ from vitgraft.data_shards.decode import (
     stated_size,
 )
 from vitgraft.data_shards.frames import clip_of
-from vitgraft.data_shards.geometry import Sample, covering
+from vitgraft.data_shards.geometry import Sample, covering, drop_vanished
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Kind, read_manifest
 from vitgraft.data_shards.mixing import partner_of
@@ -72,6 +72,7 @@ class PackedDataset:
         seed: the run's seed, from which all augmentation comes.
         train: training transforms and targets; otherwise evaluation's, with truths.
         views: of each video in evaluation; ``None``: one, which is resized to fit the canvas.
+        targets: in evaluation too, for the losses; not with views.
 
     Raises:
         DataError: missing or damaged data set.
@@ -86,6 +87,7 @@ class PackedDataset:
         seed: int = 0,
         train: bool = True,
         views: ViewsConfig | None = None,
+        targets: bool = False,
     ) -> None:
         if isinstance(source, Path | str):
             sources = [(str(source), config.train[0].visits)]
@@ -99,6 +101,7 @@ class PackedDataset:
                     f"{folder}: holds {manifest.kind} data, the model's head needs {kind}; change data.*.path or head"
                 )
         self.config, self.kind, self.seed, self.train, self.views = config, kind, seed, train, views
+        self.targets = targets and views is None
         self.left_out: frozenset[tuple[int, int]] = frozenset()
         self.parts = [
             Part(manifest.fingerprint, manifest.shard_sizes, visits)
@@ -123,10 +126,12 @@ class PackedDataset:
         return len(self.reader)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views, self.left_out
+        asked = self.train, self.views, self.targets, self.left_out
+        return self.readers, self.parts, self.config, self.kind, self.seed, asked
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.readers, self.parts, self.config, self.kind, self.seed, self.train, self.views, self.left_out = state
+        self.readers, self.parts, self.config, self.kind, self.seed, asked = state
+        self.train, self.views, self.targets, self.left_out = asked
         self._open()
 
     @property
@@ -261,12 +266,12 @@ class PackedDataset:
             sample.label_map = torch.full((height, width), IGNORE)
         else:
             sample.labels = torch.zeros((), dtype=torch.int64)
-            if self.transforms.mixes:
+            if self.train and self.transforms.mixes:
                 sample.labels = torch.zeros(len(self.manifest.classes))
         return sample
 
     def eval_batch(self, samples: Sequence[int], images: Tensor | None = None) -> EvalItem:
-        """The batch of these samples with truths and without targets.
+        """The batch of these samples with truths, and with targets where they were asked for.
 
         A sample that cannot be read keeps its place: zero image, weight 0, and its truth where the label can be read
         (``value`` is ``None`` where not). With views, ``images`` and ``sizes`` hold all those of the first video, then
@@ -277,14 +282,20 @@ class PackedDataset:
         weights, truths = [], []
         unread = [Prepared(self._blank(), self.transforms.canvas, (1.0, 1.0))] * self._views
         errors: list[tuple[int, str]] = []
+        placed: list[Sample] = []
         for number in samples:
+            target = self._nothing() if self.targets else None
             truth = Truth(self.reader.key(number), self.transforms.canvas, None)
             prepared = unread
             try:
                 raw = self.reader.read(number)
                 metadata = self._metadata(raw)
                 truth = self._truth(raw, metadata)
-                prepared = self._prepared(raw, metadata)
+                if self.targets:
+                    view, target = self._prepared_with_target(raw, metadata)
+                    prepared = [view]
+                else:
+                    prepared = self._prepared(raw, metadata)
             except UnreachableError:
                 # No fault of the sample: a figure without it would be wrong.
                 raise
@@ -295,7 +306,9 @@ class PackedDataset:
                 sizes.append(view.size)
             weights.append(0.0 if prepared is unread else 1.0)
             truths.append(truth)
-        batch = Batch(images, torch.tensor(sizes), torch.tensor(weights), None, [], truths)
+            placed += [] if target is None else [target]
+        targets = self._targets(placed) if self.targets else None
+        batch = Batch(images, torch.tensor(sizes), torch.tensor(weights), targets, [], truths)
         return EvalItem(batch, errors)
 
     def produce(self, index: MicroBatch | Sequence[int], images: Tensor | None = None) -> Batch | EvalItem:
@@ -364,6 +377,21 @@ class PackedDataset:
             for view in crops_of(frames[[place[index] for index in indices]], size, self.transforms, self.views.crops)
         ]
 
+    def _prepared_with_target(self, raw: RawSample, metadata: dict[str, Any]) -> tuple[Prepared, Sample]:
+        """The one view of a sample, and the sample with its labels on the canvas."""
+        if self.kind in CLASSED:
+            (prepared,) = self._prepared(raw, metadata)
+            return prepared, Sample(prepared.canvas, labels=torch.tensor(metadata["label"]))
+        pixels = self._pixels(raw, metadata)
+        try:
+            sample = self._load(raw, metadata, pixels)
+        except DataError:  # a label map of another size can be compared with the prediction, but not learnt from
+            return self.transforms.prepare(pixels), self._nothing()
+        fitting = self.transforms.evaluation(sample)
+        scale = fitting.size[0] / sample.size[0], fitting.size[1] / sample.size[1]
+        placed = self.transforms.place(drop_vanished(fitting))
+        return Prepared(placed.image, fitting.size, scale), placed
+
     def _label_map(self, raw: RawSample) -> Tensor:
         label = decode_label(raw.first(("label.png",)), raw.where)
         wrong = label[(label != IGNORE) & ((label < 0) | (label >= len(self.manifest.classes)))]
@@ -371,9 +399,13 @@ class PackedDataset:
             raise DataError(f"{raw.where}: class id {int(wrong[0])} of {len(self.manifest.classes)}; pack again")
         return label.to(torch.uint8)
 
-    def _load(self, raw: RawSample, metadata: dict[str, Any]) -> Sample:
-        """Decoded for training. Crowd regions are no training targets."""
-        sample = Sample(self._pixels(raw, metadata))
+    def _load(self, raw: RawSample, metadata: dict[str, Any], pixels: Tensor | None = None) -> Sample:
+        """Decoded for training. Crowd regions are no training targets.
+
+        Args:
+            pixels: of the image or clip, where they are decoded already.
+        """
+        sample = Sample(self._pixels(raw, metadata) if pixels is None else pixels)
         if self.kind in CLASSED:
             sample.labels = torch.tensor(metadata["label"])
         elif self.kind == "semantic":

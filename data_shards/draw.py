@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+from torchvision.utils import make_grid
 
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.decode import (
@@ -28,12 +28,15 @@ from vitgraft.data_shards.geometry import Sample, resize
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.stream import RawSample
+from vitgraft.data_shards.text import written
 
 Colour = tuple[int, int, int]
 
 _STRIP = ClipConfig(frames=6, sampling="uniform")
-_CAPTION = 14
+_LETTERS = 13
+"""Height of the letters beside a picture, and of the smallest on one."""
 _SMALLEST = 256
+_WHITE = (255, 255, 255)
 
 
 def class_colour(number: int) -> Colour:
@@ -46,7 +49,7 @@ def class_colour(number: int) -> Colour:
 def draw_instances(
     image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str], masks: Tensor | None = None
 ) -> Tensor:
-    """Boxes, captions and masks over an image.
+    """Boxes, captions and masks over an image. Masks are laid over each other, the largest first.
 
     Args:
         image: (3, H, W) uint8. boxes: (N, 4) xyxy in pixels. labels: class ids, which decide the colours.
@@ -56,19 +59,25 @@ def draw_instances(
         return image
     colours = [class_colour(label) for label in labels]
     if masks is not None:
-        image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colours)
+        image = _blended(image, masks.bool(), colours)
     height, width = image.shape[1:]
-    inside = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2] - 1) for i in range(4)], dim=1)
-    drawn: Tensor = draw_bounding_boxes(
-        image,
-        inside,
-        colors=colours,
-        labels=list(captions),
-        width=2,
-        label_colors=colours,
-        label_background_colors=["black"] * len(colours),
-        fill_labels=True,
-    )
+    picture = F.to_pil_image(image)
+    draw = ImageDraw.Draw(picture)
+    size = max(_LETTERS, min(48, min(height, width) // 32))
+    line = max(2, size // 8)
+    limit = torch.tensor([width - 1, height - 1] * 2)
+    corners = boxes.float().nan_to_num().clamp(min=torch.zeros(4), max=limit)
+    # A box from outside may have its corners exchanged.
+    places = torch.cat([corners.reshape(-1, 2, 2).amin(1), corners.reshape(-1, 2, 2).amax(1)], 1).round().int().tolist()
+    for place, colour in zip(places, colours, strict=True):
+        draw.rectangle(place, outline=colour, width=line)
+    for (left, top, _, _), caption, colour in zip(places, captions, colours, strict=True):
+        font, text = written(caption, size)
+        x = max(0, min(left + line, width - int(draw.textlength(text, font=font)) - 2))
+        y = max(0, min(top + line, height - size - 4))
+        draw.rectangle(draw.textbbox((x, y), text, font=font), fill=colour)
+        draw.text((x, y), text, fill=_readable_on(colour), font=font)
+    drawn: Tensor = F.pil_to_tensor(picture)
     return drawn
 
 
@@ -78,19 +87,40 @@ def draw_label_map(image: Tensor, label_map: Tensor, classes: Sequence[str]) -> 
     Args:
         image: (3, H, W) uint8. label_map: (H, W) integers; 255 stays undrawn.
     """
-    present = [int(value) for value in torch.unique(label_map) if int(value) != IGNORE]
+    numbers, places = torch.unique(label_map, return_inverse=True)
+    present = [value for value in numbers.tolist() if value != IGNORE]
     if not present:
         return image
-    masks = torch.stack([label_map == value for value in present])
-    drawn = draw_segmentation_masks(image, masks, alpha=0.6, colors=[class_colour(value) for value in present])
-    lines = [(classes[value], class_colour(value)) for value in present]
-    return torch.cat([drawn, _legend(lines, int(image.shape[2]))], dim=1)
+    palette = torch.tensor([class_colour(value) for value in numbers.tolist()], dtype=torch.float32)
+    drawn, shown = image.clone(), label_map != IGNORE
+    drawn[:, shown] = _mixed(image[:, shown], palette[places[shown]].T, 0.6)
+    # Inspection draws what nobody has checked.
+    lines = [(classes[v] if 0 <= v < len(classes) else f"class {v}", class_colour(v)) for v in present]
+    return torch.cat([drawn, text_below(lines, int(image.shape[2]))], dim=1)
+
+
+def _readable_on(colour: Colour) -> str:
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "white"
+
+
+def _blended(image: Tensor, masks: Tensor, colours: Sequence[Colour]) -> Tensor:
+    image = image.clone()
+    for number in masks.flatten(1).sum(1).argsort(descending=True, stable=True).tolist():
+        colour = torch.tensor(colours[number], dtype=torch.float32)[:, None]
+        image[:, masks[number]] = _mixed(image[:, masks[number]], colour, 0.5)
+    return image
+
+
+def _mixed(pixels: Tensor, colours: Tensor, share: float) -> Tensor:
+    """``colours`` at this share over ``pixels``, both (3, N)."""
+    return (pixels.float() * (1 - share) + colours * share).to(torch.uint8)
 
 
 def draw_clip(frames: Tensor, caption: str) -> Tensor:
     """Frames (T, 3, H, W) uint8 side by side, with a caption below: (3, H', W')."""
     strip: Tensor = make_grid(frames, nrow=len(frames), padding=2)
-    return torch.cat([strip, _legend([(caption, (255, 255, 255))], int(strip.shape[2]))], dim=1)
+    return torch.cat([strip, text_below([(caption, _WHITE)], int(strip.shape[2]))], dim=1)
 
 
 def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
@@ -142,19 +172,21 @@ def _enlarged(sample: Sample) -> Sample:
     return resize(sample, (sample.size[0] * factor, sample.size[1] * factor))
 
 
-def _legend(lines: Sequence[tuple[str, Colour]], width: int) -> Tensor:
-    """(3, h, width) uint8: coloured words, in as many rows as they need."""
-    scratch = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+def text_below(lines: Sequence[tuple[str, Colour]], width: int) -> Tensor:
+    """Coloured words on black, in as many rows as they need: (3, h, ``width``) uint8."""
     places, x, row = [], 2, 0
-    for text, colour in lines:
-        length = int(scratch.textlength(text)) + 8
+    words = [(*written(text, _LETTERS), colour) for text, colour in lines]
+    heights = [sum(font.getmetrics()) for font, _, _ in words]
+    height = max([_LETTERS, *heights]) + 1
+    for font, text, colour in words:
+        length = int(font.getlength(text)) + 8
         if x > 2 and x + length > width:
             x, row = 2, row + 1
-        places.append((x, row * _CAPTION + 1, text, colour))
+        places.append((x, row * height, text, colour, font))
         x += length
-    legend = Image.new("RGB", (width, (row + 1) * _CAPTION))
-    draw = ImageDraw.Draw(legend)
-    for left, top, text, colour in places:
-        draw.text((left, top), text, fill=colour)
-    pixels: Tensor = F.pil_to_tensor(legend)
+    below = Image.new("RGB", (width, (row + 1) * height))
+    draw = ImageDraw.Draw(below)
+    for left, top, text, colour, font in places:
+        draw.text((left, top), text, fill=colour, font=font)
+    pixels: Tensor = F.pil_to_tensor(below)
     return pixels

@@ -306,7 +306,7 @@ def eval_batches(
     batch_size: int,
     on_error: Callable[[int, str], None] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of evaluation with truths, in the order of ``indices``; targets are ``None``.
+    """Batches of evaluation with truths, in the order of ``indices``; targets where the data set was asked for them.
 
     Args:
         on_error: called with (sample, one-line reason) for every sample that cannot be read, before its batch is

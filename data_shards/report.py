@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ import torch
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
-from vitgraft.configs.outputs import write_output
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.decode import (
     check_annotations,
@@ -32,6 +30,7 @@ from vitgraft.data_shards.frames import ImageFrames, clip_of
 from vitgraft.data_shards.images import IMAGE_EXTENSIONS, decode_image, orientation_of, oriented_size, read_header
 from vitgraft.data_shards.manifest import CLASSED, IGNORE, Manifest, read_manifest
 from vitgraft.data_shards.parallel import outcomes
+from vitgraft.data_shards.pictures import write_picture
 from vitgraft.data_shards.remote import UnreachableError
 from vitgraft.data_shards.sources import open_cache, resolve_source
 from vitgraft.data_shards.stream import RawSample, ShardReader
@@ -189,7 +188,7 @@ def inspect(
 
     Raises:
         DataError: there is no readable manifest.
-        ConfigError: ``out`` cannot be written.
+        ConfigError: ``out`` cannot be written, or holds other files of these names.
     """
     from vitgraft.data_shards.draw import draw_sample
 
@@ -206,9 +205,7 @@ def inspect(
             raw = reader.read(sample)
             found, size, without = _statistics(raw, manifest)
             if len(pictures) < draw and out is not None:
-                stream = io.BytesIO()
-                draw_sample(raw, manifest).save(stream, "PNG")
-                write_output(out / f"{raw.key}.png", stream.getvalue(), f"--out {out}")
+                write_picture(out / f"{raw.key}.png", draw_sample(raw, manifest), f"--out {out}")
                 pictures.append(out / f"{raw.key}.png")
         except UnreachableError:
             raise

@@ -36,6 +36,12 @@ RunOrCheckpoint = Annotated[
     Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run directory or one of its checkpoints.")
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run.")]
+WeightsOption = Annotated[
+    Literal["ema", "raw"] | None,
+    typer.Option(
+        "--weights", help="The weights' moving average or the weights themselves [default: ema where there is one]."
+    ),
+]
 
 
 @app.command(epilog="Example: vitgraft train quickstart/detection --run-dir runs/first --set train.epochs=2")
@@ -125,16 +131,21 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the figures and their protocol here as JSON.")
     ] = None,
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Evaluate a checkpoint: COCO box and mask AP, mIoU, or top-1 and top-5."""
+    """Evaluate a checkpoint: COCO box and mask AP, mIoU, or top-1 and top-5, with the protocol of the figures."""
     from vitgraft.launch import inference
     from vitgraft.launch.ui import Screen
 
     with Screen() as screen:
-        figures = inference.evaluate(target, data, out, device, screen)
-    for name, value in figures.items():
-        typer.echo(f"{name:16s} {value:.4f}")
+        evaluation = inference.evaluate(target, data, out, device, screen, weights)
+    from vitgraft.trainer.figures import in_words
+
+    for name, figure in evaluation.metrics.items():
+        typer.echo(f"{name:16s} {in_words(figure, 4)}")
+    for key, value in evaluation.protocol.items():
+        typer.echo(f"# {key}: {value}")
 
 
 @app.command(epilog="Example: vitgraft predict runs/first photo.jpg clips/ --out predictions")
@@ -142,15 +153,34 @@ def predict(
     target: RunOrCheckpoint,
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images or clips, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for a JSON and a picture of each input.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            min=0,
+            max=1,
+            help="List and draw what has this score or more [default: draw 0.5 and more, list all].",
+        ),
+    ] = None,
+    weights: WeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Predict on images or clips: JSON and pictures with boxes, masks and labels."""
+    """Predict on images or clips: JSON and pictures with boxes, masks and labels.
+
+    Files that cannot be read are listed at the end, which then exits with 3; all others are done.
+    """
+    from vitgraft.configs.errors import DataError
     from vitgraft.launch import inference
     from vitgraft.launch.ui import Screen
 
     with Screen() as screen:
-        count = inference.predict(target, inputs, out, device, screen)
-    typer.echo(f"{count} predictions in {out}")
+        found = inference.predict(target, inputs, out, device, screen, weights, threshold)
+    typer.echo(f"{found.done} prediction{'' if found.done == 1 else 's'} in {out}")
+    if found.broken:
+        total = found.done + len(found.broken)
+        raise DataError(
+            f"{len(found.broken)} of {total} inputs could not be read, as listed above; the first: {found.broken[0]}"
+        )
 
 
 @app.command(epilog="Example: vitgraft export runs/first --format safetensors --part backbone --out trunk.safetensors")
@@ -161,9 +191,7 @@ def export(
         typer.Option("--format", help="Weights alone, or the forward pass as a torch.export program."),
     ],
     out: Annotated[Path, typer.Option("--out", help="File to write: .safetensors, or .pt2.")],
-    weights: Annotated[
-        Literal["ema", "raw"] | None, typer.Option("--weights", help="[default: ema where there is one, else raw]")
-    ] = None,
+    weights: WeightsOption = None,
     part: Annotated[
         Literal["model", "backbone"],
         typer.Option("--part", help="The whole model, or the trunk alone under timm's or the official names."),

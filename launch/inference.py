@@ -3,67 +3,121 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from vitgraft.configs.errors import CheckpointError, ConfigError, DataError
+from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.load import load_recipe
+from vitgraft.configs.outputs import keep_inputs, write_output
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch.devices import count_gpus, limit_threads
 from vitgraft.launch.ui import Screen
-from vitgraft.trainer.checkpoint.read import Checkpoint, resolve_checkpoint
+from vitgraft.trainer.checkpoint.read import Checkpoint, Weights, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from vitgraft.trainer.evaluate import Evaluation
+    from vitgraft.trainer.predict import Predictions
+
+_OF_A_RUN = (
+    *("config.yaml", "metrics.jsonl", "events.jsonl", "non_finite.jsonl", "checkpoints", "blobs", "results", "logs"),
+    *("ledger", "tensorboard", "lock"),
+)
 
 
-def evaluate(target: Path, data: str | None, out: Path | None, device: str, screen: Screen) -> dict[str, float]:
-    """Evaluate; returns the figures by name, and writes them with their protocol to ``out``."""
+def evaluate(
+    target: Path,
+    data: str | None,
+    out: Path | None,
+    device: str,
+    screen: Screen,
+    weights: Weights | None = None,
+) -> Evaluation:
+    """Evaluate; the figures are written with their protocol to ``out``."""
     recipe, checkpoint = _open(target)
     source = data or (recipe.data.val.path if recipe.data.val is not None else None)
     if source is None:
         raise ConfigError(f"{target}: its recipe has no data.val; give --data DIR")
+    if out is not None:
+        keep_inputs([out], [*_files_of(checkpoint), Path(source)], f"--out {out}")
     import torch
 
-    from vitgraft.trainer.checkpoint.files import replace_text
+    from vitgraft.trainer.checkpoint.read import choose_weights
     from vitgraft.trainer.evaluate import Evaluator, to_json
+    from vitgraft.trainer.figures import lag_of
 
+    weights = choose_weights(checkpoint, weights)
     evaluator = Evaluator(recipe, checkpoint.manifest.classes, source, torch.device(_device(device)))
-    evaluation = evaluator.run(checkpoint, None, 0, screen.callback("evaluate"))
+    evaluation = evaluator.run(checkpoint, None, 0, screen.callback("evaluate"), weights)
     assert evaluation is not None
     if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(out, to_json(evaluation.as_json()))
-        except OSError as error:
-            raise DataError(f"--out {out}: cannot be written: {error.strerror}; choose another file") from None
+        write_output(out, to_json(evaluation.as_json()), f"--out {out}")
     if evaluation.unreadable:
         screen.note(
             f"{len(evaluation.unreadable)} unreadable samples counted as wrong; the first: {evaluation.unreadable[0]}"
         )
-    return evaluation.metrics
+    if weights == "ema" and (lagging := lag_of(recipe, checkpoint)) is not None:
+        screen.note(lagging)
+    return evaluation
 
 
-def predict(target: Path, inputs: list[Path], out: Path, device: str, screen: Screen) -> int:
-    """Predict on files; returns how many."""
+def predict(
+    target: Path,
+    inputs: list[Path],
+    out: Path,
+    device: str,
+    screen: Screen,
+    weights: Weights | None = None,
+    threshold: float | None = None,
+) -> Predictions:
+    """Predict on files; says what was passed over, what is undrawn and what is broken."""
     recipe, checkpoint = _open(target)
+    from vitgraft.trainer.inputs import check_outputs, find_inputs, summary
+
+    found = find_inputs(inputs, out, recipe.task)
+    check_outputs(found.files, out)
+    if found.passed_over:
+        screen.note(summary(found.passed_over))
+    for folder in found.without:
+        screen.note(f"{folder}: nothing to predict on")
     import torch
 
+    from vitgraft.trainer.checkpoint.read import choose_weights
+    from vitgraft.trainer.figures import lag_of
     from vitgraft.trainer.predict import Predictor, predict_files
 
-    predictor = Predictor(recipe, checkpoint, torch.device(_device(device)))
-    return len(predict_files(predictor, inputs, out, screen.callback("predict")))
+    weights = choose_weights(checkpoint, weights)
+    if weights == "ema" and (lagging := lag_of(recipe, checkpoint)) is not None:
+        screen.note(lagging)
+    predictor = Predictor(recipe, checkpoint, torch.device(_device(device)), weights, threshold)
+    predictions = predict_files(predictor, found.files, out, screen.callback("predict"))
+    if predictions.undrawn:
+        screen.note(
+            f"nothing is drawn on {predictions.undrawn} of {predictions.done} pictures: no detection of score "
+            f"{predictor.task.threshold:g} or more; --threshold draws and lists others"
+        )
+    for line in predictions.broken:
+        screen.note(line)
+    return predictions
 
 
 def export(
     target: Path,
     format: Literal["safetensors", "torch-export"],
     out: Path,
-    weights: Literal["ema", "raw"] | None,
+    weights: Weights | None,
     part: Literal["model", "backbone"],
     overwrite: bool,
 ) -> str:
     """Write the model of a checkpoint to ``out``; returns what the file holds."""
     recipe, checkpoint = _open(target)
+    keep_inputs([out], _files_of(checkpoint), f"--out {out}")
     from vitgraft.trainer.export import export as write
 
     return write(recipe, checkpoint, out, format, weights=weights, part=part, overwrite=overwrite)
+
+
+def _files_of(checkpoint: Checkpoint) -> list[Path]:
+    """What a run consists of, besides what its user puts into its folder."""
+    return [checkpoint.path, *(checkpoint.run / name for name in _OF_A_RUN)]
 
 
 def _open(target: Path) -> tuple[Recipe, Checkpoint]:

@@ -60,18 +60,23 @@ class GraftedModel(nn.Module):
 
         With targets, losses by name as sums beside their normalisers, with per-sample weights (B,); else predictions.
         """
-        canvas = (images.shape[-2], images.shape[-1])
-        images = images.to(next(self.backbone.parameters()).dtype)
-        maps = self.adapter.maps(self.backbone, images)
-        if self.neck is not None:
-            maps = self.neck.maps(maps)
-        result: Any = self.head(maps, sizes, canvas, targets, weights)
+        result: Any = self.head(self._maps(images), sizes, (images.shape[-2], images.shape[-1]), targets, weights)
         return cast(Losses | Predictions, result)
 
     def counts(self, targets: Targets, weights: Tensor) -> Counts:
         """The normalisers of the head's losses that are known without a forward pass; targets and weights: as there."""
         head: Any = self.head
         return cast(Counts, head.counts(targets, weights))
+
+    def evaluate(self, images: Tensor, sizes: Tensor, targets: Targets, weights: Tensor) -> tuple[Predictions, Losses]:
+        """Predictions and losses of the same maps, as :meth:`forward` gives one or the other."""
+        maps, canvas = self._maps(images), (images.shape[-2], images.shape[-1])
+        predictions, losses = self.head(maps, sizes, canvas), self.head(maps, sizes, canvas, targets, weights)
+        return cast(Predictions, predictions), cast(Losses, losses)
+
+    def _maps(self, images: Tensor) -> Any:
+        maps = self.adapter.maps(self.backbone, images.to(next(self.backbone.parameters()).dtype))
+        return maps if self.neck is None else self.neck.maps(maps)
 
     def recompute_units(self) -> list[nn.Module]:
         """What activation checkpointing is applied to: the trunk's blocks and parts of the adapter and the head."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.files import MAX_SMALL_BYTES, read_json
@@ -25,12 +28,13 @@ from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.contract import Predictions
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.files import replace_text
-from vitgraft.trainer.checkpoint.layout import step_name
-from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
+from vitgraft.trainer.checkpoint.layout import EMA, step_name
+from vitgraft.trainer.checkpoint.read import Checkpoint, Weights, choose_weights, read_weights
 from vitgraft.trainer.checkpoint.retention import result_path
 from vitgraft.trainer.checkpoint.save import load_model
-from vitgraft.trainer.draw import beside, save_png, titled
+from vitgraft.trainer.draw import beside, remarked, save_png, titled
 from vitgraft.trainer.tasks import Metric, make_task
+from vitgraft.trainer.tasks.base import Figures
 from vitgraft.trainer.tasks.video import average_views
 
 
@@ -39,16 +43,22 @@ class Evaluation:
     """One evaluation: the content of RUN/results/step-N.json."""
 
     step: int
-    metrics: dict[str, float]
+    metrics: Figures
+    """``None``: the data has no ground truth for it."""
     protocol: dict[str, Any]
     samples: int
     unreadable: list[str]
     seconds: float
     pictures: list[str] = field(default_factory=list)
+    raw_metrics: Figures | None = None
+    """Of the weights themselves, where ``metrics`` are of their average and both were evaluated."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Of the same weights as ``metrics``. For a curve only: what a head draws at random depends on the batches."""
+    confusion: NDArray[np.int64] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name not in ("losses", "confusion")}
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
@@ -61,31 +71,42 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any
 class Evaluator:
     """Holds the data set and one copy of the model; :meth:`run` takes one checkpoint after another.
 
+    Args:
+        losses: compute the losses too.
+
     Raises:
         DataError: the data set's classes are not the checkpoint's (from :meth:`run`), or it is damaged.
     """
 
-    def __init__(self, recipe: Recipe, classes: list[str], data: str, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, classes: list[str], data: str, device: torch.device, losses: bool = False
+    ) -> None:
         self.recipe, self.classes, self.device = recipe, classes, device
         self.task = make_task(recipe.task, classes)
         views = recipe.evaluate.views
         self.views = 1 if views is None else views.count
-        self.dataset = PackedDataset(data, recipe.data, recipe.task, seed=recipe.train.seed, train=False, views=views)
+        self.dataset = PackedDataset(
+            data, recipe.data, recipe.task, seed=recipe.train.seed, train=False, views=views, targets=losses
+        )
         if self.dataset.manifest.classes != classes:
             raise DataError(_class_mismatch(data, self.dataset.manifest.classes, classes))
         size = recipe.data.image_size
         model = build_model(recipe.model.without_weights(), num_classes=len(classes), image_size=(size[0], size[1]))
         self.model: GraftedModel = model.to(device).eval()
 
-    def protocol(self) -> dict[str, Any]:
-        """How the figures come about: written beside them."""
+    def protocol(self, weights: Weights | None = None) -> dict[str, Any]:
+        """How the figures come about: written beside them.
+
+        Args:
+            weights: which are evaluated; ``None``: the average where the recipe has one.
+        """
         data = self.recipe.data
         protocol = {
             **self.task.protocol,
             "data_fingerprint": self.dataset.manifest.fingerprint,
             "samples": self.dataset.manifest.samples,
             "input": f"resized to fit {data.image_size[0]}x{data.image_size[1]}, padded",
-            "weights": "ema" if self.recipe.train.ema is not None else "raw",
+            "weights": weights or ("ema" if self.recipe.train.ema is not None else "raw"),
             "precision": self.recipe.train.precision,
         }
         head = self.recipe.model.head
@@ -105,23 +126,32 @@ class Evaluator:
         return protocol
 
     def run(
-        self, checkpoint: Checkpoint, pictures: Path | None, count: int, progress: Callable[[int, int], None]
+        self,
+        checkpoint: Checkpoint,
+        pictures: Path | None,
+        count: int,
+        progress: Callable[[int, int], None],
+        weights: Weights | None = None,
     ) -> Evaluation | None:
         """Evaluate one checkpoint; collective over the ranks, each taking every world-th sample.
 
         Args:
             pictures: folder for ``count`` pictures of the first samples; ``None``: none are written.
             progress: called with samples done and all samples of this rank.
+            weights: the average (``ema``) or the weights themselves; ``None``: the average where there is one.
 
         Returns:
             The evaluation on rank 0, ``None`` on the others.
+
+        Raises:
+            ConfigError: there is no average.
         """
         started = time.monotonic()
+        weights = choose_weights(checkpoint, weights)
         with checkpoint.reading():
-            load_model(
-                self.model, read_weights(checkpoint, ema=self.recipe.train.ema is not None), str(checkpoint.path)
-            )
+            load_model(self.model, read_weights(checkpoint, ema=weights == "ema"), str(checkpoint.path))
         metric = self.task.metric()
+        losses: dict[str, list[float]] = {}
         unreadable: list[str] = []
         indices = list(range(comm.rank(), self.dataset.manifest.samples, comm.world()))
         wanted = {index for index in indices if index < count} if pictures is not None else set()
@@ -129,19 +159,21 @@ class Evaluator:
             shutil.rmtree(pictures, ignore_errors=True)
             pictures.mkdir(parents=True)
         comm.barrier()
-        names = self._pass(metric, indices, unreadable, pictures, wanted, progress)
-        states = comm.gather_to_first([metric.state(), unreadable, names])
+        names = self._pass(metric, indices, unreadable, pictures, wanted, losses, progress)
+        states = comm.gather_to_first([metric.state(), unreadable, names, losses])
         if states is None:
             return None
-        metric.merge([state for state, _, _ in states])
+        metric.merge([state[0] for state in states])
         return Evaluation(
             step=checkpoint.step,
             metrics=metric.compute(),
-            protocol=self.protocol(),
+            protocol=self.protocol(weights),
             samples=self.dataset.manifest.samples,
-            unreadable=sorted(line for _, lines, _ in states for line in lines),
+            unreadable=sorted(line for state in states for line in state[1]),
             seconds=time.monotonic() - started,
-            pictures=sorted(name for _, _, names_ in states for name in names_),
+            pictures=sorted(name for state in states for name in state[2]),
+            losses=_mean_losses([state[3] for state in states]),
+            confusion=metric.confusion(),
         )
 
     def _pass(
@@ -151,6 +183,7 @@ class Evaluator:
         unreadable: list[str],
         pictures: Path | None,
         wanted: set[int],
+        losses: dict[str, list[float]],
         progress: Callable[[int, int], None],
     ) -> list[str]:
         names: list[str] = []
@@ -159,7 +192,7 @@ class Evaluator:
         # The loader makes whole videos; a forward pass takes ``evaluate.batch`` of their views.
         videos = max(1, self.recipe.evaluate.batch // self.views)
         for batch in eval_batches(self.dataset, indices, videos, on_error=on_error):
-            predictions = self._predict(batch)
+            predictions = self._predict(batch, losses)
             metric.add(predictions, batch)
             for position in range(len(batch.truths)):
                 index = indices[done + position]
@@ -171,12 +204,24 @@ class Evaluator:
             progress(done, len(indices))
         return names
 
-    def _predict(self, batch: Batch) -> Predictions:
+    def _predict(self, batch: Batch, losses: dict[str, list[float]]) -> Predictions:
+        """Predictions of a batch; adds [total, count] of its losses where it has targets."""
         on_device = batch.to(self.device)
         with torch.no_grad(), autocast(self.recipe, self.device):
-            if self.recipe.evaluate.views is None:
-                predictions: Predictions = self.model(on_device.images, on_device.sizes)
+            if on_device.targets is not None:
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    torch.manual_seed(0)
+                    predictions, terms = self.model.evaluate(
+                        on_device.images, on_device.sizes, on_device.targets, on_device.weights
+                    )
+                for name, term in terms.items():
+                    sums = losses.setdefault(name, [0.0, 0.0])
+                    sums[0] += float(term.total)
+                    sums[1] += float(term.count)
                 return predictions
+            if self.recipe.evaluate.views is None:
+                whole: Predictions = self.model(on_device.images, on_device.sizes)
+                return whole
             step = self.recipe.evaluate.batch
             parts = [
                 self.model(on_device.images[start : start + step], on_device.sizes[start : start + step])
@@ -198,7 +243,14 @@ class Evaluator:
                 torch.uint8
             )
         left = titled(self.task.draw_truth(image, truth), "ground truth")
-        return beside(left, titled(self.task.draw(image, result), "prediction"))
+        return beside(left, titled(remarked(self.task.draw(image, result), self.task.remark(result)), "prediction"))
+
+
+def _mean_losses(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Sums over the ranks and batches, divided by what they are normalised by."""
+    names = sorted({name for part in parts for name in part})
+    sums = {name: [math.fsum(part[name][i] for part in parts if name in part) for i in (0, 1)] for name in names}
+    return {name: total / max(count, 1.0) for name, (total, count) in sums.items()}
 
 
 def denormalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
@@ -214,7 +266,12 @@ def evaluate_into_run(
 ) -> Evaluation | None:
     """Evaluate and write RUN/results/step-N.json and its pictures; collective."""
     folder = run / "results" / step_name(checkpoint.step)
-    evaluation = evaluator.run(checkpoint, folder, evaluator.recipe.evaluate.pictures, progress)
+    both = EMA in checkpoint.manifest.kinds and evaluator.recipe.evaluate.raw
+    evaluation = evaluator.run(checkpoint, folder, evaluator.recipe.evaluate.pictures, _part(progress, 0, both))
+    if both:
+        raw = evaluator.run(checkpoint, None, 0, _part(progress, 1, both), "raw")
+        if evaluation is not None and raw is not None:
+            evaluation = replace(evaluation, raw_metrics=raw.metrics, seconds=evaluation.seconds + raw.seconds)
     if evaluation is not None:
         replace_text(
             result_path(run, checkpoint.step),
@@ -223,10 +280,9 @@ def evaluate_into_run(
     return evaluation
 
 
-def headline(evaluator: Evaluator, evaluation: Evaluation) -> str:
-    """The primary figures in one line."""
-    shown = ", ".join(f"{name} {evaluation.metrics.get(name, float('nan')):.3f}" for name in evaluator.task.primary)
-    return f"step {evaluation.step}: {shown} on {evaluation.samples} samples"
+def _part(progress: Callable[[int, int], None], number: int, both: bool) -> Callable[[int, int], None]:
+    """Progress of one of the two passes."""
+    return (lambda done, total: progress(number * total + done, 2 * total)) if both else progress
 
 
 def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -> bool:

@@ -20,13 +20,11 @@ from vitgraft.configs.schema import Recipe
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.official_names import trunk_tensors
 from vitgraft.trainer.checkpoint.files import sync_folder
-from vitgraft.trainer.checkpoint.layout import EMA
-from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
+from vitgraft.trainer.checkpoint.read import Checkpoint, Weights, choose_weights, read_weights
 from vitgraft.trainer.checkpoint.save import load_model
 from vitgraft.trainer.exported_program import capture
 
 Format = Literal["safetensors", "torch-export"]
-Weights = Literal["ema", "raw"]
 Part = Literal["model", "backbone"]
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2"}
 EXTRA_FILE = "vitgraft.json"
@@ -58,10 +56,7 @@ def export(
         CheckpointError: damaged, or of another model than the recipe's.
     """
     _check_out(out, format, overwrite)
-    averaged = EMA in checkpoint.manifest.kinds
-    if weights == "ema" and not averaged:
-        raise ConfigError(f"--weights ema: {checkpoint.path} holds no average (train.ema); use --weights raw")
-    weights = weights or ("ema" if averaged else "raw")
+    weights = choose_weights(checkpoint, weights)
     with checkpoint.reading():
         state = read_weights(checkpoint, ema=weights == "ema")
     facts = _facts(recipe, checkpoint, weights, part)

@@ -21,7 +21,8 @@ from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.layout import parse_step
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from vitgraft.trainer.checkpoint.retention import awaiting, evaluation_due, given_up_path, result_path, retain
-from vitgraft.trainer.evaluate import Evaluation, Evaluator, evaluate_into_run, evaluated_already, headline
+from vitgraft.trainer.evaluate import Evaluation, Evaluator, evaluate_into_run, evaluated_already
+from vitgraft.trainer.figures import headline, missing_best
 from vitgraft.trainer.monitor import draw_evaluation
 from vitgraft.trainer.rank import as_known
 
@@ -100,7 +101,7 @@ class Follower:
                     evaluation = evaluate_into_run(evaluator, self.run, checkpoint, self._progress)
                     assert evaluation is not None  # there is one process
                     self.pulse.done += 1
-                    self._tell(evaluator, evaluation)
+                    self._tell(evaluator, evaluation, checkpoint)
             with contextlib.suppress(OSError):
                 given_up_path(self.run, step).unlink(missing_ok=True)
         except Exception as error:
@@ -145,17 +146,18 @@ class Follower:
         if self._evaluator is None:
             assert self.recipe.data.val is not None  # else nothing is due
             classes, data = checkpoint.manifest.classes, self.recipe.data.val.path
-            self._evaluator = Evaluator(self.recipe, classes, data, self.device)
+            self._evaluator = Evaluator(self.recipe, classes, data, self.device, self.recipe.evaluate.loss)
         return self._evaluator
 
-    def _tell(self, evaluator: Evaluator, evaluation: Evaluation) -> None:
-        self.pulse.reporter.note(headline(evaluator, evaluation))
+    def _tell(self, evaluator: Evaluator, evaluation: Evaluation, checkpoint: Checkpoint) -> None:
+        self.pulse.reporter.note(headline(evaluator, evaluation, checkpoint))
+        if (missing := missing_best(evaluator, evaluation)) is not None:
+            self.pulse.reporter.note(missing)
         folder = result_path(self.run, evaluation.step).with_suffix("")
         try:
             if self._board is None:
                 self._board = self._open_board()
-            pictures = [folder / name for name in evaluation.pictures]
-            draw_evaluation(self._board, evaluation.step, evaluation.metrics, pictures)
+            draw_evaluation(self._board, evaluation, folder, evaluator.classes)
         except OSError as error:
             self.pulse.reporter.note(f"WARNING step {evaluation.step} has no curves: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -12,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vitgraft.configs.errors import DataError
+from vitgraft.configs.files import MAX_SMALL_BYTES, read_text
 from vitgraft.trainer.monitor_files import attempts, drop_torn_line, read_rows
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from vitgraft.trainer.evaluate import Evaluation
+    from vitgraft.trainer.param_groups import Group
 
 MAX_RANK_CURVES = 16
 """With more ranks than that, their own times are drawn as one histogram."""
@@ -94,14 +100,46 @@ def attempts_table(events: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_evaluation(board: SummaryWriter, step: int, figures: dict[str, float], pictures: list[Path]) -> None:
-    """One evaluation's figures and pictures as TensorBoard shows them."""
-    from vitgraft.trainer.draw import load_picture
+def groups_table(groups: Sequence[Group]) -> str:
+    """The optimizer's parameter groups, as a table in Markdown: the numbers of their curves."""
+    lines = ["| group | learning rate × | weight decay | tensors | e.g. |", "|---|---|---|---|---|"]
+    for number, group in enumerate(groups):
+        facts = f"{group.lr_multiplier:.4g} | {group.weight_decay:g} | {len(group.names)} | `{group.names[0]}`"
+        lines.append(f"| {number:02d} | {facts} |")
+    return "\n".join(lines)
 
-    for name, value in figures.items():
-        board.add_scalar(f"evaluation/{name}", value, step)
-    for number, path in enumerate(pictures):
-        board.add_image(f"predictions/{number:02d}", load_picture(path), step)
+
+def _recipe_text(run: Path) -> str:
+    """The resolved recipe, as TensorBoard shows code."""
+    try:
+        text = read_text(run / "config.yaml", MAX_SMALL_BYTES)
+    except DataError:
+        return "config.yaml cannot be read"
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def draw_evaluation(board: SummaryWriter, evaluation: Evaluation, folder: Path, classes: list[str]) -> None:
+    """One evaluation's figures, losses, confusion and pictures as TensorBoard shows them. A figure without ground truth
+    has no point.
+
+    Args:
+        folder: of its pictures.
+    """
+    from vitgraft.trainer.draw import draw_confusion, load_picture
+
+    step = evaluation.step
+    curves: dict[str, float | None] = {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
+    curves |= {f"evaluation_raw/{name}": value for name, value in (evaluation.raw_metrics or {}).items()}
+    curves |= {f"validation/loss/{name}": value for name, value in evaluation.losses.items()}
+    if evaluation.losses:
+        curves["validation/loss"] = math.fsum(evaluation.losses.values())
+    for name, value in curves.items():
+        if value is not None:
+            board.add_scalar(name, value, step)
+    if evaluation.confusion is not None:
+        board.add_image("confusion", draw_confusion(evaluation.confusion, classes), step)
+    for number, name in enumerate(evaluation.pictures):
+        board.add_image(f"predictions/{number:02d}", load_picture(folder / name), step)
     board.flush()
 
 
@@ -118,9 +156,16 @@ class Monitor:
         self._board: SummaryWriter = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._points: Any = self._board.file_writer
         self._board.add_text("run/attempts", attempts_table(read_rows(run / "events.jsonl")), first_step)
+        self._board.add_text("run/recipe", _recipe_text(run), first_step)
+        self._first_step = first_step
 
-    def step(self, row: StepRow, own_s: Sequence[float] = ()) -> None:
-        """Write one optimizer step. ``own_s``: the own seconds of each rank (:mod:`vitgraft.trainer.own_time`)."""
+    def step(self, row: StepRow, own_s: Sequence[float] = (), rates: Sequence[float] = ()) -> None:
+        """Write one optimizer step.
+
+        Args:
+            own_s: the own seconds of each rank (:mod:`vitgraft.trainer.own_time`).
+            rates: the learning rate of each parameter group; drawn where there are several.
+        """
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         self._rows.write(json.dumps(row.as_json()) + "\n")
@@ -129,14 +174,27 @@ class Monitor:
         curves = row.curves()
         if len(own_s) <= MAX_RANK_CURVES:
             curves |= {f"ranks/own_s/{rank:02d}": seconds for rank, seconds in enumerate(own_s)}
+        if len(rates) > 1:
+            curves |= {f"lr/group_{number:02d}": rate for number, rate in enumerate(rates)}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in curves.items()]
         self._points.add_summary(Summary(value=values), row.step)
         if len(own_s) > MAX_RANK_CURVES:
             self._board.add_histogram("ranks/own_s", torch.tensor(own_s), row.step)
 
-    def evaluation(self, step: int, figures: dict[str, float], pictures: list[Path]) -> None:
-        """Write one evaluation's figures and pictures."""
-        draw_evaluation(self._board, step, figures, pictures)
+    def evaluation(self, evaluation: Evaluation, folder: Path, classes: list[str]) -> None:
+        """Write one evaluation (:func:`draw_evaluation`)."""
+        draw_evaluation(self._board, evaluation, folder, classes)
+
+    def start(self, groups: Sequence[Group], picture: torch.Tensor) -> None:
+        """Write what an attempt begins with.
+
+        Args:
+            groups: of the optimizer's parameters.
+            picture: of the first training batch, (3, H, W) uint8.
+        """
+        self._board.add_text("run/parameter_groups", groups_table(groups), self._first_step)
+        self._board.add_image("train/batch", picture, self._first_step + 1)
+        self._board.flush()
 
     def close(self) -> None:
         """Flush and close both."""

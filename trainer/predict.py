@@ -3,60 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitgraft.configs.errors import DataError
+from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.outputs import write_output
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.model import MaskRCNNConfig, ModelConfig
 from vitgraft.data_shards.dataset import prepare_clip, prepare_image
 from vitgraft.data_shards.images import load_image
 from vitgraft.models.build import build_model
-from vitgraft.trainer.checkpoint.files import replace_text
-from vitgraft.trainer.checkpoint.read import Checkpoint, read_weights
+from vitgraft.trainer.checkpoint.read import Checkpoint, Weights, choose_weights, read_weights
 from vitgraft.trainer.checkpoint.save import load_model
-from vitgraft.trainer.draw import save_png
+from vitgraft.trainer.draw import png, remarked
 from vitgraft.trainer.evaluate import autocast, denormalise, to_json
+from vitgraft.trainer.inputs import Input, outputs_of
 from vitgraft.trainer.tasks import make_task
 
 Progress = Callable[[int, int], None]
 
 
 class Predictor:
-    """A checkpoint's model, ready for inputs of any size."""
+    """A checkpoint's model, ready for inputs of any size.
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:
+    Args:
+        weights: the average (``ema``) or the weights themselves; ``None``: the average where there is one.
+        threshold: list and draw what has this score or more; ``None``: list what the recipe's head gives, draw
+            detections of 0.5 and more.
+
+    Raises:
+        ConfigError: no average, or a threshold for label maps.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        weights: Weights | None = None,
+        threshold: float | None = None,
+    ) -> None:
         self.recipe, self.device = recipe, device
         classes = checkpoint.manifest.classes
         self.task = make_task(recipe.task, classes)
+        config = recipe.model.without_weights()
+        if threshold is not None:
+            if self.task.threshold is None:
+                raise ConfigError("--threshold: label maps have no scores, every pixel has a class; leave it out")
+            self.task.threshold = threshold
+            config = _listing_from(config, threshold)
         size = recipe.data.image_size
-        model = build_model(recipe.model.without_weights(), num_classes=len(classes), image_size=(size[0], size[1]))
+        model = build_model(config, num_classes=len(classes), image_size=(size[0], size[1]))
+        averaged = choose_weights(checkpoint, weights) == "ema"
         with checkpoint.reading():
-            load_model(model, read_weights(checkpoint, ema=recipe.train.ema is not None), str(checkpoint.path))
+            load_model(model, read_weights(checkpoint, ema=averaged), str(checkpoint.path))
         self.model = model.to(device).eval()
 
-    def predict(self, path: Path, out: Path) -> dict[str, Any]:
-        """Predict on one file; writes ``out``/STEM.json and ``out``/STEM.png (and STEM.labels.png for label maps).
+    def predict(self, given: Input, out: Path) -> dict[str, Any]:
+        """Predict on one file; writes ``out``/NAME.json and ``out``/NAME.png (and NAME.labels.png for label maps).
 
         Raises:
             DataError: the file cannot be read or decoded.
+            ConfigError: ``out`` cannot be written.
         """
-        image, shown, valid, size, orientation = self._prepare(path)
+        image, shown, valid, size, orientation = self._prepare(given.path)
         sizes = torch.tensor([valid])
         with torch.no_grad(), autocast(self.recipe, self.device):
             predictions = self.model(image[None].to(self.device), sizes.to(self.device))
         result = self.task.result(predictions, 0, valid, size)
-        picture = self.task.draw(shown, result)
-        labels = result.pop("labels", None)
+        remark = self.task.remark(result)
+        picture = remarked(self.task.draw(shown, result), remark)
+        json_path, picture_path, labels_path = outputs_of(given.name, out)
+        labels, option = result.pop("labels", None), f"--out {out}"
         if labels is not None:
-            name = f"{path.stem}.labels.png"
-            save_png(labels[None].expand(3, -1, -1), out / name)
-            result["label_map"] = name
-        save_png(picture, out / f"{path.stem}.png")
+            write_output(labels_path, png(labels[None].expand(3, -1, -1)), option)
+            result["label_map"] = labels_path.name
+        write_output(picture_path, png(picture), option)
+        threshold = {} if self.task.threshold is None else {"threshold": self.task.threshold}
         frame = {"frame": "displayed", "height": size[0], "width": size[1], "orientation": orientation}
-        result = {"input": str(path), "picture": f"{path.stem}.png", **frame, **result}
-        replace_text(out / f"{path.stem}.json", to_json(result))
+        result = {"input": str(given.path), "picture": picture_path.name, **frame, **threshold, **result}
+        if remark is not None:
+            result["remark"] = remark
+        write_output(json_path, to_json(result), option)
         return result
 
     def _prepare(self, path: Path) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int], tuple[int, int], int]:
@@ -71,26 +102,36 @@ class Predictor:
         return prepared.canvas, image, prepared.size, (image.shape[1], image.shape[2]), orientation
 
 
-def predict_files(predictor: Predictor, inputs: list[Path], out: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Predict on files and on all files of folders.
+def _listing_from(config: ModelConfig, threshold: float) -> ModelConfig:
+    """The same model, whose head gives detections from this score on."""
+    if not isinstance(config.head, MaskRCNNConfig):
+        return config
+    head = config.head.model_copy(update={"score_threshold": threshold})
+    return config.model_copy(update={"head": head})
+
+
+@dataclass
+class Predictions:
+    """``done``: inputs predicted on. ``undrawn``: those of them with nothing to draw. ``broken``: a line for each
+    that could not be read."""
+
+    done: int = 0
+    undrawn: int = 0
+    broken: list[str] = field(default_factory=list)
+
+
+def predict_files(predictor: Predictor, inputs: list[Input], out: Path, progress: Progress) -> Predictions:
+    """Predict on all files; one that cannot be read does not keep the others from being done.
 
     Raises:
-        DataError: an input is missing or unreadable, or two inputs would write the same file.
+        ConfigError: ``out`` cannot be written.
     """
-    files = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None or not files:
-        raise DataError(f"{missing or inputs[0]}: no such file; give images, clips or folders of them")
-    stems = [file.stem for file in files]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice is not None:
-        raise DataError(f"two inputs are called {twice}; predict them into different --out folders")
-    results = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for number, file in enumerate(files):
-            results.append(predictor.predict(file, out))
-            progress(number + 1, len(files))
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written: {error.strerror}; choose another folder") from None
-    return results
+    found = Predictions()
+    for number, given in enumerate(inputs):
+        try:
+            found.undrawn += "remark" in predictor.predict(given, out)
+            found.done += 1
+        except DataError as error:
+            found.broken.append(str(error))
+        progress(number + 1, len(inputs))
+    return found

@@ -56,7 +56,7 @@ class Session:
     state: TrainerState
     saver: Saver
     facts: RunFacts
-    lr_multipliers: list[float]
+    groups: list[param_groups.Group]
     first_step: int
     last_step: int
     reporter: Reporter
@@ -161,7 +161,7 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
         state=state,
         saver=make_saver(recipe, state, facts, last_step, reporter),
         facts=facts,
-        lr_multipliers=[group.lr_multiplier for group in groups],
+        groups=groups,
         first_step=0 if checkpoint is None else checkpoint.step,
         last_step=last_step,
         reporter=reporter,

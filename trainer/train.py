@@ -24,9 +24,11 @@ from vitgraft.data_shards.plan import MicroBatch, steps_per_epoch
 from vitgraft.models.contract import Counts, Losses
 from vitgraft.models.norms import frozen_batchnorm, unsynchronised_statistics
 from vitgraft.trainer import comm
+from vitgraft.trainer.batch_picture import draw_batch
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from vitgraft.trainer.checkpoint.retention import evaluation_due, result_path
-from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already, headline
+from vitgraft.trainer.evaluate import Evaluator, evaluate_into_run, evaluated_already
+from vitgraft.trainer.figures import headline, missing_best
 from vitgraft.trainer.forecast import Forecast
 from vitgraft.trainer.heartbeat import Heart
 from vitgraft.trainer.mfu import Arithmetic, arithmetic_of
@@ -108,6 +110,7 @@ class TrainLoop:
         self._arithmetic = self._count_arithmetic() if comm.rank() == 0 else None
         self._ledger = self._open_ledger()
         attempt = session.assignment.attempt
+        self._first_batch: Batch | None = None
         self._skips = SkipLog(self.run_folder, self.recipe.data.on_error, session.first_step, attempt)
         self._may_skip = self.recipe.data.on_error != "stop" or bool(session.dataset.left_out)
         # At work on, from 1 as in the metrics; None: not yet.
@@ -172,9 +175,11 @@ class TrainLoop:
         session, train = self.session, self.recipe.train
         factor = lr_factor(train.schedule, session.samples_at(step), session.samples_at(session.last_step))
         facts = StepFacts(lr=train.optimizer.lr * factor)
-        for group, multiplier in zip(session.engine.optimizer.param_groups, session.lr_multipliers, strict=True):
-            group["lr"] = facts.lr * multiplier
+        for group, settings in zip(session.engine.optimizer.param_groups, session.groups, strict=True):
+            group["lr"] = facts.lr * settings.lr_multiplier
         for micro, (part, batch, known) in enumerate(self._micro_batches(batches, facts)):
+            if self._monitor is not None and step == session.first_step and micro == 0:
+                self._first_batch = batch
             self._clock.start()
             # Nothing of a generator's state needs saving: randomness inside the model starts here, every time.
             torch.manual_seed(seed_of("model", train.seed, step, micro, comm.rank()))
@@ -195,7 +200,7 @@ class TrainLoop:
         # BatchNorm that is not synchronised (norm: bn) follows rank 0, as under DDP.
         comm.broadcast(self._loose_statistics)
         if session.state.ema is not None:
-            session.state.ema.update()
+            session.state.ema.update(step)
         return facts
 
     def _micro_batches(
@@ -345,7 +350,11 @@ class TrainLoop:
             loader_memory=batches.memory(),
             attempt=session.assignment.attempt,
         )
-        self._monitor.step(row, by_rank)
+        rates = [group["lr"] for group in session.engine.optimizer.param_groups]
+        self._monitor.step(row, by_rank, rates)
+        if self._first_batch is not None:
+            batch, self._first_batch = self._first_batch, None
+            self._monitor.start(session.groups, draw_batch(batch, self.recipe, session.facts.classes))
         session.reporter.progress(
             "train", step, session.last_step, loss=loss, lr=facts.lr, **{f"{self._kind}/s": row.images_per_second}
         )
@@ -380,17 +389,18 @@ class TrainLoop:
         evaluation = evaluate_into_run(evaluator, self.run_folder, checkpoint, progress)
         if evaluation is not None and self._monitor is not None:
             folder = result_path(self.run_folder, checkpoint.step).with_suffix("")
-            self._monitor.evaluation(
-                checkpoint.step, evaluation.metrics, [folder / name for name in evaluation.pictures]
-            )
-            session.reporter.note(headline(evaluator, evaluation))
+            self._monitor.evaluation(evaluation, folder, evaluator.classes)
+            session.reporter.note(headline(evaluator, evaluation, checkpoint))
+            if (missing := missing_best(evaluator, evaluation)) is not None:
+                session.reporter.note(missing)
 
     def _evaluator_of_run(self) -> Evaluator:
         """Made when first needed: it holds a second model."""
         if self._evaluator is None:
             assert self.recipe.data.val is not None
             classes, data = self.session.facts.classes, self.recipe.data.val.path
-            self._evaluator = Evaluator(self.recipe, classes, data, self.session.device)
+            loss = self.recipe.evaluate.loss
+            self._evaluator = Evaluator(self.recipe, classes, data, self.session.device, loss)
         return self._evaluator
 
     def _count_arithmetic(self) -> Arithmetic | None:

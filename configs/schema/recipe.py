@@ -69,6 +69,10 @@ class EvaluateConfig(Section):
     """Evaluate every so many committed checkpoints, and always the last."""
     pictures: NonNegative = 8
     """How many pictures of predictions each evaluation writes."""
+    raw: bool = True
+    """With ``train.ema``, evaluate the weights themselves beside their average: one more pass over ``data.val``."""
+    loss: bool = True
+    """Compute the training loss on ``data.val`` too, for its curve; not with ``views``."""
 
 
 Backlog = Literal["all", "latest"]
@@ -158,6 +162,11 @@ class Recipe(Section):
         if metric is not None and metric not in METRICS[self.task]:
             names = ", ".join(METRICS[self.task])
             raise ValueError(f"train.checkpoint.keep_best: {metric!r} is no metric of {self.task}; use one of {names}")
+        if metric is not None and metric.startswith("mask_") and not getattr(self.model.head, "masks", True):
+            raise ValueError(
+                f"train.checkpoint.keep_best: model.head.masks false gives no {metric}; use "
+                f"{metric.replace('mask_', 'box_')}, or set masks to true"
+            )
         if metric is not None and self.data.val is None:
             raise ValueError("train.checkpoint.keep_best needs evaluations: set data.val, or keep_best to null")
         return self

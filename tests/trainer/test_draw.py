@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFont
 from pycocotools import mask as mask_utils
 from torch import Tensor
 
+from vitgraft.data_shards import text
 from vitgraft.data_shards.batch import Truth
-from vitgraft.trainer.draw import beside, enlarge, load_picture, repeat, save_png, titled
+from vitgraft.data_shards.draw import class_colour
+from vitgraft.data_shards.text import written
+from vitgraft.trainer.draw import beside, draw_confusion, enlarge, load_picture, remarked, repeat, save_png, titled
 from vitgraft.trainer.tasks.detection import DetectionTask
 from vitgraft.trainer.tasks.semantic import SemanticTask
 from vitgraft.trainer.tasks.video import VideoTask
@@ -153,3 +157,81 @@ def test_a_clip_is_a_strip_of_its_frames(frames: int, shown: int) -> None:
     one, other = (task.draw_truth(clip, Truth("000000000", (32, 40), label)) for label in (0, 1))
     assert torch.equal(one[:, : 2 * 32], other[:, : 2 * 32])
     assert not torch.equal(one[:, 2 * 32 :], other[:, 2 * 32 :])
+
+
+def test_masks_that_overlap_are_drawn_one_after_the_other() -> None:
+    image, task = grey(160, 160), DetectionTask(["a", "b"])
+    large = detection(0.9, [20, 20, 120, 120], rle_of(20, 20, 120, 120, (160, 160)))
+    small = {**detection(0.8, [80, 80, 150, 150], rle_of(80, 80, 150, 150, (160, 160))), "class": 1, "name": "b"}
+    both = task.draw(image, {"detections": [small, large]})
+    alone = task.draw(image, {"detections": [small]})
+    inside, shared = both[:, 2 * 140, 2 * 140], both[:, 2 * 100, 2 * 100]
+    assert torch.equal(inside, alone[:, 2 * 140, 2 * 140])
+    assert shared.float().max() > 60  # not black
+    # The small one over the large one, half of each.
+    first, second = (torch.tensor(class_colour(label), dtype=torch.float32) for label in (0, 1))
+    expected = ((GREY * 0.5 + first * 0.5).to(torch.uint8).float() * 0.5 + second * 0.5).to(torch.uint8)
+    assert torch.equal(shared, expected)
+
+
+def test_a_detection_without_a_mask_takes_nobody_elses() -> None:
+    image, task = grey(160, 160), DetectionTask(["a"])
+    masked = detection(0.9, [20, 20, 60, 60], rle_of(20, 20, 60, 60, (160, 160)))
+    where = changed(image, task.draw(image, {"detections": [masked, detection(0.8, [80, 80, 150, 150])]}))
+    assert where[2 * 40, 2 * 40]
+    assert not where[2 * 120, 2 * 120]
+
+
+def test_boxes_from_outside_are_drawn_whatever_they_are() -> None:
+    image, task = grey(160, 160), DetectionTask(["a"])
+    for box in ([120, 140, 40, 60], [-50, -50, 500, 500], [float("nan"), 0, 10, 10], [300, 300, 400, 400]):
+        assert task.draw(image, {"detections": [detection(0.9, box)]}).shape == (3, 320, 320)
+
+
+def test_what_is_not_drawn_is_said() -> None:
+    task = DetectionTask(["a"])
+    assert task.remark({"detections": [detection(0.5, [0, 0, 9, 9])]}) is None
+    assert task.remark({"detections": [detection(0.25, [0, 0, 9, 9])]}) == "nothing of score 0.5 or more; best: a 0.25"
+    task.threshold = 0.2
+    assert task.remark({"detections": [detection(0.25, [0, 0, 9, 9])]}) is None
+    assert task.remark({"detections": []}) == "nothing of score 0.2 or more"
+    image = grey(160, 160)
+    assert remarked(image, None) is image
+    said = remarked(image, "nothing")
+    assert said.shape == image.shape
+    assert not torch.equal(said[:, 140:], image[:, 140:])
+    assert torch.equal(said[:, :130], image[:, :130])
+
+
+@pytest.mark.parametrize(
+    "name", ["Füße", "кошка", "القط", "猫", "हिन्दी", "a\nb\tc", "\x00\u202e", "x" * 500, "\ud800", ""]
+)
+def test_letters_are_drawn_in_a_font_that_has_them_or_escaped(name: str) -> None:
+    font, shown = written(name, 13)
+    assert all(letter.isprintable() for letter in shown)
+    plain = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+    box = bytes(plain.getmask("\U0010fffe"))
+    assert all(bytes(plain.getmask(letter)) != box for letter in shown if letter != " ")
+    one, other = (VideoTask([name]).draw_truth(grey(32, 40)[None], Truth("0", (32, 40), 0)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_without_fonts_of_the_system_letters_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_others", lambda *_: iter(()))
+    text.written.cache_clear()
+    assert text.written("猫 1", 13)[1] == "\\u732b 1"
+    assert text.written("кот", 13)[1] == "\\u043a\\u043e\\u0442"
+    monkeypatch.undo()
+    text.written.cache_clear()
+    monkeypatch.setenv("PATH", "")  # no fontconfig either
+    assert text.written("cat", 13)[1] == "cat"
+    text.written.cache_clear()
+
+
+def test_a_confusion_matrix_shows_what_is_taken_for_what() -> None:
+    matrix = np.array([[8, 0, 2], [0, 0, 0]])
+    picture = draw_confusion(matrix, ["cat", "dog"])
+    assert picture.dtype == torch.uint8
+    assert picture[0, -10, -10] == 0  # no dog
+    assert (picture[0] == round(255 * 0.8)).any()
+    assert draw_confusion(np.eye(400, 401, dtype=np.int64), [str(i) for i in range(400)]).shape[2] == 400

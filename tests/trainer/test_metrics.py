@@ -155,7 +155,19 @@ def test_an_unreadable_image_is_missed_and_none_found_is_zero() -> None:
     assert whole.compute()["box_AP"] == pytest.approx(1.0)
     # One of two objects is found: precision 1 at the 51 recall points up to one half, 0 at the other 50.
     assert half.compute()["box_AP"] == pytest.approx(51 / 101)
-    assert none.compute() == {f"box_{name}": 0.0 for name in FIGURES}
+    # Both objects are of medium size.
+    nothing = {f"box_{name}": None if name in ("APs", "APl") else 0.0 for name in FIGURES}
+    assert none.compute() == nothing
+
+
+def test_without_ground_truth_there_is_no_figure() -> None:
+    """pycocotools says -1 then, whatever is found."""
+    empty = Truth("000000000", (100, 100), [])
+    found: DetectionPrediction = perfect(box_truth(0, [10, 10, 40, 40]))
+    for prediction in (found, perfect(empty)):
+        metric = DetectionTask(["a"]).metric()
+        metric.add([prediction], batch_of([empty]))
+        assert {value for name, value in metric.compute().items() if name.startswith("box")} == {None}
 
 
 def test_a_box_stands_for_the_mask_that_one_annotation_lacks(test_data: Path) -> None:

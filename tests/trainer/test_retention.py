@@ -202,6 +202,19 @@ def test_an_unknown_metric_is_refused_with_the_valid_ones() -> None:
         recipe("detection", "AP")
     with pytest.raises(ConfigError, match=r"keep_best needs evaluations: set data\.val"):
         recipe("semantic", "mIoU", None)
+    tree = tiny_recipe("detection", "t", "v", train__checkpoint={"keep_best": "mask_AP"}, model__head__masks=False)
+    with pytest.raises(ConfigError, match=r"keep_best: model\.head\.masks false gives no mask_AP; use box_AP"):
+        validate_recipe(tree, "test")
+
+
+def test_a_figure_without_ground_truth_keeps_no_checkpoint(tmp_path: Path) -> None:
+    """Null, and -1 in results of earlier versions."""
+    (tmp_path / "results").mkdir()
+    for step, value in enumerate(["0.25", "null", "-1.0"]):
+        (tmp_path / "results" / f"step-{step:08d}.json").write_text(f'{{"metrics": {{"box_AP": {value}}}}}')
+    figures = figures_of(tmp_path, range(3))
+    assert figures == {0: {"box_AP": 0.25}, 1: {}, 2: {}}
+    assert best_step(range(3), figures, "box_AP") == 0
 
 
 @pytest.mark.parametrize("task", METRICS)

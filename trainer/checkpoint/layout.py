@@ -103,6 +103,8 @@ class Manifest(BaseModel):
     them, and which parameter is in which group, from the recipe, which must have the same hash."""
     frozen: Sha256 | None
     """SHA-256 of the blob with the frozen parameters, if any."""
+    ema_ramped: bool = False
+    """The average's decay grows with the steps (:mod:`vitgraft.trainer.ema`); a resumed run goes on as it began."""
     code_version: str
     created: FiniteFloat
     files: list[FileRecord]

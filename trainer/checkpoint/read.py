@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from vitgraft.configs.cores import usable_cores
-from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.files import open_regular
 from vitgraft.configs.hashing import sha256_file
 from vitgraft.trainer.checkpoint.layout import (
@@ -39,6 +40,8 @@ from vitgraft.trainer.checkpoint.layout import (
 from vitgraft.trainer.checkpoint.manifest import read_manifest
 from vitgraft.trainer.checkpoint.shard_file import OF_THE_FILE, ShardFile, open_safetensors
 
+Weights = Literal["ema", "raw"]
+"""The average of the weights, or the weights themselves."""
 MAX_HASH_THREADS = 16
 _MAX_DIMENSIONS = 32
 PAUSES_S = (1.0, 2.0, 4.0)
@@ -334,6 +337,18 @@ def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
         return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: holds a tensor that cannot be read: {error}") from None
+
+
+def choose_weights(checkpoint: Checkpoint, wanted: Weights | None) -> Weights:
+    """Which weights of a checkpoint are used: the average where there is one, unless told otherwise.
+
+    Raises:
+        ConfigError: the average is wanted, and there is none.
+    """
+    averaged = EMA in checkpoint.manifest.kinds
+    if wanted == "ema" and not averaged:
+        raise ConfigError(f"--weights ema: {checkpoint.path} holds no average (train.ema); use --weights raw")
+    return wanted or ("ema" if averaged else "raw")
 
 
 def read_weights(

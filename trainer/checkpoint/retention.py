@@ -118,7 +118,8 @@ def figures_of(run: Path, steps: Collection[int]) -> dict[int, dict[str, float]]
 
 
 def _is_figure(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e15
+    # Null, and -1 in results of earlier versions: there is no ground truth for it.
+    return isinstance(value, int | float) and 0 <= value < 1e15
 
 
 def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list[str]:

@@ -113,6 +113,8 @@ class TrainerState:
         manifest = checkpoint.manifest
         if manifest.parameters != self.shapes:
             raise CheckpointError(f"{checkpoint.path}: {_first_difference(manifest.parameters, self.shapes)}")
+        if self.ema is not None:
+            self.ema.ramped = manifest.ema_ramped
         reader = VectorReader(checkpoint)
         states = [kind for kind in manifest.kinds if kind not in (MASTER, EMA)]
         if sorted(states) != sorted(self.states):
@@ -164,6 +166,7 @@ class TrainerState:
             scalars=scalar_states(self.engine, self.flats, self.states),
             groups=self.groups(),
             frozen=facts.frozen,
+            ema_ramped=self.ema is not None and self.ema.ramped,
             code_version=code_version(),
             created=time.time(),
             files=[],

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitgraft.data_shards.batch import Batch, Truth
 from vitgraft.models.contract import Predictions
 
+Figures = Mapping[str, float | None]
+"""``None``: there is no ground truth for a figure, e.g. no small object for the AP of small ones."""
 Result = dict[str, Any]
 """What is said of one input: plain JSON values, in the coordinates of the input's own image."""
 
@@ -25,8 +30,12 @@ class Metric(Protocol):
     def merge(self, states: list[Any]) -> None:
         """Replace the own state by the union of all ranks' states."""
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> Figures:
         """The figures, by name."""
+
+    def confusion(self) -> NDArray[np.int64] | None:
+        """How often what was taken for what: rows truth, columns prediction (K, K or K + 1: the last for what could not
+        be read); ``None`` where that is not counted."""
 
 
 class Task(Protocol):
@@ -37,6 +46,9 @@ class Task(Protocol):
     """The figures shown in tables, most important first."""
     protocol: dict[str, Any]
     """How the figures are computed: written beside them."""
+    threshold: float | None
+    """Detection: the score from which on detections are drawn. Classes: the score from which on they are listed.
+    ``None``: there are no scores."""
 
     def metric(self) -> Metric:
         """An empty metric."""
@@ -51,6 +63,9 @@ class Task(Protocol):
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
         """A prediction on its image or frames: uint8 (3, H, W) or (T, 3, H, W) in, uint8 (3, H', W') out."""
+
+    def remark(self, result: Result) -> str | None:
+        """What must be said of a picture on which nothing is drawn."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """The ground truth, drawn the same way."""

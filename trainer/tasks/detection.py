@@ -22,7 +22,6 @@ from vitgraft.models.heads.mask_rcnn import paste_masks
 from vitgraft.trainer.draw import enlarge, repeat
 from vitgraft.trainer.tasks.base import Metric, Result
 
-DRAW_THRESHOLD = 0.5
 _FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -31,6 +30,8 @@ class DetectionTask:
 
     primary = ["box_AP", "box_AP50", "mask_AP", "mask_AP50"]
     protocol = {"metric": "COCO AP (pycocotools), IoU 0.50:0.05:0.95, 101 recall points, 100 detections per image"}
+
+    threshold: float | None = 0.5
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
@@ -62,12 +63,22 @@ class DetectionTask:
         }
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """Detections of score 0.5 and more."""
-        shown = [d for d in result["detections"] if d["score"] >= DRAW_THRESHOLD]
+        """Detections of score ``threshold`` and more."""
+        threshold = self.threshold or 0.0
+        shown = [d for d in result["detections"] if d["score"] >= threshold]
         captions = [f"{d['name']} {d['score']:.2f}" for d in shown]
         return _draw(
             image, [d["box"] for d in shown], [d["class"] for d in shown], captions, [d["mask"] for d in shown]
         )
+
+    def remark(self, result: Result) -> str | None:
+        """That nothing is drawn, and how far the best detection is from that."""
+        threshold = self.threshold or 0.0
+        best = max(result["detections"], key=lambda d: d["score"], default=None)
+        if best is not None and best["score"] >= threshold:
+            return None
+        nearest = "" if best is None else f"; best: {best['name']} {best['score']:.2f}"
+        return f"nothing of score {threshold:g} or more{nearest}"
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """All annotations but crowds."""
@@ -111,7 +122,7 @@ class CocoMetric:
         ]
         self._records = sorted(records, key=lambda record: record[0].key)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float | None]:
         """box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them.
 
         As in training, the box of an annotation without mask stands for its mask where others have masks.
@@ -124,19 +135,27 @@ class CocoMetric:
             figures |= {f"mask_{k}": v for k, v in self._average_precision("segm").items()}
         return figures
 
-    def _average_precision(self, kind: str) -> dict[str, float]:
+    def confusion(self) -> None:
+        """None: a detection is compared with many objects."""
+
+    def _average_precision(self, kind: str) -> dict[str, float | None]:
         truth, detections = self._coco_truth(kind), self._coco_detections(kind)
-        if not detections:
-            return dict.fromkeys(_FIGURES, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            reference = COCO()
+            reference, found = COCO(), COCO()
             reference.dataset = truth
             reference.createIndex()
-            evaluation = COCOeval(reference, reference.loadRes(detections), kind)
+            if detections:
+                found = reference.loadRes(detections)
+            else:  # which loadRes does not take
+                found.dataset = {**truth, "annotations": []}
+                found.createIndex()
+            evaluation = COCOeval(reference, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        return {name: float(value) for name, value in zip(_FIGURES, evaluation.stats[: len(_FIGURES)], strict=True)}
+        stats = evaluation.stats[: len(_FIGURES)]
+        # pycocotools says -1 where no object of the size, or none at all, is to be found.
+        return {name: None if value < 0 else float(value) for name, value in zip(_FIGURES, stats, strict=True)}
 
     def _coco_truth(self, kind: str) -> dict[str, Any]:
         images: list[dict[str, Any]] = []
@@ -190,7 +209,10 @@ def _encode(mask: Tensor) -> dict[str, Any]:
 
 def _draw(image: Tensor, boxes: list[list[float]], labels: list[int], captions: list[str], rles: list[Any]) -> Tensor:
     big, factor = enlarge(image)
-    masks = repeat(torch.stack([_decode(rle) for rle in rles]), factor) if rles and all(rles) else None
+    masks: Tensor | None = None
+    if any(rles):
+        nothing = torch.zeros(image.shape[-2:], dtype=torch.bool)
+        masks = repeat(torch.stack([_decode(rle) if rle else nothing for rle in rles]), factor)
     scaled = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * factor
     return draw_instances(big, scaled, labels, captions, masks)
 

@@ -18,8 +18,7 @@ class ImageTask(VideoTask):
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
         """The image over its three best classes."""
-        best = result["classes"][:3]
-        return _captioned(image, "   ".join(f"{c['name']} {c['score']:.2f}" for c in best))
+        return _captioned(image, self.caption(result))
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """The image over its true class."""

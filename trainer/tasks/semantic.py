@@ -24,6 +24,7 @@ class SemanticTask:
 
     primary = ["mIoU", "mAcc", "aAcc"]
     protocol = {"metric": "mIoU over the classes that occur in truth or prediction, 255 ignored, single scale, no flip"}
+    threshold: float | None = None
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
@@ -48,6 +49,9 @@ class SemanticTask:
     def draw(self, image: Tensor, result: Result) -> Tensor:
         """The label map over the image."""
         return self._draw(image, result["labels"])
+
+    def remark(self, result: Result) -> None:
+        """None: all is drawn."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """The true label map over the image."""
@@ -94,6 +98,10 @@ class ConfusionMetric:
     def merge(self, states: list[list[list[int]]]) -> None:
         """Sum of the matrices."""
         self.matrix = np.sum(np.array(states, np.int64), axis=0)
+
+    def confusion(self) -> NDArray[np.int64]:
+        """Pixels."""
+        return self.matrix
 
     def compute(self) -> dict[str, float]:
         """mIoU, mAcc (mean recall), aAcc, and IoU_CLASS for each class that occurs."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitgraft.data_shards.batch import Batch, Truth
@@ -11,36 +13,48 @@ from vitgraft.models.contract import Predictions
 from vitgraft.trainer.draw import repeat
 from vitgraft.trainer.tasks.base import Metric, Result
 
+MAX_CONFUSED = 400
+"""With more classes there is no confusion matrix: nobody could look at it."""
+
 
 class VideoTask:
     """One class for a clip."""
 
     primary = ["top1", "top5"]
     protocol = {"metric": "top-1 and top-5 accuracy, one clip and one view per video"}
+    threshold: float | None = 0.0
 
     def __init__(self, classes: list[str]) -> None:
         self.classes = classes
 
     def metric(self) -> Metric:
         """An empty metric."""
-        return AccuracyMetric()
+        return AccuracyMetric(len(self.classes))
 
     def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
-        """The five most probable classes."""
+        """The five most probable classes, as far as their score is ``threshold`` or more."""
         assert isinstance(predictions, Tensor)
         scores = predictions[index].detach().float().cpu().softmax(0)
+        threshold = self.threshold or 0.0
         top = torch.topk(scores, min(5, len(self.classes)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return {
             "height": size[0],
             "width": size[1],
-            "classes": [{"class": c, "name": self.classes[c], "score": s} for c, s in pairs],
+            "classes": [{"class": c, "name": self.classes[c], "score": s} for c, s in pairs if s >= threshold],
         }
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
         """A strip of frames under the three best classes."""
-        best = result["classes"][:3]
-        return _strip(image, "   ".join(f"{c['name']} {c['score']:.2f}" for c in best))
+        return _strip(image, self.caption(result))
+
+    def caption(self, result: Result) -> str:
+        """The three best classes in one line."""
+        best = "   ".join(f"{c['name']} {c['score']:.2f}" for c in result["classes"][:3])
+        return best or f"nothing of score {self.threshold or 0:g} or more"
+
+    def remark(self, result: Result) -> None:
+        """None: the caption says it."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """A strip of frames under the true class."""
@@ -69,30 +83,41 @@ def _strip(frames: Tensor, caption: str) -> Tensor:
 
 
 class AccuracyMetric:
-    """Counts [top-1, top-5, all]."""
+    """Counts [top-1, top-5, all], and what is taken for what where there are at most ``MAX_CONFUSED`` classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 0) -> None:
         self._counts = [0, 0, 0]
+        classes = classes if classes <= MAX_CONFUSED else 0
+        self._matrix: NDArray[np.int64] = np.zeros((classes, classes + 1), np.int64)
 
     def add(self, predictions: Predictions, batch: Batch) -> None:
         """Take in a batch; an unreadable clip is wrong."""
         assert isinstance(predictions, Tensor)
         for index, truth in enumerate(batch.truths):
             self._counts[2] += 1
+            column = -1
             if batch.weights[index] != 0:
                 top = predictions[index].topk(min(5, predictions.shape[1])).indices.tolist()
                 self._counts[0] += top[0] == truth.value
                 self._counts[1] += truth.value in top
+                column = top[0]
+            if len(self._matrix) and truth.value is not None:
+                self._matrix[truth.value, column] += 1
 
     def state(self) -> list[int]:
-        """The counts."""
-        return self._counts
+        """The counts, and the matrix row by row."""
+        return [*self._counts, *self._matrix.flatten().tolist()]
 
     def merge(self, states: list[list[int]]) -> None:
         """Sum of the counts."""
-        self._counts = [sum(column) for column in zip(*states, strict=True)]
+        counts = [sum(column) for column in zip(*states, strict=True)]
+        self._counts, self._matrix = counts[:3], np.array(counts[3:], np.int64).reshape(self._matrix.shape)
 
     def compute(self) -> dict[str, float]:
         """top1 and top5 as shares."""
         top1, top5, total = self._counts
         return {"top1": top1 / max(total, 1), "top5": top5 / max(total, 1)}
+
+    def confusion(self) -> NDArray[np.int64] | None:
+        """Clips or images; the last column: unreadable ones."""
+        return self._matrix if len(self._matrix) else None
