@@ -72,7 +72,7 @@ class PackedDataset:
         seed: the run's seed, from which all augmentation comes.
         train: training transforms and targets; otherwise evaluation's, with truths.
         views: of each video in evaluation; ``None``: one, which is resized to fit the canvas.
-        targets: in evaluation too, for the losses; not with views.
+        targets: in evaluation too, for the losses; of videos one for all views.
 
     Raises:
         DataError: missing or damaged data set.
@@ -101,7 +101,7 @@ class PackedDataset:
                     f"{folder}: holds {manifest.kind} data, the model's head needs {kind}; change data.*.path or head"
                 )
         self.config, self.kind, self.seed, self.train, self.views = config, kind, seed, train, views
-        self.targets = targets and views is None
+        self.targets = targets
         self.left_out: frozenset[tuple[int, int]] = frozenset()
         self.parts = [
             Part(manifest.fingerprint, manifest.shard_sizes, visits)
@@ -292,8 +292,7 @@ class PackedDataset:
                 metadata = self._metadata(raw)
                 truth = self._truth(raw, metadata)
                 if self.targets:
-                    view, target = self._prepared_with_target(raw, metadata)
-                    prepared = [view]
+                    prepared, target = self._prepared_with_target(raw, metadata)
                 else:
                     prepared = self._prepared(raw, metadata)
             except UnreachableError:
@@ -377,20 +376,20 @@ class PackedDataset:
             for view in crops_of(frames[[place[index] for index in indices]], size, self.transforms, self.views.crops)
         ]
 
-    def _prepared_with_target(self, raw: RawSample, metadata: dict[str, Any]) -> tuple[Prepared, Sample]:
-        """The one view of a sample, and the sample with its labels on the canvas."""
+    def _prepared_with_target(self, raw: RawSample, metadata: dict[str, Any]) -> tuple[list[Prepared], Sample]:
+        """The views of a sample, and the sample with its labels on the canvas."""
         if self.kind in CLASSED:
-            (prepared,) = self._prepared(raw, metadata)
-            return prepared, Sample(prepared.canvas, labels=torch.tensor(metadata["label"]))
+            views = self._prepared(raw, metadata)
+            return views, Sample(views[0].canvas, labels=torch.tensor(metadata["label"]))
         pixels = self._pixels(raw, metadata)
         try:
             sample = self._load(raw, metadata, pixels)
         except DataError:  # a label map of another size can be compared with the prediction, but not learnt from
-            return self.transforms.prepare(pixels), self._nothing()
+            return [self.transforms.prepare(pixels)], self._nothing()
         fitting = self.transforms.evaluation(sample)
         scale = fitting.size[0] / sample.size[0], fitting.size[1] / sample.size[1]
         placed = self.transforms.place(drop_vanished(fitting))
-        return Prepared(placed.image, fitting.size, scale), placed
+        return [Prepared(placed.image, fitting.size, scale)], placed
 
     def _label_map(self, raw: RawSample) -> Tensor:
         label = decode_label(raw.first(("label.png",)), raw.where)

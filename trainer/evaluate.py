@@ -24,8 +24,9 @@ from vitgraft.configs.schema.model import MaskRCNNConfig
 from vitgraft.data_shards.batch import Batch
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import eval_batches
+from vitgraft.data_shards.manifest import IGNORE
 from vitgraft.models.build import GraftedModel, build_model
-from vitgraft.models.contract import Predictions
+from vitgraft.models.contract import LossTerm, Predictions
 from vitgraft.trainer import comm
 from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.layout import EMA, step_name
@@ -205,28 +206,36 @@ class Evaluator:
         return names
 
     def _predict(self, batch: Batch, losses: dict[str, list[float]]) -> Predictions:
-        """Predictions of a batch; adds [total, count] of its losses where it has targets."""
+        """Predictions of a batch; adds total and count of its losses where it has targets."""
         on_device = batch.to(self.device)
         with torch.no_grad(), autocast(self.recipe, self.device):
-            if on_device.targets is not None:
+            if on_device.targets is None:
+                return self._forward(on_device)
+            if self.recipe.task == "detection":
                 with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                     torch.manual_seed(0)
                     predictions, terms = self.model.evaluate(
                         on_device.images, on_device.sizes, on_device.targets, on_device.weights
                     )
-                for name, term in terms.items():
-                    sums = losses.setdefault(name, [0.0, 0.0])
-                    sums[0] += float(term.total)
-                    sums[1] += float(term.count)
-                return predictions
-            if self.recipe.evaluate.views is None:
-                whole: Predictions = self.model(on_device.images, on_device.sizes)
-                return whole
-            step = self.recipe.evaluate.batch
-            parts = [
-                self.model(on_device.images[start : start + step], on_device.sizes[start : start + step])
-                for start in range(0, len(on_device.images), step)
-            ]
+            else:
+                predictions = self._forward(on_device)
+                assert isinstance(predictions, torch.Tensor)
+                terms = {self.recipe.task: cross_entropy(predictions, on_device.targets, on_device.weights)}
+        for name, term in terms.items():
+            sums = losses.setdefault(name, [0.0, 0.0])
+            sums[0] += float(term.total)
+            sums[1] += float(term.count)
+        return predictions
+
+    def _forward(self, batch: Batch) -> Predictions:
+        if self.recipe.evaluate.views is None:
+            whole: Predictions = self.model(batch.images, batch.sizes)
+            return whole
+        step = self.recipe.evaluate.batch
+        parts = [
+            self.model(batch.images[start : start + step], batch.sizes[start : start + step])
+            for start in range(0, len(batch.images), step)
+        ]
         return average_views(torch.cat(parts), self.views)
 
     def _picture(self, predictions: Any, batch: Batch, position: int) -> torch.Tensor:
@@ -244,6 +253,18 @@ class Evaluator:
             )
         left = titled(self.task.draw_truth(image, truth), "ground truth")
         return beside(left, titled(remarked(self.task.draw(image, result), self.task.remark(result)), "prediction"))
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> LossTerm:
+    """Of all labelled pixels, images or clips: no smoothing, no auxiliary classifier, no second pass of the head.
+
+    Args:
+        logits: (B, K) or (B, K, H, W). targets: (B,) class ids, or (B, H, W) with 255 ignored. weights: (B,).
+    """
+    ignored = IGNORE if targets.dim() == 3 else -1  # an image may be of class 255
+    wrong = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none", ignore_index=ignored)
+    shaped = weights.view(-1, *([1] * (targets.dim() - 1))) * (targets != ignored)
+    return LossTerm((wrong * shaped).sum(), shaped.sum())
 
 
 def _mean_losses(parts: list[dict[str, list[float]]]) -> dict[str, float]:

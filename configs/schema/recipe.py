@@ -72,7 +72,7 @@ class EvaluateConfig(Section):
     raw: bool = True
     """With ``train.ema``, evaluate the weights themselves beside their average: one more pass over ``data.val``."""
     loss: bool = True
-    """Compute the training loss on ``data.val`` too, for its curve; not with ``views``."""
+    """Compute the loss on ``data.val`` too, for its curve."""
 
 
 Backlog = Literal["all", "latest"]

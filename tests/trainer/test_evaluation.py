@@ -23,7 +23,7 @@ from vitgraft.data_shards.loader import eval_batches
 from vitgraft.data_shards.pack.digits import pack_digits
 from vitgraft.trainer.batch_picture import draw_batch
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
-from vitgraft.trainer.evaluate import Evaluation, Evaluator, evaluate_into_run
+from vitgraft.trainer.evaluate import Evaluation, Evaluator, cross_entropy, evaluate_into_run
 from vitgraft.trainer.figures import headline, in_words, missing_best
 from vitgraft.trainer.monitor import Monitor, groups_table
 from vitgraft.trainer.param_groups import Group
@@ -84,7 +84,8 @@ def test_the_weights_themselves_are_evaluated_beside_their_average(tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_losses_are_those_of_training_on_the_same_samples(kind: str, tmp_path: Path, data: dict[str, Path]) -> None:
     """Against training's own batches, which without transforms are the same images and targets."""
-    recipe, checkpoint = run_of(kind, tmp_path / "run", data[kind], evaluate__batch=6)
+    plain = {"model__head__auxiliary_weight": 0.0} if kind == "semantic" else {}
+    recipe, checkpoint = run_of(kind, tmp_path / "run", data[kind], evaluate__batch=6, **plain)
     evaluator = evaluator_of(recipe, checkpoint, losses=True)
     found = evaluator.run(checkpoint, None, 0, NOT_SAID)
     assert found is not None
@@ -232,3 +233,13 @@ def test_old_checkpoints_go_on_without_a_ramp(tmp_path: Path) -> None:
     assert state.ema.ramped
     state.restore(checkpoint)
     assert not state.ema.ramped
+
+
+def test_class_255_of_an_image_counts_and_255_of_a_pixel_does_not() -> None:
+    logits, targets = torch.randn(2, 300), torch.tensor([255, 3])
+    total, count = cross_entropy(logits, targets, torch.ones(2))
+    assert float(total) == pytest.approx(float(-logits.log_softmax(1)[[0, 1], targets].sum()), rel=1e-6)
+    assert float(count) == 2
+    maps = torch.tensor([[[255, 1]], [[0, 1]]])
+    total, count = cross_entropy(torch.zeros(2, 4, 1, 2), maps, torch.tensor([1.0, 0.0]))
+    assert (float(total), float(count)) == (pytest.approx(float(torch.tensor(4.0).log())), 1.0)
