@@ -94,7 +94,7 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
         assert self.state.ema is not None
-        self.state.ema.update(step)
+        self.state.ema.update()
 
     def save(self, step: int) -> Checkpoint:
         data = layout.DataState(fingerprint="f", seed=0, epoch=0, cursor=step)
