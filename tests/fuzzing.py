@@ -97,6 +97,7 @@ def _child(target: Target, originals: list[bytes], seed: int, seconds: float, fo
             except VitgraftError as error:
                 if "\n" in str(error) or len(str(error)) > 1000:
                     log.write(f"input {number}: no line: {str(error)[:3000]!r}")
+                    log.flush()
                     os._exit(3)
             except BaseException:
                 log.write(f"input {number}\n{traceback.format_exc()}")

@@ -125,11 +125,11 @@ def _boxes(
         for frame in _frames(read_json(file), str(file)):
             with report.collect():
                 name, items = _name_and_labels(frame, str(file))
-                stem, where = stem_of(name), f"{file}: {name}"
+                stem, where = stem_of(name), f"{file}: {name[:200]}"
                 if stem not in images:
                     stem = unquote(stem)
                 if stem not in images:
-                    raise LabelFault(f"{where}: no image {stem} in the image folders; check --images", MISSING)
+                    raise LabelFault(f"{where}: no image {stem[:200]} in the image folders; check --images", MISSING)
                 if stem not in frames:
                     frames[stem] = where, items
                 elif items != frames[stem][1]:
@@ -175,7 +175,7 @@ def _name_and_labels(frame: Any, where: str) -> tuple[str, list[Any]]:
         raise LabelFault(f"{where}: {str(frame)[:80]} has no name; expected BDD100K's detection JSON")
     labels = frame.get("labels")
     if labels is not None and not isinstance(labels, list):
-        raise LabelFault(f"{where}: {name}: labels {str(labels)[:80]}; expected a list")
+        raise LabelFault(f"{where}: {name[:200]}: labels {str(labels)[:80]}; expected a list")
     return name, labels or []
 
 

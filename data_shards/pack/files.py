@@ -85,7 +85,7 @@ def check_classes(classes: list[str], where: str) -> None:
         raise DataError(f"{where}: no class names, or an empty one; give one name for each class")
     wrong = next((name for name in classes if not is_text(name)), None)
     if wrong is not None:
-        raise DataError(f"{where}: class {wrong!r} holds what is no character; write the names as UTF-8")
+        raise DataError(f"{where}: class {wrong[:80]!r} holds what is no character; write the names as UTF-8")
     twice = next((name for name, count in Counter(classes).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{where}: class {twice!r} is listed twice; give each class one name")
+        raise DataError(f"{where}: class {twice[:80]!r} is listed twice; give each class one name")

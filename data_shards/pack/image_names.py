@@ -11,6 +11,8 @@ from vitgraft.data_shards.pack.files import is_file
 from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
 
 OTHERWISE = "found by another name"
+_DEEPEST = 32
+"""Folders of a listed name that are tried."""
 _SLASHES = (("", ""), ("\\", "/"))
 
 
@@ -39,14 +41,14 @@ class FileFinder:
             raise LabelFault(f"{where}: file name {str(name)[:80]!r}; expected a path relative to {self._folder}")
         spellings = list(dict.fromkeys(text.replace(*pair) for pair in _SLASHES for text in (name, unquote(name))))
         for text in spellings:
-            parts = PurePosixPath(text).parts
+            parts = PurePosixPath(text).parts[-_DEEPEST:]
             # What is looked up stays in the folder, whatever the name says.
             inner = max((number + 1 for number, part in enumerate(parts) if part in ("/", "..")), default=0)
             for first in range(inner, len(parts)):
                 path = self._folder.joinpath(*parts[first:])
                 if is_file(path):
                     return self._taken_once(path, name, where)
-        bare = PurePosixPath(spellings[-1]).name
+        bare = PurePosixPath(spellings[-1]).name[:200]
         paths = list(dict.fromkeys(path for text in spellings for path in self._called(PurePosixPath(text).name)))
         if len(paths) == 1:
             return self._taken_once(paths[0], name, where)
@@ -60,7 +62,7 @@ class FileFinder:
     def _taken_once(self, path: Path, name: str, where: str) -> Path:
         first = self._taken.setdefault(path, name)
         if first != name:  # the folders in front told them apart
-            both = f"{name!r} and {first!r} both come down to {path}"
+            both = f"{name[:200]!r} and {first[:200]!r} both come down to {path}"
             raise LabelFault(f"{where}: {both}; list the paths below {self._option}", MISSING)
         if str(path) != str(self._folder / name):
             self._report.repair(OTHERWISE, f"{name} as {path.relative_to(self._folder)}")

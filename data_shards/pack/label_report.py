@@ -36,6 +36,7 @@ _KEPT = 20
 _KEPT_SKIPPED = 100_000
 _SHOWN = 5
 _LINE = 160
+_LONGEST = 500
 _SHOWN_CLASSES = 25
 
 
@@ -62,7 +63,7 @@ class Noted:
 
     def listed(self) -> str:
         """Return the first names in one line of bounded length."""
-        shown = self.first[:1]
+        shown = [name[:_LONGEST] for name in self.first[:1]]
         for name in self.first[1:_SHOWN]:
             if len(", ".join(shown)) + len(name) > _LINE:
                 break
@@ -160,7 +161,7 @@ class LabelReport:
         present = [(name, number) for number, name in enumerate(self.classes) if self.counts[number]]
         for name, number in present[:_SHOWN_CLASSES]:
             crowds = f", {self.crowds[number]:,} {of_them}" if self.crowds[number] else ""
-            lines.append(f"  {name:24s} {self.counts[number]:>12,} {self.unit}{crowds}")
+            lines.append(f"  {name[:80]:24s} {self.counts[number]:>12,} {self.unit}{crowds}")
         if len(present) > _SHOWN_CLASSES:
             lines.append(f"  ... and {len(present) - _SHOWN_CLASSES} more classes")
         absent = [name for number, name in enumerate(self.classes) if not self.counts[number]]

@@ -247,6 +247,14 @@ def test_no_image_is_found_outside_the_folder_nor_twice(coco: Coco, write_coco: 
         pack_coco(folder / "images", write_coco(folder, tree), folder / "set")
 
 
+def test_names_of_thousands_of_folders_take_no_time(coco: Coco, write_coco: Write) -> None:
+    folder, tree = coco
+    tree["images"][0]["file_name"] = "a/" * 30_000 + "c.png"
+    with pytest.raises(DataError, match=r"images/c\.png: no such file") as caught:
+        pack_coco(folder / "images", write_coco(folder, tree), folder / "set")
+    assert len(str(caught.value)) < 700
+
+
 def boxes(tree: dict[str, Any], made: list[list[float]]) -> None:
     base = tree["annotations"][0] | {"segmentation": None}
     tree["annotations"] = [base | {"id": number, "bbox": box} for number, box in enumerate(made)]
