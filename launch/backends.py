@@ -17,7 +17,7 @@ from vitgraft.launch.deepspeed_launch import Meeting
 from vitgraft.launch.hosts import Host, Slots
 from vitgraft.launch.links import AgentLink, start_here, start_over_ssh
 from vitgraft.launch.processes import kill_with
-from vitgraft.launch.role_process import log_path
+from vitgraft.launch.role_process import log_path, open_log
 
 TICKET_MODULE = "vitgraft.launch.ticket"
 FAREWELL_S = 3.0
@@ -177,7 +177,7 @@ class HostfileBackend:
         )
         environment = deepspeed_launch.runner_environment(os.environ, variables, self.ssh_args)
         log = log_path(order.run, "deepspeed", order.attempt)
-        with log.open("ab") as stream:
+        with open_log(log) as stream:
             process = subprocess.Popen(
                 command,
                 env=environment,

@@ -155,12 +155,12 @@ def _clocks(case: Examination, patients: Patients) -> dict[str, tuple[float, flo
     skews: dict[str, tuple[float, float]] = {}
     for talk in list(patients.talks):
         for _ in range(3):
-            before = time.time()
+            before, began = time.time(), time.monotonic()
             try:
                 theirs = talk.ask({"ask": "time"}, case.timeout)["time"]
             except NoAnswer:
                 break  # it is found out with the next question
-            half = (time.time() - before) / 2
+            half = (time.monotonic() - began) / 2
             if talk.host not in skews or half < skews[talk.host][1]:
                 skews[talk.host] = (theirs - before - half, half)
     return skews

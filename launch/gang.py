@@ -19,7 +19,7 @@ from vitgraft.configs.errors import TrainingError, VitgraftError, cause_of
 from vitgraft.launch.checkpointer import CheckpointerKeeper
 from vitgraft.launch.evaluator import EvaluatorKeeper
 from vitgraft.launch.messages import of_roles
-from vitgraft.launch.role_process import end_family, end_of, log_path
+from vitgraft.launch.role_process import end_family, end_of, log_path, open_log
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE, error_message
@@ -135,7 +135,7 @@ class HostGang:
             PARENT_VARIABLE: str(os.getpid()),
             **(self._keeper.for_rank(local) if self._keeper is not None else {}),
         }
-        with ours, its, log_path(Path(orders.run), f"trainer-{rank}", orders.attempt).open("ab") as log:
+        with ours, its, open_log(log_path(Path(orders.run), f"trainer-{rank}", orders.attempt)) as log:
             # Blocked until the rank hears them: what it is asked before that must neither be lost nor end it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_JOB)
             try:

@@ -21,6 +21,7 @@ from vitgraft.configs.errors import ConfigError
 from vitgraft.launch.agent import LOCK_VARIABLE
 from vitgraft.launch.messages import of_agents
 from vitgraft.launch.remote_shell import NoAnswer, explain, ssh_command
+from vitgraft.launch.role_process import open_log
 from vitgraft.launch.wire import Wire
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.signals import OF_THE_JOB
@@ -157,7 +158,7 @@ def start_agent(
         OSError: that file cannot be written, or no process made.
     """
     # Closed by the link.
-    complaints = tempfile.TemporaryFile() if logs is None else (logs / f"agent.{host}.log").open("a+b")  # noqa: SIM115
+    complaints = tempfile.TemporaryFile() if logs is None else open_log(logs / f"agent.{host}.log")  # noqa: SIM115
     begin = complaints.tell()  # behind what earlier agents of the host have said
     process = subprocess.Popen(
         command,

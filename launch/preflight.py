@@ -33,9 +33,9 @@ def preflight(
     question = {"ask": "facts", "recipe": str(run / "config.yaml"), "data": recipe.data.paths(), "run": str(run)}
 
     def ask(link: AgentLink) -> tuple[dict[str, Any], tuple[float, float]]:
-        before = time.time()
+        before, began = time.time(), time.monotonic()
         theirs = link.ask("answer", "answer", FACTS_S, question={"ask": "time"})["answer"]["time"]
-        half = (time.time() - before) / 2
+        half = (time.monotonic() - began) / 2
         answer = link.ask("answer", "answer", FACTS_S, question=question)["answer"]
         return answer, (theirs - before - half, half)
 
@@ -44,6 +44,8 @@ def preflight(
             return ask(link)
         except NoAnswer as error:
             return error
+        except (KeyError, TypeError):  # of another version, or its error
+            return NoAnswer("its answer is not understood; install the same vitgraft there")
 
     answers = dict(zip((link.host for link in links), ask_all(links, one), strict=True))
     unfit = {host: str(said) for host, said in answers.items() if isinstance(said, NoAnswer)}

@@ -83,6 +83,10 @@ class Conversation:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def kill(self) -> None:
+        """End the program at once; from any thread."""
+        self._process.kill()
+
     def hang_up(self) -> None:
         """Let the program know that nothing more is asked, by the end of its input."""
         if self._process.stdin is not None:
@@ -152,5 +156,11 @@ def ask_all(
     if not conversations:
         return {}
     with ThreadPoolExecutor(max_workers=len(conversations)) as pool:
-        answers = list(pool.map(one, conversations))
+        try:
+            answers = list(pool.map(one, conversations))
+        except BaseException:
+            # Ctrl-C must not wait for the slowest host: with its program a question ends.
+            for conversation in conversations:
+                conversation.kill()
+            raise
     return {conversation.host: answer for conversation, answer in zip(conversations, answers, strict=True)}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from vitgraft.trainer.rank import PARENT_VARIABLE
 from vitgraft.trainer.report import PIPE_VARIABLE
@@ -59,7 +60,7 @@ class RoleProcess:
         self._heard, self._beating = time.monotonic(), False
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         try:
-            with self.log_path().open("ab") as log:
+            with open_log(self.log_path()) as log:
                 self._process = subprocess.Popen(
                     command,
                     env=variables,
@@ -137,6 +138,17 @@ def end_of(process: subprocess.Popen[bytes]) -> int | None:
         if end is not None and end.si_status != 0:
             end_family(process)
     return process.poll()
+
+
+def open_log(path: Path) -> BinaryIO:
+    """A log to append to. Somebody may have moved the folder away while the run goes on.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir()
+    return path.open("a+b")
 
 
 def log_path(run: Path, role: str, attempt: int, host: str | None = None) -> Path:

@@ -73,6 +73,22 @@ def test_what_a_whole_job_is_sent_does_not_end_it_while_it_starts(run: Path, tmp
     link.close(patience=10)
 
 
+def test_logs_that_were_moved_away_begin_anew(run: Path) -> None:
+    """Whoever tidies up while a run goes on must not end it at its next restart."""
+    (run / "logs").rename(run / "logs.moved")
+    link = start_agent("node-1", ["sh", "-c", "echo gone >&2; exit 1"], os.environ, None, run / "logs")
+    assert link._process is not None
+    assert link._process.wait(20) == 1
+    link.close()
+    assert (run / "logs" / "agent.node-1.log").read_text() == "gone\n"
+    (run / "logs").rename(run / "logs.moved-2")
+    said: list[dict[str, Any]] = []
+    gang = HostGang(Orders.model_validate(orders(run, ranks=[0])), said.append, None)
+    gang.start()
+    gang.end()
+    assert [path.name for path in (run / "logs").iterdir()] == [f"trainer-0.{os.uname().nodename}.1.log"]
+
+
 def test_it_leaves_with_the_code_that_it_is_told(run: Path) -> None:
     link = started(run)
     link.ask("facts", "facts", 30, folder="/")
@@ -307,11 +323,12 @@ def test_a_checkpointer_that_cannot_be_started_again_is_told_of_once(run: Path) 
     assert ended
 
 
-@pytest.mark.parametrize(("rank", "says"), [("0", "No such file or directory"), ("7", "7 is not in list")])
+@pytest.mark.parametrize(("rank", "says"), [("0", "Not a directory"), ("7", "7 is not in list")])
 def test_a_rank_that_cannot_be_started_does_not_end_the_agent(run: Path, rank: str, says: str) -> None:
     link, name = started(run), f"vitgraft-test-{os.getpid()}-{rank}"
     link.ask("begin", "begun", 30, orders=orders(run, ranks=[0], tickets=name))
     (run / "logs").rmdir()
+    (run / "logs").touch()
     with socket.socket(socket.AF_UNIX) as ticket:
         ticket.connect(f"\0{name}")
         ticket.sendall(json.dumps({"environment": {"RANK": rank, "LOCAL_RANK": "0"}}).encode() + b"\n")

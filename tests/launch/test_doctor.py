@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -333,3 +336,14 @@ def test_bad_usage(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert says in done.stderr
         assert done.stdout == ""
+
+
+def test_ctrl_c_does_not_wait_for_the_slowest_host() -> None:
+    conversations = [Conversation(host, ["sleep", "600"]) for host in "ab"]
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(conversations, lambda _: {"ask": "time"}, 300)
+    assert time.monotonic() - begun < 20
+    for conversation in conversations:
+        conversation.close()
