@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from vitgraft.configs.errors import DataError
+from vitgraft.configs.errors import ConfigError, DataError
 
 Values = tuple[float, float]
 """What is black and what is white."""
@@ -225,6 +225,23 @@ def is_narrow(found: Values, most: float) -> bool:
 def range_for(high: float) -> str:
     """The option that makes the most of values up to ``high``: those of 10, 12 or 14 bits, say."""
     return f"--range 0,{2 ** max(1, int(high)).bit_length() - 1}"
+
+
+def parse_range(text: str) -> Values | None:
+    """The values of black and white that ``--range`` gives; ``None`` for an empty text.
+
+    Raises:
+        ConfigError: not two numbers, the larger one last.
+    """
+    if not text:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not -1e12 < low < high < 1e12:
+        raise ConfigError(f"--range {text}: expected the values of black and of white, the larger one, e.g. 0,4095")
+    return low, high
 
 
 def value_range(data: bytes | Path, where: str) -> Values:

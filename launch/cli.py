@@ -162,6 +162,10 @@ def predict(
             help="List and draw what has this score or more [default: draw 0.5 and more, list all].",
         ),
     ] = None,
+    value_range: Annotated[
+        str,
+        typer.Option("--range", metavar="LOW,HIGH", help="Values of black and white in grey images of 16 or 32 bits."),
+    ] = "",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -174,7 +178,7 @@ def predict(
     from vitgraft.launch.ui import Screen
 
     with Screen() as screen:
-        found = inference.predict(target, inputs, out, device, screen, weights, threshold)
+        found = inference.predict(target, inputs, out, device, screen, weights, threshold, value_range)
     typer.echo(f"{found.done} prediction{'' if found.done == 1 else 's'} in {out}")
     if found.broken:
         total = found.done + len(found.broken)

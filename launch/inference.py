@@ -67,11 +67,14 @@ def predict(
     screen: Screen,
     weights: Weights | None = None,
     threshold: float | None = None,
+    value_range: str = "",
 ) -> Predictions:
     """Predict on files; says what was passed over, what is undrawn and what is broken."""
     recipe, checkpoint = _open(target)
+    from vitgraft.data_shards.images import parse_range
     from vitgraft.trainer.inputs import check_outputs, find_inputs, summary
 
+    values = parse_range(value_range)
     found = find_inputs(inputs, out, recipe.task)
     check_outputs(found.files, out)
     if found.passed_over:
@@ -87,7 +90,7 @@ def predict(
     weights = choose_weights(checkpoint, weights)
     if weights == "ema" and (lagging := lag_of(recipe, checkpoint)) is not None:
         screen.note(lagging)
-    predictor = Predictor(recipe, checkpoint, torch.device(_device(device)), weights, threshold)
+    predictor = Predictor(recipe, checkpoint, torch.device(_device(device)), weights, threshold, values)
     predictions = predict_files(predictor, found.files, out, screen.callback("predict"))
     if predictions.undrawn:
         screen.note(

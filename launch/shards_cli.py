@@ -478,6 +478,7 @@ def _options(
     decode: bool = False,
     value_range: str = "",
 ) -> PackOptions:
+    from vitgraft.data_shards.images import parse_range
     from vitgraft.data_shards.pack.items import PackOptions
     from vitgraft.data_shards.parallel import default_jobs
 
@@ -488,23 +489,11 @@ def _options(
         on_error="skip" if drop_faulty else on_error,
         exif=exif,
         decode=decode,
-        values=_range(value_range),
+        values=parse_range(value_range),
         checked=screen.callback("check"),
         progress=screen.callback("pack"),
         say=screen.note,
     )
-
-
-def _range(text: str) -> tuple[float, float] | None:
-    from vitgraft.configs.errors import ConfigError
-
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        if not text:
-            return None
-        raise ConfigError(f"--range {text}: expected two numbers with a comma, e.g. 0,4095") from None
-    return low, high
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from vitgraft.configs.outputs import write_output
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.model import MaskRCNNConfig, ModelConfig
 from vitgraft.data_shards.dataset import prepare_clip, prepare_image
-from vitgraft.data_shards.images import load_image
+from vitgraft.data_shards.images import Values, load_image
 from vitgraft.models.build import build_model
 from vitgraft.trainer.checkpoint.read import Checkpoint, Weights, choose_weights, read_weights
 from vitgraft.trainer.checkpoint.save import load_model
@@ -33,9 +33,10 @@ class Predictor:
         weights: the average (``ema``) or the weights themselves; ``None``: the average where there is one.
         threshold: list and draw what has this score or more; ``None``: list what the recipe's head gives, draw
             detections of 0.5 and more.
+        values: what is black and what is white in grey images of more than 8 bits.
 
     Raises:
-        ConfigError: no average, or a threshold for label maps.
+        ConfigError: no average, a threshold for label maps, or values for clips.
     """
 
     def __init__(
@@ -45,8 +46,11 @@ class Predictor:
         device: torch.device,
         weights: Weights | None = None,
         threshold: float | None = None,
+        values: Values | None = None,
     ) -> None:
-        self.recipe, self.device = recipe, device
+        if values is not None and recipe.task == "video":
+            raise ConfigError("--range: it is for grey images of more than 8 bits; leave it out for clips")
+        self.recipe, self.device, self._values = recipe, device, values
         classes = checkpoint.manifest.classes
         self.task = make_task(recipe.task, classes)
         config = recipe.model.without_weights()
@@ -97,7 +101,7 @@ class Predictor:
             clip, valid, scale = prepare_clip(path, self.recipe.data)
             frames = denormalise(clip, self.recipe)[..., : valid[0], : valid[1]].transpose(0, 1)
             return clip, frames, valid, (round(valid[0] / scale[0]), round(valid[1] / scale[1])), 1
-        image, orientation = load_image(path)
+        image, orientation = load_image(path, self._values)
         prepared = prepare_image(image, self.recipe.data)
         return prepared.canvas, image, prepared.size, (image.shape[1], image.shape[2]), orientation
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vitgraft.configs.errors import ConfigError
 from vitgraft.data_shards.images import (
     Header,
     Values,
@@ -36,19 +35,11 @@ class Reading:
 
     ``exif``: see :data:`Exif`. ``decode``: all pixels are decoded in the check, so that a damaged file is found before
     anything is written. ``values``: what is packed as black and as white of grey images of more than 8 bits.
-
-    Raises:
-        ConfigError: ``values`` that are no range.
     """
 
     exif: Exif = "auto"
     decode: bool = False
     values: Values | None = None
-
-    def __post_init__(self) -> None:
-        if self.values is not None and not -1e12 < self.values[0] < self.values[1] < 1e12:
-            low, high = self.values
-            raise ConfigError(f"--range {low:g},{high:g}: expected the value of black and a larger one, of white")
 
 
 @dataclass(frozen=True, slots=True)

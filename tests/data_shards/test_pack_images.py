@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.dataset import PackedDataset
-from vitgraft.data_shards.images import decode_image, load_image
+from vitgraft.data_shards.images import decode_image, load_image, parse_range
 from vitgraft.data_shards.manifest import Manifest, read_manifest
 from vitgraft.data_shards.pack.bdd100k import pack_bdd100k
 from vitgraft.data_shards.pack.coco import pack_coco
 from vitgraft.data_shards.pack.imagefolder import pack_imagefolder
-from vitgraft.data_shards.pack.images import Reading
 from vitgraft.data_shards.pack.items import PackOptions
 from vitgraft.data_shards.pack.panoptic import pack_panoptic
 from vitgraft.data_shards.pack.semantic import pack_semantic
@@ -269,10 +268,12 @@ def test_values_of_32_bits_need_a_range(tmp_path: Path, configure: Any) -> None:
     assert np.array_equal(image[..., 0].numpy(), np.rint(values.astype(np.float64) * 255))
 
 
-@pytest.mark.parametrize("values", [(1.0, 1.0), (2.0, 1.0), (0.0, float("nan")), (float("-inf"), 1.0)])
-def test_a_range_that_is_none(values: tuple[float, float]) -> None:
-    with pytest.raises(ConfigError, match=r"--range .* expected the value of black and a larger one"):
-        Reading(values=values)
+@pytest.mark.parametrize("text", ["1,1", "2,1", "0,nan", "-inf,1", "5", "a,b", "1,2,3", ","])
+def test_a_range_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--range .* expected the values of black and of white"):
+        parse_range(text)
+    assert parse_range("-1.5,4095") == (-1.5, 4095)
+    assert parse_range("") is None
 
 
 def cut_jpeg(folder: Path) -> Path:

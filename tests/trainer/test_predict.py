@@ -278,6 +278,38 @@ def test_inputs_that_once_broke(run: Path, fault_data: Path, tmp_path: Path) -> 
         assert written(out) == sorted(f"{stem}.{end}" for stem in expected for end in ("json", "png"))
 
 
+def test_a_photo_of_a_phone_is_predicted_as_it_is_displayed(run: Path, tmp_path: Path) -> None:
+    """Like an upright copy of its pixels; the JSON says which frame its boxes lie in."""
+    exif, pixels = Image.Exif(), np.random.RandomState(0).randint(0, 255, (90, 120, 3)).astype(np.uint8)
+    exif[0x0112] = 6
+    for folder in ("turned", "upright"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(pixels).save(tmp_path / "turned" / "a.png", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1).copy()).save(tmp_path / "upright" / "a.png")
+    found = {}
+    for folder in ("turned", "upright"):
+        out = tmp_path / f"{folder}-out"
+        assert command("predict", run, tmp_path / folder, "--out", out, "--threshold", "0")[0] == 0
+        found[folder] = json.loads((out / "a.json").read_text())
+        width, height = Image.open(out / "a.png").size
+        assert width * 120 == height * 90
+    turned, upright = found["turned"], found["upright"]
+    assert (turned.pop("orientation"), upright.pop("orientation")) == (6, 1)
+    assert (turned["frame"], turned["height"], turned["width"]) == ("displayed", 120, 90)
+    assert turned.pop("input") != upright.pop("input")
+    assert turned == upright
+
+
+def test_values_of_12_bits_need_the_range_of_the_training_data(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    values = np.linspace(0, 4095, 96 * 96).astype(np.uint16).reshape(96, 96)
+    Image.fromarray(values).save(tmp_path / "in" / "a.png")
+    code, done = command("predict", run, tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 3
+    assert "pass --range 0,4095" in str(done.exception)
+    assert command("predict", run, tmp_path / "in", "--out", tmp_path / "out", "--range", "0,4095")[0] == 0
+
+
 def test_outputs_of_other_commands_spare_the_run(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     before = contents(copy)
