@@ -134,7 +134,8 @@ class TrainConfig(Section):
     """Learning rate × rate ** (depth + 1 - layer) for the trunk's layers (BEiT's layer-wise decay)."""
     param_groups: Annotated[list[ParamRule], Field(max_length=10_000)] = []
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the exponential moving average of the weights; evaluation then uses the average."""
+    """Decay of the exponential moving average of the weights, (1 + n) / (10 + n) in step n while that is less;
+    evaluation then uses the average."""
     precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
     """bf16: fp32 parameters under torch autocast; bf16_params: DeepSpeed's bf16 engine with fp32 masters (GPU)."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2

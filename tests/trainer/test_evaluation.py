@@ -14,6 +14,7 @@ from model_checkpoints import model_of, save_model
 from support import tiny_recipe
 from support_evaluator import make_evaluated_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
 from vitgraft.configs.load import load_recipe, validate_recipe
 from vitgraft.configs.schema import Recipe
@@ -21,6 +22,7 @@ from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import eval_batches
 from vitgraft.data_shards.pack.digits import pack_digits
+from vitgraft.launch.cli import app
 from vitgraft.trainer.batch_picture import draw_batch
 from vitgraft.trainer.checkpoint.read import Checkpoint, open_checkpoint
 from vitgraft.trainer.evaluate import Evaluation, Evaluator, cross_entropy, evaluate_into_run
@@ -243,3 +245,22 @@ def test_class_255_of_an_image_counts_and_255_of_a_pixel_does_not() -> None:
     maps = torch.tensor([[[255, 1]], [[0, 1]]])
     total, count = cross_entropy(torch.zeros(2, 4, 1, 2), maps, torch.tensor([1.0, 0.0]))
     assert (float(total), float(count)) == (pytest.approx(float(torch.tensor(4.0).log())), 1.0)
+
+
+def test_the_command_prints_the_protocol_and_what_has_no_ground_truth(tmp_path: Path, data: dict[str, Path]) -> None:
+    run_of("detection", tmp_path / "run", data["detection"])
+    out = tmp_path / "figures.json"
+    for weights in ("ema", "raw"):
+        done = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--weights", weights, "--out", str(out)])
+        assert done.exception is None
+        lines = done.stdout.splitlines()
+        assert "box_APl          no ground truth" in lines
+        assert (
+            "# metric: COCO AP (pycocotools), IoU 0.50:0.05:0.95, 101 recall points, 100 detections per image" in lines
+        )
+        assert f"# weights: {weights}" in lines
+        assert "# input: resized to fit 128x128, padded" in lines
+        stored = json.loads(out.read_text())
+        assert stored["metrics"]["box_APl"] is None
+        assert stored["protocol"]["weights"] == weights
+        assert ("of the average (train.ema 0.9)" in done.stderr) == (weights == "ema")
