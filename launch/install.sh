@@ -19,5 +19,7 @@ if [ ! -x .venv/bin/pip ] && ! "$python" -m venv .venv; then
     "$python" -m venv .venv
 fi
 echo "vitgraft: installing into .venv (about 6 GB with CUDA's libraries; some minutes the first time)" >&2
-.venv/bin/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt 'pip>=25' 'setuptools>=75'
-.venv/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,demo]'
+# Errors alone: pip's and setuptools' warnings are about themselves and ask nothing of who installs.
+pip=(.venv/bin/pip install --disable-pip-version-check --progress-bar off -qq -c constraints.txt)
+"${pip[@]}" 'pip>=25' 'setuptools>=75'
+"${pip[@]}" -e '.[dev,demo]'
