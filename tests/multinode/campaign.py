@@ -173,7 +173,8 @@ class SupervisedRun:
         """The run is what it would have been without any fault.
 
         Args:
-            exact: with the same world all along; else losses differ in the order of sums, which grows with the steps.
+            exact: with the same world all along; else losses differ in the order of sums, and a ReLU may make more of
+                it than a last bit (tests/runs/test_worlds.py).
         """
         assert len(losses(self.view)) == steps
         if exact:
@@ -181,7 +182,7 @@ class SupervisedRun:
         else:
             ours, theirs = history(self.view), history(unbroken)
             differences = [abs(ours[step]["loss"] / theirs[step]["loss"] - 1) for step in sorted(theirs)]
-            assert max(differences[:10]) < 1e-5, differences
+            assert max(differences[:10]) < 1e-3, differences
             assert max(differences) < 1e-2, differences
         entries = audited_entries(self.view)
         assert entries == audited_entries(unbroken)

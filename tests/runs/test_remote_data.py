@@ -64,7 +64,8 @@ def test_the_same_entries_are_skipped_in_every_world_and_the_run_goes_on(served:
     assert all("shard-000000.tar" in row["reason"] and "broken image" in row["reason"] for row in rows)
     two, one = history(tmp_path / "two"), history(tmp_path / "one")
     for step in range(1, 9):
-        assert math.isclose(two[step]["loss"], one[step]["loss"], rel_tol=1e-5)
+        # After the first a ReLU may open on a last bit (test_worlds.py).
+        assert math.isclose(two[step]["loss"], one[step]["loss"], rel_tol=1e-5 if step == 1 else 1e-3)
     # With loader processes their memory is in the log, without there is none.
     assert all(row["loader_memory"] > 1 << 20 for row in one.values())
     assert all(row["loader_memory"] == 0 for row in two.values())

@@ -1,4 +1,15 @@
-"""What must not depend on how a run is distributed."""
+"""What must not depend on how a run is distributed.
+
+The ways to distribute add up the same numbers in other orders, so losses differ in their last bits (1e-7), and what is
+made of such a bit depends on the model. Where the gradient is a smooth function of the weights, a small rate keeps the
+difference what it was. A ReLU whose input is zero but for a last bit lets the gradient pass in one run and not in the
+other, and the gradients differ by a whole: with torch's kernels for SSE and a UperNet the norms of stages 2 and 3 part
+by 5e-5 in step 4, where the losses are still the same within 4e-8, and the losses by 3e-5 at the end. With AVX2 and
+AVX-512 no input comes so close in these 20 steps, and the losses stay the same within 1e-7, as they do with SSE and
+GELU in place of UperNet's ReLU: the stages do not part, and it is the processor that decides. So a model
+without ReLU is held to 1e-5, and one with ReLUs to 1e-5 in the first step, whose weights are the same whatever happens,
+and to 1e-3 afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +31,13 @@ def run_with(folder: Path, name: str, tree: dict[str, Any], *arguments: str) -> 
     return history(run)
 
 
+SMOOTH, WITH_RELUS = 1e-5, 1e-3
+
+
 def assert_same(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
+    assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=SMOOTH)
+    assert ours[1]["grad_norm"] == pytest.approx(theirs[1]["grad_norm"], rel=tolerance)
     for step in theirs:
         assert ours[step]["samples"] == theirs[step]["samples"]
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=tolerance), step
@@ -31,23 +47,28 @@ STAGED: dict[str, Any] = {
     "train__layer_decay": 0.8,
     "train__param_groups": [{"match": r"^head\.", "lr_multiplier": 2.0}],
 }
+MOMENTUM: dict[str, Any] = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
+
+
+def smooth_recipe(data: Path, **settings: Any) -> dict[str, Any]:
+    """A clip classifier of attention, GELU and LayerNorm, without an adapter: its gradient is a smooth function."""
+    return tiny_recipe("video", data, model__adapter={"name": "none"}, train__optimizer=MOMENTUM, **settings)
 
 
 @pytest.fixture(scope="module")
 def staged(
-    detection_data: Path, semantic_data: Path, tmp_path_factory: pytest.TempPathFactory
+    detection_data: Path, video_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[int, dict[str, Any]]]]:
     """Two recipes of twenty steps with several parameter groups, and their runs under ZeRO-2.
 
     The stages add up the gradient's norm in different orders, and clipping multiplies the gradient by it; a detector
-    whose proposals flip on a last bit parts from there. So the detector runs without clipping, and clipping is tried
-    where nothing is selected.
+    whose proposals flip on a last bit parts from there. So the detector runs without clipping, where nothing differs,
+    and clipping is tried where the gradient is smooth.
     """
     folder = tmp_path_factory.mktemp("stages")
-    sgd = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
     trees = {
         "detection": tiny_recipe("detection", detection_data / "train", train__clip_grad=0.0, **STAGED),
-        "clipped": tiny_recipe("semantic", semantic_data / "train", train__optimizer=sgd, **STAGED),
+        "clipped": smooth_recipe(video_data / "train", **STAGED),
     }
     runs = {}
     for name, tree in trees.items():
@@ -74,16 +95,22 @@ def test_zero_stages_give_the_same_losses(
     run = tmp_path / "run"
     train(recipe, run, "--set", f"train.zero_stage={stage}")
     assert len(stage_2) == 20
-    assert_same(history(run), stage_2, 1e-5)
+    if name == "clipped":
+        # Else the factor would be 1 whatever the stage makes of it.
+        assert min(row["grad_norm"] for row in stage_2.values()) > 1.0
+    assert_same(history(run), stage_2, SMOOTH)
 
 
-def test_world_size_changes_nothing(semantic_data: Path, tmp_path: Path) -> None:
-    """A recipe without randomness inside the model; 22 samples at 4 a step, so that short batches occur."""
-    settings: dict[str, Any] = {"train__steps": 8, "train__optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9}}
-    tree = tiny_recipe("semantic", semantic_data / "train", **settings)
+@pytest.mark.parametrize("task", ["video", "semantic"])
+def test_world_size_changes_nothing(video_data: Path, semantic_data: Path, tmp_path: Path, task: str) -> None:
+    """Recipes without randomness inside the model, the second with BatchNorm over the ranks; 22 samples at 4 a step, so
+    that short batches occur."""
+    settings = {"train__steps": 8, "train__optimizer": MOMENTUM}
+    semantic = tiny_recipe("semantic", semantic_data / "train", **settings)
+    tree = semantic if task == "semantic" else smooth_recipe(video_data / "train", train__steps=8)
     two = run_with(tmp_path, "two", tree)
     one = run_with(tmp_path, "one", tree, "--processes", "1")
-    assert_same(one, two, 1e-5)
+    assert_same(one, two, WITH_RELUS if task == "semantic" else SMOOTH)
 
 
 @pytest.fixture(scope="module")
@@ -107,22 +134,23 @@ def uneven_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_accumulation_changes_nothing_where_targets_alone_decide_what_counts(uneven_data: Path, tmp_path: Path) -> None:
-    """Without BatchNorm and randomness inside the model; the sixth step is short, and of its micro-steps some empty."""
+    """Without BatchNorm and randomness inside the model; the sixth step is short, and of its micro-steps some empty.
+
+    With a normaliser for each micro-step the first losses differ by 6e-4.
+    """
     tree = tiny_recipe(
         "semantic",
         uneven_data,
         model__adapter__norm="ln",
         model__head__norm="ln",
         train__steps=7,
-        train__optimizer={"name": "sgd", "lr": 0.01, "momentum": 0.9},
+        train__optimizer=MOMENTUM,
     )
     once = run_with(tmp_path, "once", tree)
     for accumulation, processes in ("2", "2"), ("2", "1"), ("4", "1"):
         options = ["--set", f"train.accumulation={accumulation}", "--processes", processes]
         often = run_with(tmp_path, f"often-{accumulation}-{processes}", tree, *options)
-        assert_same(often, once, 1e-5)
-        for step in once:
-            assert often[step]["grad_norm"] == pytest.approx(once[step]["grad_norm"], rel=1e-4), step
+        assert_same(often, once, WITH_RELUS)
 
 
 WORLDS = [("1", "2", "false"), ("2", "3", "true"), ("3", "0", "false"), ("2", "1", "true")]
@@ -171,7 +199,7 @@ def test_a_run_goes_on_at_other_worlds_stages_and_places(
     assert [event["world"] for event in starts] == [1, 2, 3, 2]
     assert starts[0]["resume"] is None
     assert all(event["resume"] >= 3 * number + 2 for number, event in enumerate(starts[1:]))
-    assert_same(history(run), history(tmp_path / "whole"), 1e-5)
+    assert_same(history(run), history(tmp_path / "whole"), WITH_RELUS)
     assert entries(run) == entries(tmp_path / "whole")
     manifest = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
     assert manifest["frozen"] is not None
@@ -206,4 +234,4 @@ def assert_same_weights(ours: Path, theirs: Path, step: int) -> None:
         )
         assert mine.keys() == reference.keys()
         for name, value in reference.items():
-            np.testing.assert_allclose(mine[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(mine[name], value, rtol=1e-2, atol=1e-4, err_msg=name)
