@@ -258,18 +258,18 @@ class TrainLoop:
         counts = torch.stack([losses[name].count.float() for name in names]).to(totals.device)
         own = [0.0] * comm.world()
         own[comm.rank()] = self._clock.meet()
-        news = [*own, len(batch.skipped), self.session.saver.failed(), self.stop()]
-        flags = torch.tensor(news, dtype=torch.float32, device=totals.device)
-        local = torch.cat([totals.detach(), counts, flags])
-        reduced = comm.sum_tensor(local.clone())
         # Samples count alike in a short step, whose micro-steps are not equally full.
         share = train.accumulation * part.micro_count / part.step_count
+        weights = [float(train.accumulation) if name in known else share for name in names]
+        news = [*own, len(batch.skipped), self.session.saver.failed(), self.stop()]
+        # In one copy to the device, for which the host waits.
+        numbers = torch.tensor([*weights, *news], dtype=torch.float32, device=totals.device)
+        local = torch.cat([totals.detach(), counts, numbers[len(names) :]])
+        reduced = comm.sum_tensor(local.clone())
         counted = zip(names, reduced[len(names) : 2 * len(names)], strict=True)
         normaliser = torch.stack([known.get(name, count).float() for name, count in counted]).clamp(min=1.0)
-        weights = [float(train.accumulation) if name in known else share for name in names]
         # DeepSpeed averages gradients over ranks and micro-steps; the sum over ranks is meant, hence the world.
-        scale = torch.tensor([comm.world() * weight for weight in weights], device=totals.device)
-        engine.backward((totals / normaliser * scale).sum())
+        engine.backward((totals / normaliser * numbers[: len(names)]).sum() * comm.world())
         facts.names = names
         facts.local.append(local)
         facts.reduced.append(reduced)
