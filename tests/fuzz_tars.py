@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import random
@@ -19,7 +20,7 @@ from PIL import Image
 
 from vitgraft.configs.errors import VitgraftError
 from vitgraft.data_shards.foreign import index_tars
-from vitgraft.data_shards.manifest import dump_manifest, make_manifest, read_manifest
+from vitgraft.data_shards.manifest import Foreign, dump_manifest, make_manifest, read_manifest
 from vitgraft.data_shards.pack.imagefolder import pack_arrays
 from vitgraft.data_shards.report import verify
 from vitgraft.data_shards.shards import Shard
@@ -60,19 +61,28 @@ def try_own_set(data: bytes, generator: random.Random) -> None:
         _read_all(folder)
 
 
+@functools.cache
+def _indexed() -> tuple[bytes, bytes, Foreign | None]:
+    """A foreign tar, its index, and what the manifest says of them."""
+    with tempfile.TemporaryDirectory() as name:
+        tar = _tar_of_images()
+        (Path(name) / "a.tar").write_bytes(tar)
+        foreign = index_tars(Path(name), "image", ["x", "y"]).foreign
+        return tar, (Path(name) / "a.idx").read_bytes(), foreign
+
+
 def try_index_of_foreign_tar(data: bytes, generator: random.Random) -> None:
     """Read a set of foreign tars whose index was exchanged together with its hash."""
+    tar, _, foreign = _indexed()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "a.tar").write_bytes(_tar_of_images())
-        index_tars(folder, "image", ["x", "y"])
-        foreign = read_manifest(folder).foreign
+        (folder / "a.tar").write_bytes(tar)
         (folder / "a.idx").write_bytes(data)
         shard = Shard(
             name="a.tar",
             samples=generator.choice((3, 3, max(1, len(data) // 24))),
-            bytes=(folder / "a.tar").stat().st_size,
-            sha256=sha256(_tar_of_images()).hexdigest(),
+            bytes=len(tar),
+            sha256=sha256(tar).hexdigest(),
             index_sha256=sha256(data).hexdigest(),
             index_size=max(1, len(data)),
         )
@@ -173,10 +183,7 @@ def own_sets() -> list[bytes]:
 
 def indices() -> list[bytes]:
     """Indices of foreign tars."""
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "a.tar").write_bytes(_tar_of_images())
-        index_tars(Path(name), "image", ["x", "y"])
-        return [(Path(name) / "a.idx").read_bytes()]
+    return [_indexed()[1]]
 
 
 def _pixels() -> np.ndarray:
