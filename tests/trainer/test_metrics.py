@@ -256,12 +256,20 @@ def test_an_unreadable_images_pixels_are_wrong() -> None:
     assert metric.compute() == {"mIoU": 0.5, "mAcc": 0.5, "aAcc": 0.5, "IoU_a": 0.5, "IoU_b": 0.5}
 
 
-def test_classes_that_do_not_occur_are_left_out_and_nothing_at_all_is_zero() -> None:
+def test_classes_that_do_not_occur_have_no_figure_and_nothing_at_all_has_none() -> None:
     metric = ConfusionMetric(SemanticTask(["a", "b", "c"]))
-    assert metric.compute() == {"mIoU": 0.0, "mAcc": 0.0, "aAcc": 0.0}
+    nothing = {"mIoU": None, "mAcc": None, "aAcc": None}
+    assert metric.compute() == {**nothing, "IoU_a": None, "IoU_b": None, "IoU_c": None}
     metric.count(np.array([[0, 0, 0, 0]]), np.array([[0, 0, 0, 1]]))
-    # IoU of a is 3/4, of b 0/1; c occurs nowhere. Recall exists for a alone.
-    assert metric.compute() == {"mIoU": 0.375, "mAcc": 0.75, "aAcc": 0.75, "IoU_a": 0.75, "IoU_b": 0.0}
+    # IoU of a is 3/4, of b 0/1; c occurs nowhere, which is reported. Recall exists for a alone.
+    found = {"mIoU": 0.375, "mAcc": 0.75, "aAcc": 0.75, "IoU_a": 0.75, "IoU_b": 0.0, "IoU_c": None}
+    assert metric.compute() == found
+
+
+def test_a_model_that_says_background_only_is_half_wrong() -> None:
+    metric = ConfusionMetric(SemanticTask(["background", "object"]))
+    metric.count(np.array([[0, 0, 0, 1]]), np.array([[0, 0, 0, 0]]))
+    assert metric.compute()["mIoU"] == 0.375
 
 
 def clip_truths(classes: list[int]) -> list[Truth]:

@@ -14,7 +14,7 @@ from vitgraft.data_shards.batch import Batch, Truth
 from vitgraft.data_shards.draw import draw_label_map
 from vitgraft.models.contract import Predictions
 from vitgraft.trainer.draw import enlarge, repeat
-from vitgraft.trainer.tasks.base import Metric, Result
+from vitgraft.trainer.tasks.base import Figures, Metric, Result
 
 IGNORE = 255
 
@@ -103,18 +103,19 @@ class ConfusionMetric:
         """Pixels."""
         return self.matrix
 
-    def compute(self) -> dict[str, float]:
-        """mIoU, mAcc (mean recall), aAcc, and IoU_CLASS for each class that occurs."""
+    def compute(self) -> Figures:
+        """mIoU, mAcc (mean recall), aAcc, and IoU_CLASS; ``None`` for a class in neither truth nor prediction."""
         classes = len(self._task.classes)
         hits = np.diag(self.matrix[:, :classes]).astype(float)
         truth, predicted = self.matrix.sum(1), self.matrix[:, :classes].sum(0)
         union = truth + predicted - hits
         occurs, in_truth = union > 0, truth > 0
-        iou = hits[occurs] / union[occurs]
-        figures = {
-            "mIoU": float(iou.mean()) if occurs.any() else 0.0,
-            "mAcc": float((hits[in_truth] / truth[in_truth]).mean()) if in_truth.any() else 0.0,
-            "aAcc": float(hits.sum() / max(truth.sum(), 1)),
+        iou = hits / np.maximum(union, 1)
+        figures: dict[str, float | None] = {
+            "mIoU": float(iou[occurs].mean()) if occurs.any() else None,
+            "mAcc": float((hits[in_truth] / truth[in_truth]).mean()) if in_truth.any() else None,
+            "aAcc": float(hits.sum() / truth.sum()) if in_truth.any() else None,
         }
-        names = [name for name, seen in zip(self._task.classes, occurs, strict=True) if seen]
-        return figures | {f"IoU_{name}": float(value) for name, value in zip(names, iou, strict=True)}
+        for number, name in enumerate(self._task.classes):
+            figures[f"IoU_{name}"] = float(iou[number]) if occurs[number] else None
+        return figures
