@@ -117,19 +117,22 @@ class NetworkProbe:
         """Add up 4 MiB over all hosts by gloo, as the trainer's ranks would meet; returns the ``seconds`` it took.
 
         Raises:
-            RuntimeError, OSError: they did not come together within ``timeout`` seconds, or the sum is wrong.
+            RuntimeError, OSError, TrainingError: they did not come together within ``timeout`` seconds, the port is
+                taken, or the sum is wrong.
         """
         from datetime import timedelta
 
         import torch
         import torch.distributed as dist
 
+        from vitgraft.trainer.rendezvous import open_store
+
         interface = interface_of(own)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         patience = timedelta(seconds=timeout)
-        place = f"tcp://[{leader}]:{port}" if ":" in leader else f"tcp://{leader}:{port}"
-        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world, timeout=patience)
+        store = open_store((leader, port), rank, world, patience, several_hosts=True)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
         try:
             took = []
             for _ in range(3):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -36,18 +38,22 @@ def join(backend: str) -> None:
     if not others and all(name in os.environ for name in _NEEDED):
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        listener = listen(address, port, several_hosts=here < world).detach() if rank == 0 else None
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address,
-            port,
-            world,
-            is_master=rank == 0,
-            timeout=default_pg_timeout,
-            master_listen_fd=listener,
-        )
+        meeting = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = open_store(meeting, rank, world, default_pg_timeout, several_hosts=here < world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=default_pg_timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def open_store(meeting: tuple[str, int], rank: int, world: int, patience: timedelta, *, several_hosts: bool) -> Any:
+    """Open the store at an address and port, where rank 0 serves it.
+
+    Raises:
+        TrainingError: the port is taken.
+    """
+    listener = listen(*meeting, several_hosts=several_hosts).detach() if rank == 0 else None
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        *meeting, world, is_master=rank == 0, timeout=patience, master_listen_fd=listener
+    )
 
 
 def listen(address: str, port: int, *, several_hosts: bool) -> socket.socket:

@@ -73,6 +73,27 @@ def test_what_a_whole_job_is_sent_does_not_end_it_while_it_starts(run: Path, tmp
     link.close(patience=10)
 
 
+@pytest.mark.parametrize(
+    ("login", "own", "expected"),
+    [
+        ("10.0.0.9 5 10.0.0.1 22", None, "eth7"),
+        ("10.0.0.9 5 10.0.0.1 22", "ib0", "ib0"),
+        ("127.0.0.1 5 127.0.0.1 22", None, None),
+        ("", None, None),
+    ],
+)
+def test_ranks_meet_by_the_interface_that_the_leader_comes_in_by(
+    login: str, own: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitgraft.launch.network_probe.interface_of", {"10.0.0.1": "eth7"}.get)
+    monkeypatch.setenv("SSH_CONNECTION", login)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", own or "")
+    if own is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    module._choose_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
 def test_logs_that_were_moved_away_begin_anew(run: Path) -> None:
     """Whoever tidies up while a run goes on must not end it at its next restart."""
     (run / "logs").rename(run / "logs.moved")
