@@ -10,6 +10,7 @@ from torch import Tensor
 from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.models.pickles import Global, Record
 from vitgraft.models.tensor_records import is_tensor
+from vitgraft.models.weight_names import shown
 
 _USUAL = ("state_dict", "model", "module", "model_state_dict", "model_state", "teacher")
 """Names of the state dict in files that hold others too, the first that is there taken. Of the pairs of student and
@@ -21,8 +22,8 @@ _OTHERS = 8
 def kind_of(value: Any) -> str:
     """What a value out of a file is, for a message."""
     if isinstance(value, Record):
-        return str(value)[:100]
-    return f"name of {value}"[:100] if isinstance(value, Global) else type(value).__name__
+        return shown(value, 100)
+    return f"name of {shown(value, 100)}" if isinstance(value, Global) else type(value).__name__
 
 
 def chosen_state(content: Any, key: str | None, where: str) -> tuple[dict[str, Any], str | None]:
@@ -117,5 +118,5 @@ def _named(states: dict[str, dict[str, Any]], key: str, where: str) -> dict[str,
 
 
 def _choices(paths: Any) -> str:
-    names = [path[:60] if path.isprintable() else ascii(path)[:60] for path in paths if path]
+    names = [shown(path, 60) for path in paths if path]
     return ", ".join(names[:_OTHERS]) + (f" and {len(names) - _OTHERS} more" if len(names) > _OTHERS else "")

@@ -21,11 +21,11 @@ from vitgraft.models.pickles import PickleError, ProgramError
 from vitgraft.models.state_dicts import chosen_state, kind_of
 from vitgraft.models.tensor_records import TensorError, is_tensor, tensor_of
 from vitgraft.models.torch_files import Content, UnreadableError, read_archive, read_stream
-from vitgraft.models.weight_names import MAX_HEADER_BYTES, check_kind, locate, metadata_of, numbers_of
+from vitgraft.models.weight_names import MAX_HEADER_BYTES, check_kind, locate, metadata_of, numbers_of, shown
 
 log = logging.getLogger(__name__)
 
-MAX_NAME = 500
+MAX_NAME = 200
 
 
 def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> dict[str, Tensor]:
@@ -46,14 +46,14 @@ def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> 
         raise CheckpointError(f"{where}: {path} is {error}") from None
     except ProgramError as error:
         raise CheckpointError(
-            f"{where}: {path} holds Python objects beside tensors ({str(error)[:100]}), and loading them elsewhere "
+            f"{where}: {path} holds Python objects beside tensors ({shown(error, 100)}), and loading them elsewhere "
             "could run code; save its tensors alone, best as .safetensors"
         ) from None
     except VitgraftError:
         raise
     except Exception as error:  # a foreign file makes the readers raise almost anything
         raise CheckpointError(
-            f"{where}: {path} cannot be read ({type(error).__name__}: {_short(error)}); "
+            f"{where}: {path} cannot be read ({type(error).__name__}: {shown(error)}); "
             "expected a whole .safetensors file, or a .pth file of tensors"
         ) from error
     if note:
@@ -102,7 +102,7 @@ def _tensors(state: dict[str, Any], content: Content, where: str) -> dict[str, T
             try:
                 tensors[name] = tensor_of(value, content.storages)
             except TensorError as error:
-                raise CheckpointError(f"{where}: {name} is {error}; fetch or save the file again") from None
+                raise CheckpointError(f"{where}: {name} is {shown(error)}; fetch or save the file again") from None
         elif "." in name:
             raise CheckpointError(
                 f"{where}: {name} is a {kind_of(value)}, expected a tensor; save the state dict alone"
@@ -112,7 +112,3 @@ def _tensors(state: dict[str, Any], content: Content, where: str) -> dict[str, T
 
 def _no_storage(reference: Any) -> Tensor:
     raise TensorError("no storage")
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

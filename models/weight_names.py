@@ -86,6 +86,12 @@ def metadata_of(name: str, where: str) -> dict[str, str]:
     return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
 
 
+def shown(value: object, limit: int = 160) -> str:
+    """A text for a message: one line of at most ``limit`` characters, what cannot be printed as question marks."""
+    line = " ".join(str(value)[: 4 * limit].split())[:limit]
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
 def numbers_of(metadata: dict[str, str], key: str, count: int) -> list[float] | None:
     """A list of ``count`` numbers in a file's metadata; ``None`` for anything else."""
     try:
@@ -128,7 +134,7 @@ def _fetched(name: str, where: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(f"{parts[0]}/{repo}", inside, revision=revision or None))
     except Exception as error:  # what the hub's client and the network raise is not bounded to a class
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        said = f"{type(error).__name__}: {shown(error)}"
         raise ConfigError(
             f"{where}: {name} could not be fetched ({said}); check the name and the network, or name a local file"
         ) from error
