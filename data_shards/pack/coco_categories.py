@@ -21,7 +21,7 @@ Entries = Mapping[Key, dict[str, Any]]
 class Categories(NamedTuple):
     """``classes``: names by class id. ``category_ids``: the ids that they have in the file, as the manifest keeps them.
     ``numbers``: class id by category. ``outside``: names of categories that are no class. ``things``: the
-    categories of things; others are stuff. ``notes``: (reason, name) of those that are left out."""
+    categories of things; others are stuff. ``notes``: (reason, name) of those that are left out or merged."""
 
     classes: list[str]
     category_ids: list[int]
@@ -112,7 +112,7 @@ def read_categories(
     found = as_classes(entries, {key for key in annotated if key is not None}, classes, where)
     report.classes = found.classes
     for reason, name in found.notes:
-        report.leave_out(reason, name)
+        (report.repair if reason == MERGED else report.leave_out)(reason, name)
     return found
 
 

@@ -23,7 +23,7 @@ MASKS = "wrong masks"
 SEGMENTS = "segments missing in PNG or JSON"
 MISSING = "missing files"
 UNREADABLE = "unreadable or malformed"
-NOTHING_TO_LEARN = "classes with nothing to learn from"
+NOTHING_TO_LEARN = "sets or classes with nothing to learn from"
 
 TURNED = "turned"
 """Images whose EXIF orientation is applied."""

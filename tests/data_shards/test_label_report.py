@@ -46,10 +46,12 @@ def test_every_sort_of_finding_is_one_line_and_counted_at_the_end() -> None:
         "  left out: 1 boxes without area: annotation 5",
         "  passed over: 1 files of no image format: notes.txt",
         "  1 wrong boxes, the first: annotation 6: bbox is wrong; fix it",
-        "  1 classes with nothing to learn from, the first: class dog has crowds alone; see --classes",
+        "  1 sets or classes with nothing to learn from, the first: class dog has crowds alone; see --classes",
         "  in all: 1 turned, 1 clipped, 1 read from strings, 1 left out, 1 passed over, 1 crowds; faults: 2",
     ]
-    with pytest.raises(DataError, match=r"annotation 6: .* \(2 faults in all: 1 wrong boxes, 1 classes with nothing"):
+    with pytest.raises(
+        DataError, match=r"annotation 6: .* \(2 faults in all: 1 wrong boxes, 1 sets or classes with nothing"
+    ):
         report.close()
 
 
