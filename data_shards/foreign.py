@@ -22,7 +22,7 @@ from vitgraft.configs.files import open_regular, read_bytes
 from vitgraft.configs.hashing import canonical_json, sha256_file
 from vitgraft.data_shards.foreign_samples import SampleChecker, take_roles
 from vitgraft.data_shards.index_folder import IndexFolder
-from vitgraft.data_shards.listing import HIDDEN
+from vitgraft.data_shards.listing import HIDDEN, is_hidden
 from vitgraft.data_shards.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -195,11 +195,11 @@ def _check_unused(target: Path, overwrite: bool) -> None:
 def _tar_names(source: Path | str) -> list[str]:
     if isinstance(source, str) and is_url(source):
         try:
-            names = [name for name in list_names(source) if name.endswith(".tar")]
+            names = [name for name in list_names(source) if name.endswith(".tar") and not is_hidden(name)]
         except FileNotFoundError:
             names = []
     else:
-        names = sorted(path.name for path in Path(source).glob("*.tar"))
+        names = sorted(path.name for path in Path(source).glob("*.tar") if not is_hidden(path.name))
     if not names:
         raise DataError(f"{_shown(source)}: no .tar files; name a folder (over http one whose page lists its files)")
     for name in names:

@@ -89,7 +89,7 @@ def read_video_list(
 def detect(path: Path) -> ListFormat:
     """The format of a list by its name and first line."""
     if path.is_dir():
-        return "hmdb51" if any(_HMDB51_FILE.match(file.name) for file in path.iterdir()) else "folders"
+        return "hmdb51" if _hmdb51_files(path) else "folders"
     if path.suffix == ".json":
         return "ssv2"
     if _UCF101_FILE.match(path.name):
@@ -236,8 +236,13 @@ def all_ids(labels: Collection[str]) -> bool:
     return all(label.isascii() and label.isdigit() and len(label) < 10 for label in labels)
 
 
+def _hmdb51_files(folder: Path) -> list[tuple[re.Match[str], Path]]:
+    paths = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
+    return [(match, path) for path in paths if (match := _HMDB51_FILE.match(path.name))]
+
+
 def _hmdb51_folder(folder: Path, split: str, fold: int) -> VideoList:
-    found = [(match, path) for path in sorted(folder.iterdir()) if (match := _HMDB51_FILE.match(path.name))]
+    found = _hmdb51_files(folder)
     texts = {match[1]: read_text(path) for match, path in found if int(match[2]) == fold}
     if not texts:
         raise DataError(f"{folder}: no files CLASS_test_split{fold}.txt; check the folder and --fold")

@@ -797,6 +797,7 @@ def test_what_a_mac_adds_to_a_tar_is_passed_over(tmp_path: Path) -> None:
         for extension, data in (("jpg", picture(9)), ("cls", b"1")):
             members += [(f"{folder}/._{name}.{extension}", b"Mac OS X"), (f"{key}.{extension}", data)]
     write_tar(tmp_path / "set" / "mac.tar", members)
+    (tmp_path / "set" / "._mac.tar").write_bytes(b"Mac OS X")
     told: list[str] = []
     manifest = index_tars(tmp_path / "set", "image", ["x", "y"], say=told.append)
     assert manifest.samples == 2

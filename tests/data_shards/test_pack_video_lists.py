@@ -153,6 +153,7 @@ def test_hmdb51(clips: Callable[..., Path], tmp_path: Path) -> None:
     (folder / "wave_test_split1.txt").write_text("one.avi 1 \ntwo.avi 2 \nabsent.avi 0 \n")
     (folder / "cartwheel_test_split1.txt").write_text("three.avi 1 \n")
     (folder / "wave_test_split2.txt").write_text("two.avi 1 \n")
+    (folder / "._wave_test_split1.txt").write_bytes(b"\xff Mac OS X")
     classes = ["cartwheel", "wave"]
     for split, fold, expected in (
         (None, None, [("cartwheel/three.avi", "cartwheel"), ("wave/one.avi", "wave")]),
