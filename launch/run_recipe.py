@@ -15,10 +15,11 @@ from typing import Any
 from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.configs.load import read_tree, validate_recipe
 from vitgraft.configs.schema import Recipe
+from vitgraft.configs.schema.train import ExtendConfig, ScheduleConfig, TrainConfig
 from vitgraft.trainer.checkpoint.commit import COMMITTED, all_step_names
 from vitgraft.trainer.checkpoint.layout import POINTER, Manifest
 from vitgraft.trainer.checkpoint.read import complete_checkpoints, open_checkpoint
-from vitgraft.trainer.new_run import new_run
+from vitgraft.trainer.new_run import new_run, same_run
 
 CONFIG = "config.yaml"
 
@@ -73,6 +74,8 @@ def check_recipe(run: Path, recipe: Recipe, resume: str, command: Sequence[str] 
     difference = first_difference(old.identity(), recipe.identity())
     if difference is not None:
         key, before, now = difference
+        if longer := _longer(run, old, recipe, key, command):
+            raise ConfigError(f"{config}: {key} was {before}, now {now}; {longer}")
         # Another model may fit the weights nowhere.
         weights = not key.startswith("model.")
         how = "from this one's weights" if weights else "of its own"
@@ -81,7 +84,65 @@ def check_recipe(run: Path, recipe: Recipe, resume: str, command: Sequence[str] 
             "run keeps its model, data and optimisation: use the old value, --resume never to start afresh, or a new "
             f"run {how}: {new_run(run, recipe, command=command, weights=weights)}"
         )
+    if newest is not None:
+        _check_stages(run, old.train, recipe, newest, command)
     return None
+
+
+def _longer(run: Path, old: Recipe, new: Recipe, key: str, command: Sequence[str] | None) -> str | None:
+    """What to do where a run is to be longer than it was: its schedule covers the old length."""
+    if key not in ("train.epochs", "train.steps"):
+        return None
+    unit = key.removeprefix("train.")
+    before, now = getattr(old.train, unit), getattr(new.train, unit)
+    if before is None or now is None or now <= sum(old.train.stage_lengths()):
+        return None
+    stages = [_plain(stage) for stage in old.train.extend]
+    stage: dict[str, Any] = {unit: now - sum(old.train.stage_lengths())}
+    ends_at = [schedule.ends_at for schedule in _schedules(old.train)][-1]
+    how = "the rate with which it ended stays" if ends_at else "the rate has ended at 0, so a schedule begins again"
+    if not ends_at:
+        stage["schedule"] = {"name": "cosine"}
+    changes = {key: before, "train.extend": [*stages, stage]}
+    return f"the schedule covers what it was; add a stage ({how}): {same_run(run, changes, command)}"
+
+
+def _schedules(train: TrainConfig) -> list[ScheduleConfig]:
+    return [train.schedule, *(stage.schedule for stage in train.extend if stage.schedule is not None)]
+
+
+def _plain(stage: ExtendConfig) -> dict[str, Any]:
+    return stage.model_dump(mode="json", exclude_defaults=True) | (
+        {} if stage.schedule is None else {"schedule": stage.schedule.model_dump(mode="json")}
+    )
+
+
+def _check_stages(run: Path, old: TrainConfig, recipe: Recipe, newest: Manifest, command: Sequence[str] | None) -> None:
+    """Refuse another rate, or another end, in what the run has already done; what has not begun may change.
+
+    Raises:
+        ConfigError: ends with the command that works.
+    """
+    new = recipe.train
+    # Whole units that are done, and whether the next has begun.
+    done, begun = (newest.step, False) if old.epochs is None else (newest.data.epoch, newest.data.cursor > 0)
+    start = old.stage_lengths()[0]
+    for number, stage in enumerate(old.extend):
+        if done < start or (done == start and not begun):
+            return
+        now = new.extend[number] if number < len(new.extend) else None
+        alike = now is not None and (now.schedule, now.lr) == (stage.schedule, stage.lr)
+        end = start + new.stage_lengths()[number + 1] if now is not None else start
+        # While a rate is held, its end may be put off, or brought forward to what is to come.
+        soonest = min(end, start + old.stage_lengths()[number + 1])
+        held = stage.schedule is None and (done < soonest or (done == soonest and not begun))
+        if now != stage and not (alike and held):
+            stages = [_plain(stage) for stage in old.extend]
+            raise ConfigError(
+                f"{run / CONFIG}: train.extend.{number} has begun and was another; keep it as it was and add a stage: "
+                f"{same_run(run, {'train.extend': stages}, command)}"
+            )
+        start = end
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

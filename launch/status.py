@@ -141,7 +141,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
         step=step,
         steps=steps,
         epoch=_whole(row, "epoch"),
-        epochs=_whole(config.get("train"), "epochs"),
+        epochs=_epochs(_tree(config.get("train"))),
         samples=_whole(row, "samples"),
         eta_s=eta(step, steps, pace, None if written is None else now - written) if state == "running" else None,
         row_age_s=None if written is None else max(0.0, now - written),
@@ -232,6 +232,12 @@ def _config(run: Path) -> dict[str, Any]:
         return _tree(parse_yaml(read_text(run / "config.yaml", MAX_SMALL_BYTES), "config.yaml"))
     except (DataError, ConfigError):
         return {}
+
+
+def _epochs(train: dict[str, Any]) -> int | None:
+    """Of all stages of the run."""
+    first, more = _whole(train, "epochs"), train.get("extend")
+    return first and first + sum(_whole(stage, "epochs") or 0 for stage in (more if isinstance(more, list) else []))
 
 
 def _newest_json(run: Path, pattern: str) -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ from vitgraft.configs.errors import VitgraftError
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.recipe import Backlog
 from vitgraft.data_shards.dataset import PackedDataset
-from vitgraft.data_shards.plan import steps_per_epoch
 from vitgraft.trainer.checkpoint.commit import all_step_names, final_folder, owning_attempt
 from vitgraft.trainer.checkpoint.files import replace_text
 from vitgraft.trainer.checkpoint.layout import parse_step
@@ -25,6 +24,7 @@ from vitgraft.trainer.evaluate import Evaluation, Evaluator, evaluate_into_run, 
 from vitgraft.trainer.figures import headline, missing_best
 from vitgraft.trainer.monitor import draw_evaluation
 from vitgraft.trainer.rank import as_known
+from vitgraft.trainer.schedule import stage_ends
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -177,9 +177,9 @@ def _last_step(recipe: Recipe) -> int:
     """The step that the run ends with, as the trainer's session has it."""
     train = recipe.train
     if train.steps is not None:
-        return train.steps
+        return stage_ends(train, 0)[-1]
     dataset = PackedDataset(recipe.data.train, recipe.data, recipe.task, seed=train.seed, train=True)
-    return (train.epochs or 0) * steps_per_epoch(dataset.epoch_size, train.global_batch)
+    return stage_ends(train, dataset.epoch_size)[-1]
 
 
 def _why(error: Exception) -> str:

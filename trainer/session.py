@@ -16,7 +16,7 @@ from vitgraft.configs.schema.train import AdamWConfig
 from vitgraft.data_shards.batch import Entry
 from vitgraft.data_shards.dataset import PackedDataset
 from vitgraft.data_shards.loader import TrainBatches, train_batches
-from vitgraft.data_shards.plan import data_state, micro_batches, samples_before, steps_per_epoch
+from vitgraft.data_shards.plan import data_state, micro_batches, samples_before
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.layer_decay import layer_of
 from vitgraft.models.norms import convert_sync_batchnorm
@@ -32,6 +32,7 @@ from vitgraft.trainer.init_from import start_from
 from vitgraft.trainer.new_run import new_run
 from vitgraft.trainer.non_finite import read_left_out
 from vitgraft.trainer.report import Reporter
+from vitgraft.trainer.schedule import learning_rate, stage_ends
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,17 @@ class Session:
     facts: RunFacts
     groups: list[param_groups.Group]
     first_step: int
-    last_step: int
+    stage_ends: list[int]
     reporter: Reporter
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stage_ends[-1]
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the step that starts after ``step`` steps."""
+        return learning_rate(self.recipe.train, self.stage_ends, step, self.samples_at)
 
     def samples_at(self, step: int) -> int:
         """Samples consumed before ``step``."""
@@ -151,7 +161,7 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
         normalisation=Normalisation(mean=data.mean, std=data.std, image_size=data.image_size),
         frozen=frozen,
     )
-    last_step = train.steps or (train.epochs or 0) * steps_per_epoch(dataset.epoch_size, train.global_batch)
+    ends = stage_ends(train, dataset.epoch_size)
     return Session(
         recipe=recipe,
         assignment=assignment,
@@ -159,11 +169,11 @@ def open_session(recipe: Recipe, assignment: Assignment, reporter: Reporter) -> 
         dataset=dataset,
         engine=engine,
         state=state,
-        saver=make_saver(recipe, state, facts, last_step, reporter),
+        saver=make_saver(recipe, state, facts, ends[-1], reporter),
         facts=facts,
         groups=groups,
         first_step=0 if checkpoint is None else checkpoint.step,
-        last_step=last_step,
+        stage_ends=ends,
         reporter=reporter,
     )
 

@@ -35,7 +35,6 @@ from vitgraft.trainer.mfu import Arithmetic, arithmetic_of
 from vitgraft.trainer.monitor import Monitor, StepRow, peak_memory
 from vitgraft.trainer.non_finite import record_non_finite, remedy
 from vitgraft.trainer.own_time import clock_for, spread
-from vitgraft.trainer.schedule import lr_factor
 from vitgraft.trainer.session import Session
 from vitgraft.trainer.skips import SkipLog
 
@@ -173,8 +172,7 @@ class TrainLoop:
     def _step(self, step: int, batches: Iterator[tuple[MicroBatch, Batch]]) -> StepFacts:
         """One optimizer step: its micro-steps, the check that all is finite, the update."""
         session, train = self.session, self.recipe.train
-        factor = lr_factor(train.schedule, session.samples_at(step), session.samples_at(session.last_step))
-        facts = StepFacts(lr=train.optimizer.lr * factor)
+        facts = StepFacts(lr=session.lr_at(step))
         for group, settings in zip(session.engine.optimizer.param_groups, session.groups, strict=True):
             group["lr"] = facts.lr * settings.lr_multiplier
         for micro, (part, batch, known) in enumerate(self._micro_batches(batches, facts)):

@@ -26,6 +26,8 @@ OPERATIONAL = (
     "data.on_error",
     "data.train.path",
     "data.val",
+    # What has begun of it is compared at a resume (launch/run_recipe.py).
+    "train.extend",
     "train.roles",
     "train.checkpoint",
     "train.ledger",

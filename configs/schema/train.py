@@ -65,6 +65,11 @@ class CosineSchedule(Section):
     """Share of the run's samples over which the learning rate rises linearly from 0."""
     final: Fraction = 0.0
 
+    @property
+    def ends_at(self) -> float:
+        """The factor on lr at the end."""
+        return self.final if self.warmup < 1 else 1.0
+
 
 class PolySchedule(Section):
     """lr × (1 - progress) ** power."""
@@ -72,6 +77,11 @@ class PolySchedule(Section):
     name: Literal["poly"] = "poly"
     warmup: Fraction = 0.05
     power: PositiveFloat = 1.0
+
+    @property
+    def ends_at(self) -> float:
+        """The factor on lr at the end."""
+        return 0.0 if self.warmup < 1 else 1.0
 
 
 class StepSchedule(Section):
@@ -82,8 +92,33 @@ class StepSchedule(Section):
     milestones: Annotated[list[Fraction], Field(max_length=1000)] = [0.67, 0.92]
     gamma: Fraction = 0.1
 
+    @property
+    def ends_at(self) -> float:
+        """The factor on lr at the end."""
+        return float(self.gamma ** len(self.milestones))
+
 
 ScheduleConfig = Annotated[CosineSchedule | PolySchedule | StepSchedule, Field(discriminator="name")]
+
+
+class ExtendConfig(Section):
+    """A stage that a run goes on with after those before it."""
+
+    epochs: Many | None = None
+    steps: Many | None = None
+    """Its length, in the unit of the run's: exactly one of ``epochs`` and ``steps``."""
+    schedule: ScheduleConfig | None = None
+    """Over this stage alone, with a warm-up of its own; ``null``: the rate with which the stage before ended stays."""
+    lr: PositiveFloat | None = None
+    """What the schedule is a factor of; ``null``: that of the optimizer."""
+
+    @model_validator(mode="after")
+    def _combination(self) -> ExtendConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.schedule is None and self.lr is not None:
+            raise ValueError("lr is of a schedule; give one, e.g. schedule: {name: cosine}, or remove lr")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -121,7 +156,10 @@ class TrainConfig(Section):
     others. Not read again when the run is resumed."""
     epochs: Many | None = None
     steps: Many | None = None
-    """Length of the run: exactly one of ``epochs`` and ``steps``."""
+    """Length of the run: exactly one of ``epochs`` and ``steps``. The schedule covers it."""
+    extend: Annotated[list[ExtendConfig], Field(max_length=100)] = []
+    """Stages after that, e.g. [{epochs: 12, schedule: {name: cosine}}]: what a run that is to train longer gets at a
+    resume, with the same result as if it had had them from the start. Those that have begun stay as they are."""
     global_batch: Positive
     """Samples per optimizer step over all ranks and micro-steps."""
     accumulation: Positive = 1
@@ -161,6 +199,7 @@ class TrainConfig(Section):
     def _combination(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        self._check_stages()
         if self.global_batch % self.accumulation:
             raise ValueError(f"global_batch {self.global_batch} must be a multiple of accumulation {self.accumulation}")
         if self.precision == "bf16_params" and self.zero_stage == 0:
@@ -172,3 +211,20 @@ class TrainConfig(Section):
                 "activation_checkpointing offload does not work under autocast; use full, or precision fp32"
             )
         return self
+
+    def _check_stages(self) -> None:
+        ends_at = self.schedule.ends_at
+        for number, stage in enumerate(self.extend):
+            if (stage.epochs is None) != (self.epochs is None):
+                unit = "steps" if self.epochs is None else "epochs"
+                raise ValueError(f"extend.{number}: the run is counted in {unit}; give {unit} here, too")
+            ends_at = ends_at if stage.schedule is None else stage.schedule.ends_at
+            if stage.schedule is None and ends_at == 0:
+                raise ValueError(
+                    f"extend.{number}: the schedule before it ends with a rate of 0, with which nothing is learned; "
+                    "give this stage a schedule, e.g. schedule: {name: cosine}"
+                )
+
+    def stage_lengths(self) -> list[int]:
+        """Lengths of the run's stages, that of ``epochs`` or ``steps`` first, in the unit of that."""
+        return [self.epochs or self.steps or 0, *(stage.epochs or stage.steps or 0 for stage in self.extend)]

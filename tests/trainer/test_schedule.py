@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitgraft.configs.schema.train import CosineSchedule, PolySchedule, ScheduleConfig, StepSchedule
+from vitgraft.configs.schema.train import CosineSchedule, PolySchedule, ScheduleConfig, StepSchedule, TrainConfig
 from vitgraft.data_shards.plan import samples_before
-from vitgraft.trainer.schedule import lr_factor
+from vitgraft.trainer.schedule import learning_rate, lr_factor, stage_ends
 
 TOTAL = 1000
 SCHEDULES: list[Any] = [
@@ -85,3 +85,43 @@ def test_nothing_but_samples_is_asked_for() -> None:
     large = [lr_factor(SCHEDULES[0], samples_before(step, 960, 32), 9600) for step in range(300)]
     small = [lr_factor(SCHEDULES[0], samples_before(step, 960, 16), 9600) for step in range(600)]
     assert small[::2] == large
+
+
+def train_of(**settings: Any) -> TrainConfig:
+    tree = {"steps": 60, "global_batch": 4, "optimizer": {"name": "sgd", "lr": 0.3}, **settings}
+    return TrainConfig.model_validate(tree)
+
+
+def rates(train: TrainConfig) -> list[float]:
+    """Of all steps, of epochs of 22 entries."""
+    ends = stage_ends(train, 22)
+    return [learning_rate(train, ends, step, lambda n: samples_before(n, 22, 4)) for step in range(ends[-1])]
+
+
+def test_the_end_of_a_schedule_is_what_it_says() -> None:
+    for schedule in (*SCHEDULES, CosineSchedule(final=1.0), StepSchedule(milestones=[])):
+        assert lr_factor(schedule, TOTAL, TOTAL) == schedule.ends_at
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+def test_a_stage_that_is_added_changes_no_step_before_it(schedule: Any) -> None:
+    tree = schedule.model_dump()
+    stages = [{"steps": 20, "schedule": {"name": "cosine", "final": 0.5}, "lr": 0.7}, {"steps": 5}, {"steps": 9}]
+    whole = rates(train_of(schedule=tree, extend=stages))
+    assert len(whole) == 94
+    for count in range(3):
+        assert whole[: 60 + sum([20, 5][:count])] == rates(train_of(schedule=tree, extend=stages[:count]))
+    assert whole[80:] == [0.35] * 14
+
+
+def test_without_decay_a_longer_run_and_an_extended_one_have_the_same_rates() -> None:
+    for schedule in ({"name": "cosine", "warmup": 0.0, "final": 1.0}, {"name": "step", "warmup": 0.0, "gamma": 1.0}):
+        assert rates(train_of(schedule=schedule, extend=[{"steps": 30}])) == rates(
+            train_of(schedule=schedule, steps=90)
+        )
+
+
+def test_a_stage_of_epochs_is_counted_in_their_steps() -> None:
+    train = train_of(steps=None, epochs=3, schedule={"name": "cosine", "final": 0.1}, extend=[{"epochs": 2}])
+    assert stage_ends(train, 22) == [18, 30]
+    assert rates(train)[18:] == [0.3 * 0.1] * 12
