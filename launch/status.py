@@ -103,11 +103,19 @@ def read_status(run: Path, now: float | None = None) -> Status:
     """Look at a run.
 
     Raises:
-        ConfigError: there is no run in that directory.
+        ConfigError: there is no run in that directory, or a file of it cannot be read.
     """
     if not any(os.path.isfile(run / name) for name in ("config.yaml", "events.jsonl", "lock")):
         raise ConfigError(f"{run}: no run directory (it has neither config.yaml nor events.jsonl); name one of train's")
-    now = time.time() if now is None else now
+    try:
+        return _look_at(run, time.time() if now is None else now)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or run}: cannot be read: {error.strerror or error}; check its permissions and storage"
+        ) from None
+
+
+def _look_at(run: Path, now: float) -> Status:
     config, events = _config(run), read_rows(run / "events.jsonl")
     starts = attempts(events)
     held, owner, claimed = ownership(run)
