@@ -14,6 +14,7 @@ from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.schema.recipe import METRICS
 from vitgraft.launch.inspection import Progress, damaged, scan_run
+from vitgraft.launch.run_dir import open_lock
 from vitgraft.trainer.checkpoint.layout import MANIFEST, parse_step, step_name
 from vitgraft.trainer.checkpoint.manifest import read_manifest
 from vitgraft.trainer.checkpoint.read import Checkpoint
@@ -55,7 +56,7 @@ def prune(run: Path, wanted: Wanted, *, dry_run: bool = False, progress: Progres
         figures = figures_of(run, valid)
         spared = spared_for_evaluation(run, recipe, valid, figures)
         doomed = plan(valid, policy, figures, spared)
-        gone = {step_name(step) for step in doomed} if dry_run else set(delete(run, doomed))
+        gone = {step_name(step) for step in doomed} if dry_run else set(_delete(run, doomed))
         verb = "would be deleted" if dry_run else "deleted"
         for step in sorted(valid):
             name = step_name(step)
@@ -66,10 +67,26 @@ def prune(run: Path, wanted: Wanted, *, dry_run: bool = False, progress: Progres
             elif step in plan(valid, policy, figures):
                 yield f"{name}  left, it awaits its evaluation"
         for blob in _unreferenced(run, gone):
-            size = blob.stat().st_size
-            if not dry_run:
-                blob.unlink()
+            try:
+                size = blob.stat().st_size
+                if not dry_run:
+                    blob.unlink()
+            except OSError as error:
+                raise _undeleted(run, error) from None
             yield f"blobs/{blob.name[:12]}…  {verb}  {size / 1e6:.1f} MB"
+
+
+def _delete(run: Path, steps: list[int]) -> list[str]:
+    try:
+        return delete(run, steps)
+    except OSError as error:
+        raise _undeleted(run, error) from None
+
+
+def _undeleted(run: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{error.filename or run}: cannot be deleted: {error.strerror}; make it writable and prune again, which goes on"
+    )
 
 
 def _policy(recipe: Recipe, wanted: Wanted) -> Policy:
@@ -87,7 +104,11 @@ def _policy(recipe: Recipe, wanted: Wanted) -> Policy:
 @contextlib.contextmanager
 def _owned(run: Path) -> Iterator[None]:
     """Hold the run's lock, as an attempt does, so that none starts meanwhile."""
-    with (run / "lock").open("a+", encoding="utf-8") as lock:
+    try:
+        lock = open_lock(run)
+    except OSError as error:
+        raise ConfigError(f"{run}: cannot be written: {error.strerror}; make it writable") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,6 +116,10 @@ def _owned(run: Path) -> Iterator[None]:
             owner = lock.read(200).strip()
             raise ConfigError(
                 f"{run}: owned by a running attempt ({owner}), which prunes after each commit; wait for its end"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{run}: cannot be locked: {error.strerror}; prune it where its file system has locks"
             ) from None
         yield
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, TrainingError, VitgraftError, cause_of
+from vitgraft.configs.files import open_regular
 from vitgraft.configs.load import dump_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch.run_recipe import CONFIG, check_recipe, is_another, is_bound
@@ -32,8 +33,9 @@ from vitgraft.trainer.checkpoint.read import Checkpoint, complete_checkpoints, n
 from vitgraft.trainer.monitor_files import drop_torn_line, read_rows
 from vitgraft.trainer.non_finite import LEFT_OUT, NON_FINITE
 
+LOCK = "lock"
 LOCK_PATIENCE_S = 20.0
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # What says that the run has a past goes last.
 _OF_THE_OLD_START = ("metrics.jsonl", "results", "ledger", "tensorboard", COMMITTED)
 # What names entries by their place in an order, which another recipe changes.
@@ -54,9 +56,32 @@ class RunHandle:
     def event(self, name: str, **facts: Any) -> None:
         """Append to RUN/events.jsonl."""
         row = {"time": time.time(), "event": name, "attempt": self.attempt, **facts}
+        if self.is_lost():
+            return  # it would be written into somebody else's run
         # On a full disk the run's own error matters more than its record.
         with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def is_lost(self) -> bool:
+        """Whether the directory was removed, or replaced by another run, since this attempt took it."""
+        try:
+            return not os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / LOCK))
+        except FileNotFoundError:
+            return not self.path.is_dir()
+        except OSError:
+            return False  # storage that fails tells nothing
+
+    def check_place(self) -> None:
+        """See that the run is still where it was.
+
+        Raises:
+            ConfigError: it is not; what lies there now is left alone.
+        """
+        if self.is_lost():
+            raise ConfigError(
+                f"{self.path}: the run was removed or moved while it ran, or another has taken its place; nothing more "
+                "is written there; start it again where it is now"
+            )
 
     def claim(self) -> None:
         """Make this the attempt that owns the run: what an earlier one has left may not commit any more."""
@@ -72,6 +97,7 @@ class RunHandle:
             TrainingError: the disk is full, or may not be written any more.
         """
         self.notes = []
+        self.check_place()
         try:
             owner = _owner(self.path)
             if owner not in (None, self.attempt):  # locks do not reach across hosts everywhere
@@ -148,24 +174,37 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
     )
 
 
+def open_lock(path: Path) -> IO[str]:
+    """Open RUN/lock, which is made where it is not there.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = open_regular(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    return open(descriptor, "a+", encoding="utf-8", errors="replace")
+
+
 def _own(path: Path) -> IO[str]:
     """An exclusive lock; ranks of a killed attempt may hold it for a moment while they die."""
-    lock = (path / "lock").open("a+", encoding="utf-8")
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
+        lock = open_lock(path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                break
+            lock.close()  # somebody removed the run meanwhile, and another start has made it again
         except BlockingIOError:
             if time.monotonic() > deadline:
                 lock.seek(0)
-                owner = lock.read().strip()
+                owner = lock.read(200).strip()
                 lock.close()
                 raise ConfigError(f"{path}: owned by a running attempt ({owner}); wait for it or end it") from None
+            lock.close()
             time.sleep(0.1)
         except OSError as error:
             lock.close()
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             raise ConfigError(
                 f"--run-dir {path}: its file system has no locks ({error.strerror}), which keep two commands off one "
@@ -272,7 +311,7 @@ def record_failed_start(path: Path, error: VitgraftError) -> None:
     # Where nothing can be written nobody reads it either.
     with contextlib.suppress(OSError):
         make_folders(path)
-        with (path / "lock").open("a+", encoding="utf-8") as lock:
+        with open_lock(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle = RunHandle(path, _owner(path) or 0, None, lock, [])
             handle.event("end", code=error.exit_code, reason=str(error))

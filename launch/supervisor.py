@@ -170,7 +170,9 @@ class Supervisor:
             self.handle.event("evaluator_gave_up", host=host, text=text)
 
     def _meanwhile(self, attempt: Attempt) -> None:
-        """While ranks train: hear the hosts that take no part, and see whether the replay gets past its step."""
+        """While ranks train: see that the run is where it was, hear the hosts that take no part, and see whether the
+        replay gets past its step."""
+        self.handle.check_place()
         self._hear_idle(attempt.hosts)
         self._tell_verdict(self._replay.passed(attempt.step))
 
