@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Path:
     if not path.is_absolute() and os.path.isfile(packaged):
         return packaged
     names = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
-    raise ConfigError(f"{name}: no such recipe file; packaged recipes: {', '.join(names)}")
+    raise ConfigError(f"{_short_of(name, 300)}: no such recipe file; packaged recipes: {', '.join(names)}")
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -86,25 +86,31 @@ def dump_recipe(recipe: Recipe) -> str:
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. --set train.optimizer.lr=1e-4")
+        raise ConfigError(f"--set {_short_of(override)}: expected KEY=VALUE, e.g. --set train.optimizer.lr=1e-4")
     node: Any = tree
     *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents):
         node = _child(node, parent, ".".join(parents[: depth + 1]), override)
-    value = parse_yaml(text, f"--set {key}")
+    value = parse_yaml(text, f"--set {_short_of(key)}")
     if isinstance(node, list):
         node[_index(node, leaf, key, override)] = value
     elif isinstance(node, dict):
         node[leaf] = value
     else:
-        raise ConfigError(f"--set {override}: {'.'.join(parents)} is {_short(node)}, not a section; check the key")
+        raise ConfigError(
+            f"--set {_short_of(override)}: {_short_of('.'.join(parents))} is {_short(node)}, not a section; check the "
+            "key"
+        )
 
 
 def _child(node: Any, key: str, path: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, key, path, override)]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: {path} is inside {_short(node)}, which is not a section; check the key")
+        raise ConfigError(
+            f"--set {_short_of(override)}: {_short_of(path)} is inside {_short(node)}, which is not a section; check "
+            "the key"
+        )
     if node.get(key) is None:
         node[key] = {}
     return node[key]
@@ -112,7 +118,7 @@ def _child(node: Any, key: str, path: str, override: str) -> Any:
 
 def _index(node: list[Any], key: str, path: str, override: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(node):
-        raise ConfigError(f"--set {override}: {path} needs an index from 0 to {len(node) - 1}")
+        raise ConfigError(f"--set {_short_of(override)}: {_short_of(path)} needs an index from 0 to {len(node) - 1}")
     return int(key)
 
 
@@ -141,12 +147,18 @@ def _explain(error: ValidationError, where: str) -> str:
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, found {_short(value)}"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{where}: {key}: {message}{more}"
+    return f"{where}: {_short_of(key)}: {_short_of(message, 800)}{more}"
 
 
 def _short(value: Any) -> str:
     text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _short_of(text: str, length: int = 100) -> str:
+    """The text, without its middle where it is long."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} … {text[-half:]}"
 
 
 def _recipe_path(loc: tuple[int | str, ...]) -> list[int | str]:

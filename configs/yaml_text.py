@@ -44,7 +44,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        problem = error.problem or error.context
+        problem = str(error.problem or error.context)[:300]
         said = problem if isinstance(error, _Refused) else f"not valid YAML: {problem}; fix the syntax"
         raise ConfigError(f"{where}{line}: {said}") from None
     except yaml.YAMLError as error:  # a character that no YAML may have

@@ -13,7 +13,7 @@ from typing import Any
 from vitgraft.launch.causes import ADVICE, EXIT_CODES
 from vitgraft.launch.observations import Cause, Failure
 from vitgraft.launch.recovery import Verdict, culprits_of, non_finite_verdict, open_fault
-from vitgraft.trainer.monitor_files import read_rows
+from vitgraft.trainer.monitor_files import read_rows, whole
 from vitgraft.trainer.non_finite import LEFT_OUT, NON_FINITE, append_durably, read_left_out
 
 VERDICT = "non_finite_verdict"
@@ -51,8 +51,8 @@ def _by_attempt(run: Path) -> dict[int, tuple[int, frozenset[str]]]:
     found = {}
     for row in read_rows(run / NON_FINITE):
         try:
-            names = frozenset(f"{int(epoch)}:{int(position)}" for epoch, position, *_ in row["entries"])
-            found[int(row["attempt"])] = int(row["step"]), names
+            names = frozenset(f"{whole(epoch)}:{whole(position)}" for epoch, position, *_ in row["entries"])
+            found[whole(row["attempt"])] = whole(row["step"]), names
         except (KeyError, TypeError, ValueError):
             continue
     return found
