@@ -154,13 +154,3 @@ def open_log(path: Path) -> BinaryIO:
 def log_path(run: Path, role: str, attempt: int, host: str | None = None) -> Path:
     """RUN/logs/ROLE.HOST.ATTEMPT.log. ``host``: its node name; ``None``: this host."""
     return run / "logs" / f"{role}.{host or os.uname().nodename}.{attempt}.log"
-
-
-def open_log(path: Path) -> BinaryIO:
-    """Open a log to append to it; its folder is made again where somebody has moved it, the run's is not.
-
-    Raises:
-        OSError: it cannot be written, or the run is gone.
-    """
-    path.parent.mkdir(exist_ok=True)
-    return path.open("a+b")
