@@ -165,12 +165,10 @@ def test_a_signal_during_prune_leaves_whole_checkpoints(tmp_path: Path, number: 
         for step in range(1, 41):
             write(run, step)
         process = start("checkpoints", "prune", run, "--keep-last", "2")
-        if moment:
-            # From the first deletion on, a little later each time.
-            few = 42 - 4 * moment
-            wait_until(lambda run=run, few=few: len(list(run.glob("checkpoints/step-????????"))) <= few)
-        else:
-            time.sleep(0.3)
+        # When it owns the run, then from the first deletion on, a little later each time.
+        few = 42 - 4 * moment
+        wait_until((run / "lock").exists)
+        wait_until(lambda run=run, few=few: len(list(run.glob("checkpoints/step-????????"))) <= few)
         process.send_signal(number)
         said = process.communicate(timeout=60)[1]
         assert process.returncode in (0, 75, 130, -number), said
