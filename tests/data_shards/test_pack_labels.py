@@ -452,3 +452,16 @@ def test_panoptic_names_sizes_ids_and_classes(tmp_path: Path) -> None:
     report = manifest.source["label_report"]
     assert (report["classes"], report["unlabelled"]) == ({"dog": 2}, 1)
     assert [s["id"] for s in samples(tmp_path / "dogs")[0]["segments"]] == [7, 9]
+
+
+def test_a_val_folder_that_lacks_a_class_takes_those_of_the_packed_train_set(tmp_path: Path) -> None:
+    for name in ("train/cat", "train/dog", "train/eel", "val/cat", "val/eel"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (4, 3)).save(tmp_path / name / "a.png")
+    words = ["shards", "pack", "imagefolder", "--images"]
+    for split, more in (("train", []), ("val", ["--classes", str(tmp_path / "data" / "train")])):
+        out = ["--out", str(tmp_path / "data" / split)]
+        done = CliRunner().invoke(app, [*words, str(tmp_path / split), *out, *more])
+        assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "data" / "val").classes == ["cat", "dog", "eel"]
+    assert [sample["label"] for sample in samples(tmp_path / "data" / "val")] == [0, 2]
