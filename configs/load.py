@@ -83,6 +83,18 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
+def default_run(recipe: Recipe) -> Path:
+    """Return runs/NAME of a recipe.
+
+    Raises:
+        ConfigError: its name leads elsewhere.
+    """
+    name = Path(recipe.name)
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise ConfigError(f"name: {recipe.name[:100]!r} names no folder under runs/; give --run-dir, or another name")
+    return Path("runs") / name
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

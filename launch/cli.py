@@ -70,13 +70,13 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe. The same command goes on where a stopped or killed run was."""
-    from vitgraft.configs.load import load_recipe
+    from vitgraft.configs.load import default_run, load_recipe
     from vitgraft.launch import training
     from vitgraft.launch.nodes import node_place
     from vitgraft.launch.ui import Screen
 
     loaded = load_recipe(recipe, overrides)
-    run = run_dir or Path("runs") / loaded.name
+    run = run_dir or default_run(loaded)
     place = None if hostfile is not None and nodes is None else node_place(nodes, node_rank, leader, os.environ)
     options = {
         "--processes": processes,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitgraft.configs.load import find_recipe, load_recipe
+from vitgraft.configs.load import default_run, find_recipe, load_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch import diagnosis
 from vitgraft.launch.deepspeed_launch import forwarded_environment
@@ -55,7 +55,7 @@ def case_of(recipe_name: str | None, hostfile: Path | None, run: Path | None, ti
         recipe = load_recipe(recipe_name)
         # A packaged recipe is found by its name on every host; a file, by its path.
         recipe_name = str(path.absolute()) if Path(recipe_name).is_file() else recipe_name
-        run = run or Path("runs") / recipe.name
+        run = run or default_run(recipe)
     return Examination(
         hosts=None if hostfile is None else read_hostfile(hostfile),
         recipe=recipe,

@@ -51,12 +51,12 @@ def slurm(
     ] = None,
 ) -> None:
     """Print a job file for sbatch that starts on all nodes, and queues itself again when it was stopped."""
-    from vitgraft.configs.load import load_recipe
+    from vitgraft.configs.load import default_run, load_recipe
     from vitgraft.launch.slurm import SlurmJob, check_job_world, job_file
 
     loaded = load_recipe(recipe, overrides)
     check_job_world(loaded, nodes, gpus_per_node)
-    run = run_dir or Path("runs") / loaded.name
+    run = run_dir or default_run(loaded)
     changes = [word for override in overrides or [] for word in ("--set", override)]
     # By its path: the nodes need no activated environment.
     beside = Path(sys.executable).with_name("vitgraft")

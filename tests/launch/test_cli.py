@@ -113,3 +113,11 @@ def test_names_that_are_not_utf8_are_shown(tmp_path: Path) -> None:
     for command in (["status"], ["checkpoints", "list"], ["checkpoints", "verify"], ["status", "--json"]):
         done = subprocess.run([executable(), *command, run], capture_output=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../b", "", "."])
+def test_the_name_of_a_recipe_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+    done = vitgraft("train", "quickstart/detection", "--set", f"name='{name}'", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "names no folder under runs/" in done.stderr
+    assert list(tmp_path.iterdir()) == []

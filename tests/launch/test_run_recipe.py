@@ -16,6 +16,7 @@ from vitgraft.configs.schema import Recipe
 from vitgraft.launch.run_dir import open_run
 from vitgraft.launch.run_recipe import check_recipe
 from vitgraft.trainer.checkpoint import commit, layout
+from vitgraft.trainer.checkpoint.manifest import read_manifest
 from vitgraft.trainer.new_run import new_run
 
 HOLD: dict[str, Any] = {"name": "step", "warmup": 0.0, "milestones": []}
@@ -92,7 +93,7 @@ def test_a_damaged_record_of_the_recipe_does_not_keep_a_run_from_going_on(tmp_pa
     run = run_of(tmp_path / "run", recipe)
     folder = commit.temporary_folder(run, 3, 1)
     write(run, 3)
-    manifest = commit.read_manifest(run / "checkpoints" / "step-00000003" / layout.MANIFEST)
+    manifest = read_manifest(run / "checkpoints" / "step-00000003" / layout.MANIFEST)
     changed = manifest.model_copy(update={"recipe_hash": recipe.identity_hash(), "digest": None})
     (run / "checkpoints" / "step-00000003" / layout.MANIFEST).write_text(layout.seal(changed).model_dump_json())
     config = run / "config.yaml"

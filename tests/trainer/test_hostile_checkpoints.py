@@ -23,7 +23,7 @@ from vitgraft.configs.load import validate_recipe
 from vitgraft.models.weight_files import read_tensors
 from vitgraft.trainer.checkpoint import commit, layout
 from vitgraft.trainer.checkpoint.files import write_safetensors
-from vitgraft.trainer.checkpoint.manifest import MAX_MANIFEST_BYTES
+from vitgraft.trainer.checkpoint.manifest import MAX_MANIFEST_BYTES, read_manifest
 from vitgraft.trainer.checkpoint.read import (
     VectorReader,
     newest_valid,
@@ -227,3 +227,32 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             read_tensors(weights)
         assert not trace.exists(), suffix
+
+
+@pytest.mark.parametrize(
+    "shape", [[1 << 45], [1 << 23, 1 << 22], [0, 1 << 61], [1] * 100, [11]], ids=lambda shape: str(shape[:2])
+)
+def test_shapes_that_the_files_cannot_hold(tmp_path: Path, shape: list[int]) -> None:
+    """No memory is taken for them."""
+    path = written(tmp_path, WHOLE)
+    manifest = read_manifest(path / layout.MANIFEST)
+    size = sum(record.bytes for record in manifest.files)
+    wrong = manifest.model_copy(update={"parameters": {"w": shape if shape != [11] else [size]}, "digest": None})
+    (path / layout.MANIFEST).write_text(layout.seal(wrong).model_dump_json())
+    with pytest.raises(CheckpointError, match=r"parameter w of shape .* does not fit into the checkpoint's files"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_a_manifest_that_is_no_file_does_not_block(tmp_path: Path, kind: str) -> None:
+    path = written(tmp_path, WHOLE)
+    manifest = path / layout.MANIFEST
+    manifest.unlink()
+    if kind == "fifo":
+        os.mkfifo(manifest)
+    elif kind == "device":
+        manifest.symlink_to("/dev/zero")
+    else:
+        manifest.mkdir()
+    with pytest.raises(CheckpointError, match=r"not a regular file|a folder"):
+        open_checkpoint(path)
