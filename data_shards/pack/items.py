@@ -99,9 +99,12 @@ def pack_items(
         chunk: items that a process takes at once.
 
     Raises:
-        DataError: an item failed (and ``on_error`` is raise), or a process was killed; finished shards are kept.
+        DataError: there is no item; one failed (and ``on_error`` is raise), or a process was killed: what is finished is
+            kept.
         ConfigError: see :class:`DatasetWriter`.
     """
+    if not items and report.skipped:
+        raise DataError(f"{out}: the data set is empty: all of it was left out, the first: {report.skipped[0]}")
     # Another version of these may encode the same pixels to other bytes.
     versions = [importlib.metadata.version(name) for name in ("pillow", "av")]
     on_error = options.get("on_error", "raise")

@@ -301,6 +301,15 @@ def test_faulty_annotations_and_images_are_left_out_on_request(coco: Coco, write
     assert len(manifest.source["skipped"]) == 6
 
 
+def test_a_set_of_which_nothing_is_left_says_why(coco: Coco, write_coco: Write) -> None:
+    folder, tree = coco
+    for image in tree["images"]:
+        image["width"] = 41
+    with pytest.raises(DataError, match=r"all of it was left out, the first: .*a\.png: image 7 is 40x30"):
+        pack_coco(folder / "images", write_coco(folder, tree), folder / "set", on_error="skip")
+    assert not (folder / "set").exists()
+
+
 def test_lists_of_predictions_are_named(coco: Coco, write_coco: Write) -> None:
     folder, _ = coco
     file = write_coco(folder, [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}])
