@@ -99,8 +99,8 @@ def pack_items(
         chunk: items that a process takes at once.
 
     Raises:
-        DataError: there is no item; one failed (and ``on_error`` is raise), or a process was killed: what is finished is
-            kept.
+        DataError: there is no item; one failed (and ``on_error`` is raise), or a process was killed: what is finished
+            is kept.
         ConfigError: see :class:`DatasetWriter`.
     """
     if not items and report.skipped:
