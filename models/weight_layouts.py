@@ -51,6 +51,7 @@ IGNORED: tuple[tuple[str, str], ...] = (
     (r"(reg_token|register_tokens|storage_tokens)$", "this trunk has no registers"),
     (r"pooler\.|classifier\.|visual_projection\.", "pools and classifies the data of its training"),
     (r"(text_model|text_projection|logit_(scale|bias)|token_embedding|transformer)(\.|$)", "reads text"),
+    (r"(prompt_encoder|mask_decoder)\.", "segments what it is prompted for"),
     (r"embeddings\.position_ids$", "an index that is computed"),
 )
 """Names of a file without wrappers, beside those of a part's own layout, that are known and may be left over."""
@@ -66,10 +67,13 @@ _ALIASES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
     (re.compile(r"(^|(?<=\.))" + pattern), spellings)
     for pattern, spellings in (
         (r"(?:gamma_?([12])|ls([12])\.gamma)$", (r"gamma_\2\3", r"gamma\2\3", r"ls\2\3.gamma")),
-        (r"(?:mlp\.)?fc1\.(weight|bias)$", (r"mlp.fc1.\2", r"fc1.\2", r"mlp.layers.0.0.\2", r"mlp.up_proj.\2")),
+        (
+            r"(?:mlp\.)?fc1\.(weight|bias)$",
+            (r"mlp.fc1.\2", r"fc1.\2", r"mlp.layers.0.0.\2", r"mlp.lin1.\2", r"mlp.up_proj.\2"),
+        ),
         (r"mlp\.fc1_x\.(weight|bias)$", (r"mlp.up_proj.\2",)),
         (r"mlp\.fc1_g\.(weight|bias)$", (r"mlp.gate_proj.\2",)),
-        (r"(?:mlp\.)?fc2\.(weight|bias)$", (r"mlp.fc2.\2", r"fc2.\2", r"mlp.layers.1.\2")),
+        (r"(?:mlp\.)?fc2\.(weight|bias)$", (r"mlp.fc2.\2", r"fc2.\2", r"mlp.layers.1.\2", r"mlp.lin2.\2")),
         (r"patch_embed\.proj(?:ection)?\.(weight|bias)$", (r"patch_embed.proj.\2", r"patch_embed.projection.\2")),
     )
 )
@@ -111,8 +115,10 @@ def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
 
 
 def _in_shape(name: str, value: Tensor) -> Tensor:
-    """Class tokens (C,) and positions (N, C), as CLIP has them, with the dimensions that others have before those."""
+    """Class tokens (C,) and positions (N, C) of CLIP, and positions (1, h, w, C) of SAM, in the shapes of others."""
     last = name.rpartition(".")[2]
+    if last == "pos_embed" and value.ndim == 4:
+        return value.flatten(1, 2)
     if (last == "cls_token" and value.ndim == 1) or (last == "pos_embed" and value.ndim == 2):
         return value.reshape(1, -1, value.shape[-1])
     return value

@@ -253,7 +253,7 @@ def _check_left_over(
         names = [(match, new) for match in matches for new, name in match.view.originals.items() if name == original]
         reasons = [reason_for(new, match.layout.ignored) for match, new in names]
         reasons += [reason_for(without_wrappers(original), match.layout.ignored) for match in matches]
-        reasons += [reason_for(without_wrappers(new), IGNORED) for _, new in names]
+        reasons += [reason_for(n, IGNORED) for _, new in names for n in (new, without_wrappers(new))]
         if original.endswith("bias") and not state[original].any():
             reasons.append("is zero, and adds nothing")
         if not strict and GRAFTED.search(original):

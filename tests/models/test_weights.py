@@ -246,6 +246,18 @@ def test_any_common_prefix_is_taken_and_said(prefix: str) -> None:
     assert report.prefixes == ([f"{plain} for the trunk"] if plain else [])
 
 
+def test_the_image_encoder_of_sam() -> None:
+    """ViTDet's trunk, with positions as a map and an FFN of other names."""
+    section = EVA01 | {"qkv_bias": "full", "norm_eps": 1e-6}
+    source, state = official(section)
+    state["pos_embed"] = state["pos_embed"][:, 1:].reshape(1, 4, 4, 24)
+    file = renamed(state, (r"mlp\.fc(\d)", r"mlp.lin\1"), ("^", "image_encoder."))
+    file |= {"image_encoder.neck.0.weight": torch.ones(2, 24, 1, 1), "mask_decoder.iou_token.weight": torch.ones(1, 2)}
+    target, report = loaded(section, file)
+    assert same(source, target)
+    assert not report.unexpected
+
+
 def test_what_compiling_puts_inside_names_is_passed_over() -> None:
     source, state = official(VIT)
     target, report = loaded(
