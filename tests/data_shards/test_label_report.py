@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_what_is_faulty_is_left_out_on_request() -> None:
     assert source["repaired"]["turned"] == {"count": 1, "first": ["a.jpg"]}
     assert (source["crowds"], source["accepted"]) == ({"dog": 1}, ["class dog has crowds alone; see --classes"])
     assert json.loads(json.dumps(source)) == source
+
+
+def test_names_from_outside_cannot_speak_to_the_terminal() -> None:
+    report = LabelReport("instances", ["dog\x1b[2J", "cat\n"], counts=Counter({0: 1}), on_error="skip")
+    report.leave_out("images without label", "a\nb\x1b]0;x\x07.jpg")
+    with report.collect():
+        raise LabelFault("image '\x1b[31m': no such file")
+    report.repair("clipped", "\udce9.jpg")
+    lines = report.lines()
+    assert all(line.isprintable() for line in lines)
+    assert "  left out: 1 images without label: a?b?]0;x?.jpg" in lines
+    assert str(LabelFault("image '\x1b[31m': no such file")) == "image '?[31m': no such file"
 
 
 def test_long_lists_stay_one_line() -> None:

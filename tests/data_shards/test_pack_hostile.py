@@ -118,7 +118,7 @@ def test_numbers_of_any_length(folder: Path, pack: Pack) -> None:
     ("pack", "names"), [(coco, {"name": LONG}), (panoptic, {"name": LONG}), (panoptic, {"mask": f"{LONG}.png"})]
 )
 def test_names_that_no_file_can_have(folder: Path, pack: Pack, names: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=rf"{LONG}\S*: no such (image|file)"):
+    with pytest.raises(DataError, match=r"n{200}: no such file"):
         pack(folder, **names)
     assert not (folder / "set").exists()
 
