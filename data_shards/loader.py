@@ -194,6 +194,15 @@ class Window:
             except VitgraftError as error:
                 # Without the worker's traceback: the line says what is wrong with the data.
                 raise error from None
+            except RuntimeError as error:
+                if "shared memory" not in str(error):
+                    raise
+                # Labels come through torch's own shared memory, which is files there.
+                raise TrainingError(
+                    "no room in /dev/shm for the batches of data workers; enlarge it (containers: --shm-size), or set "
+                    "data.workers or data.prefetch lower",
+                    cause="host_memory",
+                ) from None
         raise TrainingError(
             f"{self._dataset.folder}: data workers died {MAX_REPLACEMENTS} times over the same batch, most likely for "
             "lack of memory (also in /dev/shm); set data.workers or data.prefetch lower"
