@@ -104,7 +104,7 @@ class Admission:
             if len(self._visitors) >= self._most:
                 self._dismiss(self._oldest_of_many())
             try:
-                visitor = Visitor(connection, str(address[0]), self._secret, self._nodes)
+                visitor = Visitor(connection, str(address[0]).removeprefix("::ffff:"), self._secret, self._nodes)
             except OSError:
                 connection.close()
                 continue
