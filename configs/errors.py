@@ -21,6 +21,12 @@ _BY_NUMBER: dict[int | None, ErrorCause] = {
 }
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with question marks for what cannot be shown: names from outside may hold line breaks and control
+    sequences, which no terminal should obey."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 class VitgraftError(Exception):
     """Base of every error that is answered with one line and a stable exit code instead of a traceback.
 
@@ -31,7 +37,7 @@ class VitgraftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, cause: ErrorCause | None = None, step: int | None = None) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self.cause, self.step = cause, step
 
 

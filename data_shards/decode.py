@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraft.configs.errors import DataError
+from vitgraft.configs.errors import DataError, printable
 from vitgraft.configs.schema.data import ClipConfig
 from vitgraft.data_shards.frame_stack import FrameStack, Target
 from vitgraft.data_shards.images import MAX_PIXELS, opened, read_header
@@ -100,7 +100,7 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value from outside as a short part of one line, for error messages."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:100])
+    return printable(str(value)[:100])
 
 
 def stated_size(metadata: dict[str, Any], where: str) -> tuple[int, int]:

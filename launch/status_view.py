@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vitgraft.configs.errors import printable
 from vitgraft.configs.units import duration
 from vitgraft.launch import ending
 from vitgraft.launch.status import Status, read_status
@@ -121,4 +122,4 @@ def _said(name: str, value: float | None) -> str | None:
 def _line(label: str, facts: list[str | None]) -> str:
     text = "  ".join(fact for fact in facts if fact is not None)
     # What others wrote into the run's files must not steer the terminal.
-    return f"{label:<11}" + "".join(letter if letter.isprintable() else "?" for letter in text)
+    return f"{label:<11}" + printable(text)

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError
+from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError, printable
 from vitgraft.configs.files import open_regular, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -88,8 +88,7 @@ def metadata_of(name: str, where: str) -> dict[str, str]:
 
 def shown(value: object, limit: int = 160) -> str:
     """A text for a message: one line of at most ``limit`` characters, what cannot be printed as question marks."""
-    line = " ".join(str(value)[: 4 * limit].split())[:limit]
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return printable(" ".join(str(value)[: 4 * limit].split())[:limit])
 
 
 def numbers_of(metadata: dict[str, str], key: str, count: int) -> list[float] | None:

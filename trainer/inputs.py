@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitgraft.configs.errors import ConfigError, DataError
+from vitgraft.configs.errors import ConfigError, DataError, printable
 from vitgraft.configs.files import open_regular
 from vitgraft.configs.outputs import keep_inputs
 from vitgraft.configs.schema.model import Task
@@ -176,7 +176,7 @@ def _refuse_nothing(found: Inputs, kind: str) -> None:
 def summary(paths: Iterable[Path], most: int = 5) -> str:
     """How many files were passed over, and the first of them."""
     names = [path.name for path in paths]
-    shown = ", ".join("".join(c if c.isprintable() else "?" for c in name) for name in names[:most])
+    shown = ", ".join(printable(name) for name in names[:most])
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
     return f"{files} passed over: {shown}" + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vitgraft.configs.errors import DataError
+from vitgraft.configs.errors import DataError, printable
 
 Say = Callable[[str], None]
 """Shows one line."""
@@ -44,7 +44,7 @@ class LabelFault(DataError):
     """A fault in the labels, and the kind under which a report counts it."""
 
     def __init__(self, message: str, kind: str = UNREADABLE) -> None:
-        super().__init__(_printable(message))
+        super().__init__(message)
         self.kind = kind
 
 
@@ -173,7 +173,7 @@ class LabelReport:
         lines += [f"  {count:,} {kind}, the first: {self._messages[kind][0]}" for kind, count in self.faults.items()]
         lines += [f"  note: {text}" for text in self._remarks]
         lines += [f"  packed all the same: {message}" for message in self._accepted]
-        return [_printable(line) for line in [*lines, f"  in all: {self._totals()}"]]
+        return [printable(line) for line in [*lines, f"  in all: {self._totals()}"]]
 
     def close(self, say: Say | None = None) -> None:
         """Tell, when ``say`` is given.
@@ -207,11 +207,6 @@ class LabelReport:
             f"{self.crowds.total():,} crowds",
         ]
         return f"{', '.join(counts)}; faults: {f'{self.faults.total():,}' if self.faults else 'none'}"
-
-
-def _printable(text: str) -> str:
-    """Text as one line that no terminal obeys: names from outside may hold line breaks and control sequences."""
-    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _numbered(reasons: dict[str, Noted]) -> dict[str, dict[str, Any]]:

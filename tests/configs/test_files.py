@@ -141,3 +141,7 @@ def test_an_output_appears_at_once_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out x: .* cannot be written"):
         write_output(tmp_path / "file" / "out.json", "new", "--out x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "kept", "out.json"]
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys() -> None:
+    assert str(DataError("a\nb\x1b[2Jc\u202ed")) == "a b?[2Jc?d"
