@@ -24,7 +24,7 @@ from pydantic_core import from_json
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.files import read_bytes
 from vitgraft.configs.hashing import canonical_json
-from vitgraft.configs.schema.section import Amount, Section
+from vitgraft.configs.schema.section import Section, StoredSize
 from vitgraft.data_shards.remote import is_url, join, read_small, shown
 from vitgraft.data_shards.shards import SHARD_NAME as SHARD_NAME
 from vitgraft.data_shards.shards import Sha256, Shards, index_name
@@ -65,7 +65,7 @@ class Manifest(Section):
     kind: Kind
     classes: list[str]
     category_ids: list[int] | None = None
-    samples: Amount
+    samples: StoredSize
     shards: Shards
     source: dict[str, Any] = Field(default_factory=dict)
     fingerprint: Sha256

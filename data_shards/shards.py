@@ -12,12 +12,12 @@ from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict
 
-from vitgraft.configs.schema.section import Amount, Section
+from vitgraft.configs.schema.section import Section, StoredSize
 
 Integers = npt.NDArray[np.int64]
 SHARD_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.tar$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[Amount, Field(ge=1)]
+Size = Annotated[StoredSize, Field(ge=1)]
 _NAME = re.compile(SHARD_NAME)
 _NUMBERS, _HASHES = ("samples", "bytes", "index_size"), ("sha256", "index_sha256")
 _LIMIT = 1 << 62

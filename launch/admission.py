@@ -1,7 +1,7 @@
-"""Who comes in at the leader's port, which anybody on the network may reach.
+"""Accept nodes at the leader's port, which anybody on the network may reach.
 
-One thread serves all who have not proved yet that they are nodes of the run. They are bounded in number, time and
-bytes, so that nobody can keep the nodes out or take the descriptors that the leader needs for itself.
+One thread serves all connections that are not authenticated yet. They are bounded in number, time and bytes, so that
+nobody can keep the nodes out or take the descriptors that the leader needs for itself.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from vitgraft.launch.handshake import Stranger, Visitor
+from vitgraft.launch.handshake import HandshakeError, PendingConnection
 
-MAX_VISITORS = 128
+MAX_PENDING = 128
 REPORT_S = 60.0
-"""How often strangers are told of at most."""
+"""Least time between two notes on connections that were refused."""
 _AT_ONCE = 64
 
 
 class Admission:
-    """Lets nodes in until it is closed.
+    """Accept and authenticate nodes until it is closed.
 
     Args:
         listener: bound and listening; closed with this.
@@ -43,11 +43,11 @@ class Admission:
     ) -> None:
         self._listener, self._secret, self._nodes = listener, secret, nodes
         self._welcome, self._note = welcome, note
-        self._visitors: list[Visitor] = []
+        self._pending: list[PendingConnection] = []
         """The oldest first."""
         # Of a low limit on descriptors most is left for the leader's own files.
-        self._most = max(4, min(MAX_VISITORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-        self._strangers, self._last_stranger, self._reported = 0, "", -REPORT_S
+        self._most = max(4, min(MAX_PENDING, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._refused, self._last_refused, self._reported = 0, "", -REPORT_S
         self._wake, self._closing = os.pipe()
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
@@ -70,23 +70,23 @@ class Admission:
                 if self._wake in ready:
                     return
                 # Before others come in their place.
-                for visitor in [visitor for visitor in self._visitors if visitor.connection in ready]:
-                    self._hear(visitor)
+                for peer in [peer for peer in self._pending if peer.connection in ready]:
+                    self._receive(peer)
                 now = time.monotonic()
-                for visitor in [visitor for visitor in self._visitors if visitor.deadline <= now]:
-                    self._dismiss(visitor)
+                for peer in [peer for peer in self._pending if peer.deadline <= now]:
+                    self._refuse(peer)
                 if self._listener in ready:
                     self._accept()
                 self._report()
         finally:
-            for visitor in self._visitors:
-                visitor.connection.close()
+            for peer in self._pending:
+                peer.connection.close()
             self._listener.close()
             self._selector.close()
             os.close(self._wake)
 
     def _patience(self) -> float | None:
-        return max(0.0, self._visitors[0].deadline - time.monotonic()) if self._visitors else None
+        return max(0.0, self._pending[0].deadline - time.monotonic()) if self._pending else None
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
@@ -96,54 +96,54 @@ class Admission:
                 return
             except OSError:
                 # Mostly too many open files in this process.
-                if self._visitors:
-                    self._dismiss(self._visitors[0])
+                if self._pending:
+                    self._refuse(self._pending[0])
                 else:
                     time.sleep(0.1)
                 return
-            if len(self._visitors) >= self._most:
-                self._dismiss(self._oldest_of_many())
+            if len(self._pending) >= self._most:
+                self._refuse(self._oldest_of_many())
             try:
-                visitor = Visitor(connection, str(address[0]).removeprefix("::ffff:"), self._secret, self._nodes)
+                peer = PendingConnection(connection, str(address[0]).removeprefix("::ffff:"), self._secret, self._nodes)
             except OSError:
                 connection.close()
                 continue
-            self._visitors.append(visitor)
+            self._pending.append(peer)
             self._selector.register(connection, selectors.EVENT_READ)
 
-    def _oldest_of_many(self) -> Visitor:
+    def _oldest_of_many(self) -> PendingConnection:
         """The oldest from the address that most come from: a flood must not push out who comes from elsewhere."""
-        [(address, _)] = Counter(visitor.address for visitor in self._visitors).most_common(1)
-        return next(visitor for visitor in self._visitors if visitor.address == address)
+        [(address, _)] = Counter(peer.address for peer in self._pending).most_common(1)
+        return next(peer for peer in self._pending if peer.address == address)
 
-    def _hear(self, visitor: Visitor) -> None:
+    def _receive(self, peer: PendingConnection) -> None:
         try:
-            node = visitor.hear()
-        except (Stranger, OSError):
-            self._dismiss(visitor)
+            node = peer.receive()
+        except (HandshakeError, OSError):
+            self._refuse(peer)
             return
         if node is not None:
-            self._forget(visitor)
-            self._welcome(node, visitor.connection.detach())
+            self._forget(peer)
+            self._welcome(node, peer.connection.detach())
 
-    def _forget(self, visitor: Visitor) -> None:
-        self._visitors.remove(visitor)
-        self._selector.unregister(visitor.connection)
+    def _forget(self, peer: PendingConnection) -> None:
+        self._pending.remove(peer)
+        self._selector.unregister(peer.connection)
 
-    def _dismiss(self, visitor: Visitor) -> None:
-        self._forget(visitor)
-        visitor.connection.close()
-        self._strangers += 1
-        self._last_stranger = visitor.address
+    def _refuse(self, peer: PendingConnection) -> None:
+        self._forget(peer)
+        peer.connection.close()
+        self._refused += 1
+        self._last_refused = peer.address
 
     def _report(self) -> None:
         now = time.monotonic()
-        if not self._strangers or now - self._reported < REPORT_S:
+        if not self._refused or now - self._reported < REPORT_S:
             return
         with contextlib.suppress(OSError):
             port = self._listener.getsockname()[1]
             self._note(
-                f"WARNING port {port}: closed {self._strangers} connections that did not prove to be nodes of this "
-                f"run, the last from {self._last_stranger}; only its nodes should reach this port"
+                f"WARNING port {port}: closed {self._refused} connections that did not prove to be nodes of this "
+                f"run, the last from {self._last_refused}; only its nodes should reach this port"
             )
-        self._strangers, self._reported = 0, now
+        self._refused, self._reported = 0, now

@@ -1,5 +1,5 @@
-"""How a leader and its nodes know each other: each answers the other's random challenge by its HMAC under the run's
-secret, which is never sent itself. Until then the other end is a stranger, whose words are few and soon over."""
+"""Mutual authentication of a leader and its nodes: each answers the other's random challenge by its HMAC under the
+run's secret, which is never sent itself. Until then the size and duration of all that is received are bounded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HANDSHAKE_S = 10.0
 MAX_LINE = 4096
 
 
-class Stranger(Exception):
-    """Who is at the other end does not know the run's secret."""
+class HandshakeError(Exception):
+    """The peer has not proved that it knows the run's secret."""
 
 
-class Visitor:
-    """The leader's side of one handshake. It never waits: :meth:`hear` is called when something has come.
+class PendingConnection:
+    """The leader's side of one handshake. It never waits: :meth:`receive` is called when something has come.
 
     Args:
         connection: just accepted; closed by the caller in the end.
@@ -42,11 +42,11 @@ class Visitor:
         connection.setblocking(False)
         connection.sendall(_line({"challenge": self._challenge}))
 
-    def hear(self) -> int | None:
+    def receive(self) -> int | None:
         """Return the node's number once it has proved that it is one and was answered; ``None``: not yet.
 
         Raises:
-            Stranger: it is none.
+            HandshakeError: it is none.
             OSError: the connection broke.
         """
         try:
@@ -55,14 +55,14 @@ class Visitor:
             return None
         self._line += block
         if not block or len(self._line) > MAX_LINE:
-            raise Stranger
+            raise HandshakeError
         if b"\n" not in self._line:
             return None
         message = _message(self._line)
         node, challenge = message.get("node"), message.get("challenge")
         known = _proves(message.get("answer"), self._secret, "node", self._challenge)
         if not known or type(node) is not int or not 0 < node < self._nodes or not isinstance(challenge, str):
-            raise Stranger
+            raise HandshakeError
         self.connection.sendall(_line({"answer": _answer(self._secret, "leader", challenge)}))
         return node
 
@@ -72,17 +72,17 @@ def introduce(address: tuple[str, int], secret: bytes, node: int) -> int:
 
     Raises:
         OSError: nobody listens there, or it took too long.
-        Stranger: who listens there does not know the secret; the message says so.
+        HandshakeError: who listens there does not know the secret; the message says so.
     """
     deadline = time.monotonic() + HANDSHAKE_S
     with socket.create_connection(address, timeout=HANDSHAKE_S) as connection:
         challenge = secrets.token_hex(32)
         asked = _receive(connection, deadline).get("challenge")
         if not isinstance(asked, str):
-            raise Stranger("who listens there is no leader of vitgraft")
+            raise HandshakeError("who listens there is no leader of vitgraft")
         connection.sendall(_line({"node": node, "answer": _answer(secret, "node", asked), "challenge": challenge}))
         if not _proves(_receive(connection, deadline).get("answer"), secret, "leader", challenge):
-            raise Stranger("who listens there does not know the run's secret")
+            raise HandshakeError("who listens there does not know the run's secret")
         return connection.detach()
 
 
@@ -97,7 +97,7 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
         except TimeoutError:
             raise TimeoutError(f"who listens there does not answer within {HANDSHAKE_S:g} s") from None
         if not block or len(line) >= MAX_LINE:
-            raise Stranger("who listens there is no leader of this run")
+            raise HandshakeError("who listens there is no leader of this run")
         line += block
     return _message(line)
 
@@ -106,7 +106,7 @@ def _message(line: bytes) -> dict[str, Any]:
     try:
         message = parse_json(line, "handshake")
     except DataError:
-        raise Stranger("who listens there is no leader of vitgraft") from None
+        raise HandshakeError("who listens there is no leader of vitgraft") from None
     return message if isinstance(message, dict) else {}
 
 

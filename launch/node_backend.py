@@ -23,7 +23,7 @@ from vitgraft.launch import deepspeed_launch, ending
 from vitgraft.launch.admission import Admission
 from vitgraft.launch.agent import Agent
 from vitgraft.launch.deepspeed_launch import Meeting
-from vitgraft.launch.handshake import Stranger, introduce
+from vitgraft.launch.handshake import HandshakeError, introduce
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink, start_here
 from vitgraft.launch.nodes import NodePlace
@@ -214,7 +214,7 @@ def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEn
             return introduce((place.host, place.port), (run / SECRET).read_bytes(), place.rank)
         except FileNotFoundError:
             reason = f"{run / SECRET} is not there; --run-dir must lie on storage that all nodes share"
-        except (OSError, Stranger) as error:
+        except (OSError, HandshakeError) as error:
             reason = str(error) or type(error).__name__
         end = _end_of(run)
         if end is not None and end.over and end != earlier:

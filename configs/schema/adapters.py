@@ -8,14 +8,14 @@ from pydantic import Field, field_validator
 
 from vitgraft.configs.schema.section import (
     BelowOne,
-    Few,
+    Channels,
     Fraction,
+    ImageSide,
     NonNegative,
     NonNegativeFloat,
     PositiveFloat,
     Section,
-    Side,
-    Width,
+    SmallCount,
 )
 
 Norm = Literal["syncbn", "bn", "gn", "ln"]
@@ -47,8 +47,8 @@ class SimplePyramidConfig(AdapterSection):
     """ViTDet's simple feature pyramid: maps of several strides from the trunk's last map (arXiv 2203.16527)."""
 
     name: Literal["simple_pyramid"] = "simple_pyramid"
-    channels: Width = 256
-    strides: Annotated[list[Side], Field(max_length=100)] = [4, 8, 16, 32]
+    channels: Channels = 256
+    strides: Annotated[list[ImageSide], Field(max_length=100)] = [4, 8, 16, 32]
     norm: Norm = "ln"
     top_block: bool = False
     """One map more, of twice the largest stride: every other place of that map, as in ViTDet (p6 of p5)."""
@@ -71,11 +71,11 @@ class ViTAdapterConfig(AdapterSection):
     """
 
     name: Literal["vit_adapter"] = "vit_adapter"
-    conv_inplane: Width = 64
-    n_points: Few = 4
-    deform_num_heads: Few = 6
+    conv_inplane: Channels = 64
+    n_points: SmallCount = 4
+    deform_num_heads: SmallCount = 6
     deform_ratio: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Width of the deformable attention's values, as a part of the trunk's."""
+    """Channels of the deformable attention's values, as a part of the trunk's."""
     interaction_indexes: list[list[NonNegative]] | None = None
     """First and last block of every group, e.g. [[0, 2], [3, 5], [6, 8], [9, 11]]; ``null``: four equal groups."""
     with_cffn: bool = True
@@ -116,7 +116,7 @@ class FPNConfig(AdapterSection):
 
     role: ClassVar[Role] = "neck"
     name: Literal["fpn"] = "fpn"
-    channels: Width = 256
+    channels: Channels = 256
     norm: Norm | Literal["none"] = "none"
     top_block: bool = False
     """One map more, of twice the largest stride: every other place of that map (p6 of p5)."""
@@ -130,7 +130,7 @@ class AdaptFormerConfig(AdapterSection):
 
     role: ClassVar[Role] = "graft"
     name: Literal["adaptformer"] = "adaptformer"
-    bottleneck: Width = 64
+    bottleneck: Channels = 64
     scale: PositiveFloat | Literal["learnable"] = 0.1
     layout: Literal["parallel", "sequential"] = "parallel"
     layernorm: Literal["none", "in", "out"] = "none"
@@ -154,7 +154,7 @@ class LoRAConfig(AdapterSection):
 
     role: ClassVar[Role] = "graft"
     name: Literal["lora"] = "lora"
-    rank: Width = 8
+    rank: Channels = 8
     alpha: PositiveFloat = 8.0
     """The update is scaled by alpha / rank."""
     dropout: BelowOne = 0.0
@@ -178,7 +178,7 @@ class VPTConfig(AdapterSection):
 
     role: ClassVar[Role] = "graft"
     name: Literal["vpt"] = "vpt"
-    prompts: Few = 1
+    prompts: SmallCount = 1
     """Prompts of each block (deep), or in all (shallow)."""
     depth: Literal["deep", "shallow"] = "deep"
     """deep: every block has its own, cut off after it. shallow: they enter before the first block and stay."""

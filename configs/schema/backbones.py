@@ -7,15 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from vitgraft.configs.schema.section import (
-    Few,
+    Channels,
     Fraction,
+    ImageSide,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
-    Side,
-    Width,
+    SmallCount,
 )
 
 
@@ -36,10 +36,10 @@ class ViTConfig(BackboneSection):
     name: Literal["vit"] = "vit"
     timm: str | None = None
     """timm model name, e.g. ``vit_large_patch16_224.augreg_in21k``; the sizes below are then not given."""
-    embed_dim: Width | None = None
-    depth: Few | None = None
-    num_heads: Few | None = None
-    patch_size: Side | None = None
+    embed_dim: Channels | None = None
+    depth: SmallCount | None = None
+    num_heads: SmallCount | None = None
+    patch_size: ImageSide | None = None
     mlp_ratio: PositiveFloat | None = None
     layer_scale: PositiveFloat | None = None
     """Where the factors on the branches of every block start; ``null``: there are none."""
@@ -49,7 +49,7 @@ class ViTConfig(BackboneSection):
     """Whether a class token runs along; ``null``: as timm's model has it, none where sizes are given. ``false`` with a
     timm name leaves its class and register tokens out, as ViT-Adapter does."""
     window_size: Positive | list[Positive] | None = None
-    """Side in patches of the windows within which blocks attend, one for all or one for each block; ``null``: all
+    """ImageSide in patches of the windows within which blocks attend, one for all or one for each block; ``null``: all
     attend globally."""
     global_blocks: list[NonNegative] = []
     """With ``window_size``: the blocks (from 0) that attend globally all the same."""
@@ -99,17 +99,17 @@ def _filled(values: Any, sizes: dict[str, dict[str, Any]]) -> Any:
 class WindowedSection(BackboneSection):
     """Base of the trunks of ViTDet's kind: most blocks attend within windows, a few globally."""
 
-    embed_dim: Width
-    depth: Few
-    num_heads: Few
-    patch_size: Side = 16
+    embed_dim: Channels
+    depth: SmallCount
+    num_heads: SmallCount
+    patch_size: ImageSide = 16
     mlp_ratio: PositiveFloat
     window_size: NonNegative
-    """Side of the windows in tokens; 0 makes every block global."""
+    """ImageSide of the windows in tokens; 0 makes every block global."""
     global_blocks: list[NonNegative]
     """The blocks (from 0) that attend globally."""
-    pretrain_size: Side = 224
-    """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
+    pretrain_size: ImageSide = 224
+    """ImageSide in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
     absolute_positions: bool = True
     residual_blocks: list[NonNegative] = []
     """The blocks that a residual bottleneck of convolutions follows."""
@@ -193,7 +193,7 @@ class EVA02Config(WindowedSection):
     sub_ln: bool = True
     """LayerNorm inside the FFN."""
     rope_grid: Positive = 16
-    """Side in tokens of the grid that the rotary frequencies were trained on; other grids are scaled to it."""
+    """ImageSide in tokens of the grid that the rotary frequencies were trained on; other grids are scaled to it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -215,11 +215,11 @@ class VideoMAEConfig(BackboneSection):
 
     takes_clips: ClassVar[bool] = True
     name: Literal["videomae"] = "videomae"
-    embed_dim: Width = 768
-    depth: Few = 12
-    num_heads: Few = 12
-    patch_size: Side = 16
-    tubelet_size: Few = 2
+    embed_dim: Channels = 768
+    depth: SmallCount = 12
+    num_heads: SmallCount = 12
+    patch_size: ImageSide = 16
+    tubelet_size: SmallCount = 2
     """How many frames one token covers; clips have a multiple of it."""
     mlp_ratio: PositiveFloat = 4.0
     qkv_bias: bool = True
@@ -247,19 +247,19 @@ class MIMDetConfig(BackboneSection):
     name: Literal["mimdet"] = "mimdet"
     size: Literal["base", "large"] | None = None
     """The sizes of a published trunk; whatever else is given replaces its part of them."""
-    embed_dim: Width
-    depth: Few
-    num_heads: Few
+    embed_dim: Channels
+    depth: SmallCount
+    num_heads: SmallCount
     mlp_ratio: PositiveFloat = 4.0
     norm_eps: PositiveFloat = 1e-5
-    decoder_dim: Width = 512
-    decoder_depth: Few = 4
-    decoder_heads: Few = 16
+    decoder_dim: Channels = 512
+    decoder_depth: SmallCount = 4
+    decoder_heads: SmallCount = 16
     decoder_mlp_ratio: PositiveFloat = 4.0
     sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the tokens that the encoder sees in training; published: 0.25 to 1. In evaluation it sees all."""
     table_size: Positive = 800
-    """Side in pixels of the images for which the fixed positions are laid out; resized to the actual grid."""
+    """ImageSide in pixels of the images for which the fixed positions are laid out; resized to the actual grid."""
     weights: str | None = None
     """A full MAE checkpoint (encoder and decoder), or a MIMDet detector's."""
     drop_path: Fraction = 0.0
@@ -291,17 +291,17 @@ class MIMDetConfig(BackboneSection):
 class PerBlockWindowsSection(BackboneSection):
     """Base of the trunks of BEiT's kind: each block attends within windows of its own size, or globally."""
 
-    embed_dim: Width
-    depth: Few
-    num_heads: Few
-    patch_size: Side = 16
+    embed_dim: Channels
+    depth: SmallCount
+    num_heads: SmallCount
+    patch_size: ImageSide = 16
     mlp_ratio: PositiveFloat = 4.0
     window_size: NonNegative | list[NonNegative] = 0
-    """Side of the windows in tokens, of all blocks or of each; 0: global attention."""
+    """ImageSide of the windows in tokens, of all blocks or of each; 0: global attention."""
     layer_scale: NonNegativeFloat | None
     """Where gamma_1 and gamma_2 start; ``null``: there are none."""
-    pretrain_size: Side = 224
-    """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
+    pretrain_size: ImageSide = 224
+    """ImageSide in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
     weights: str | None = None
     drop_path: Fraction = 0.0
     frozen: bool = False

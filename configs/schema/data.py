@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from vitgraft.configs.schema.section import Few, Many, Positive, PositiveFloat, Section, Side
+from vitgraft.configs.schema.section import ImageSide, LargeCount, Positive, PositiveFloat, Section, SmallCount
 from vitgraft.configs.schema.transforms import Resize, TransformConfig, check_transforms
 
 
@@ -49,7 +49,7 @@ class SourceConfig(EvaluationSourceConfig):
 class ClipConfig(Section):
     """How frames are taken from a video."""
 
-    frames: Few = 8
+    frames: SmallCount = 8
     sampling: Literal["dense", "uniform"] = "dense"
     """dense: ``frames`` frames ``stride`` apart from one window (random in training, central in evaluation);
     uniform: one frame of each of ``frames`` equal segments (random in training, its middle in evaluation)."""
@@ -62,8 +62,8 @@ class ClipConfig(Section):
 class ViewsConfig(Section):
     """Evaluation of a video by several views of it: ``clips`` places in time × ``crops`` places along the long side."""
 
-    clips: Few = 1
-    crops: Few = 1
+    clips: SmallCount = 1
+    crops: SmallCount = 1
 
     @property
     def count(self) -> int:
@@ -84,7 +84,7 @@ class CacheConfig(Section):
 class SkipConfig(Section):
     """Leave damaged samples out: each keeps its place in the order, at weight zero, and is recorded."""
 
-    skip: Many
+    skip: LargeCount
     """How many different samples may be left out in a run, over all ranks and epochs, before it stops."""
 
 
@@ -95,7 +95,7 @@ class DataConfig(Section):
     """One data set, or a list of them with the same kind and classes: a mixture, in which every epoch has exactly each
     source's entries (its samples times ``repeats`` or ``weight``) and every part of an epoch has them in proportion."""
     val: EvaluationSourceConfig | None = None
-    image_size: list[Side]
+    image_size: list[ImageSide]
     """The canvas [height, width]: every image is resized into it and padded at the bottom and right."""
     mean: list[FiniteFloat] = [0.485, 0.456, 0.406]
     std: list[PositiveFloat] = [0.229, 0.224, 0.225]
@@ -106,7 +106,7 @@ class DataConfig(Section):
     clip: ClipConfig = ClipConfig()
     workers: Annotated[int, Field(ge=0, le=1 << 10)] = 1
     """Loader processes per rank; 0: decode in the training process."""
-    prefetch: Few = 4
+    prefetch: SmallCount = 4
     """Batches each worker prepares ahead."""
     cache: CacheConfig = CacheConfig()
     on_error: Literal["stop"] | SkipConfig = "stop"

@@ -8,14 +8,14 @@ from pydantic import Field, model_validator
 
 from vitgraft.configs.schema.adapters import Norm
 from vitgraft.configs.schema.section import (
-    Few,
+    Channels,
     Fraction,
+    ImageSide,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
-    Side,
-    Width,
+    SmallCount,
 )
 
 Task = Literal["detection", "semantic", "video", "image"]
@@ -29,16 +29,16 @@ class MaskRCNNConfig(Section):
     num_classes: Positive | None = None
     """Foreground classes; ``null``: as many as the data set names."""
     masks: bool = True
-    anchor_sizes: Annotated[list[Side], Field(max_length=100)] = [32, 64, 128, 256]
+    anchor_sizes: Annotated[list[ImageSide], Field(max_length=100)] = [32, 64, 128, 256]
     """One anchor size (pixels) for each stride of the pyramid."""
     anchor_ratios: Annotated[list[PositiveFloat], Field(max_length=100)] = [0.5, 1.0, 2.0]
     rpn_batch: Positive = 256
     rpn_proposals: Positive = 1000
     roi_batch: Positive = 512
     roi_positive_fraction: Fraction = 0.25
-    box_channels: Width = 1024
-    mask_channels: Width = 256
-    mask_convs: Few = 4
+    box_channels: Channels = 1024
+    mask_channels: Channels = 256
+    mask_convs: SmallCount = 4
     score_threshold: Fraction = 0.05
     nms_threshold: Fraction = 0.5
     detections_per_image: Positive = 100
@@ -50,8 +50,8 @@ class UperNetConfig(Section):
     task: ClassVar[Task] = "semantic"
     name: Literal["upernet"] = "upernet"
     num_classes: Positive | None = None
-    channels: Width = 512
-    pool_scales: Annotated[list[Few], Field(max_length=100)] = [1, 2, 3, 6]
+    channels: Channels = 512
+    pool_scales: Annotated[list[SmallCount], Field(max_length=100)] = [1, 2, 3, 6]
     norm: Norm = "syncbn"
     dropout: Fraction = 0.1
     auxiliary_weight: NonNegativeFloat = 0.4
@@ -64,10 +64,10 @@ class VideoTransformerConfig(Section):
     task: ClassVar[Task] = "video"
     name: Literal["video_transformer"] = "video_transformer"
     num_classes: Positive | None = None
-    embed_dim: Width = 256
-    depth: Few = 2
-    num_heads: Few = 4
-    grid: Few = 4
+    embed_dim: Channels = 256
+    depth: SmallCount = 2
+    num_heads: SmallCount = 4
+    grid: SmallCount = 4
     """Each frame's map is pooled to grid × grid tokens."""
     dropout: Fraction = 0.0
     label_smoothing: Fraction = 0.0

@@ -10,7 +10,7 @@ from vitgraft.configs.hashing import sha256_of
 from vitgraft.configs.schema.data import DataConfig, ViewsConfig
 from vitgraft.configs.schema.identity import differences, remove_keys
 from vitgraft.configs.schema.model import ModelConfig, Task
-from vitgraft.configs.schema.section import Few, NonNegative, Positive, Seconds, Section
+from vitgraft.configs.schema.section import NonNegative, Positive, Seconds, Section, SmallCount
 from vitgraft.configs.schema.train import TrainConfig
 from vitgraft.configs.schema.transforms import check_task
 
@@ -91,7 +91,7 @@ class EvaluatorConfig(Section):
     backlog: Backlog = "latest"
     """What happens when checkpoints come faster than evaluations: ``latest`` evaluates the newest and gives up those
     that it has overtaken; ``all`` evaluates every one, oldest first, and keeps them until then."""
-    threads: Few | None = None
+    threads: SmallCount | None = None
     """Its CPU threads; ``null``: the cores of its host divided by the ranks there and itself."""
 
 
@@ -121,10 +121,10 @@ class DeadlinesConfig(Section):
 class LaunchConfig(Section):
     """Processes and devices of a run, and what happens when they fail."""
 
-    processes: Few | None = None
+    processes: SmallCount | None = None
     """Ranks; ``null``: one for each GPU, or two on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Few | None = None
+    threads: SmallCount | None = None
     """CPU threads of each rank; ``null``: the cores divided by the ranks. Bit-exact resume needs the same number."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on which the ranks meet; 0: a free one."""

@@ -16,16 +16,16 @@ class Section(BaseModel):
 # Bounds far above what anybody trains, so that a slip of the finger is refused before it fills a host's memory.
 Positive = Annotated[int, Field(ge=1, le=1 << 20)]
 NonNegative = Annotated[int, Field(ge=0, le=1 << 20)]
-Side = Annotated[int, Field(ge=1, le=1 << 14)]
-"""Of an image, in pixels."""
-Width = Annotated[int, Field(ge=1, le=1 << 16)]
+ImageSide = Annotated[int, Field(ge=1, le=1 << 14)]
+"""Height or width of an image, pixels."""
+Channels = Annotated[int, Field(ge=1, le=1 << 16)]
 """Channels of a layer."""
-Few = Annotated[int, Field(ge=1, le=1 << 10)]
-"""Layers, heads, processes, and what else a host or a model has some of."""
-Many = Annotated[int, Field(ge=1, le=10**9)]
-"""Steps, samples and what else a run counts up to."""
-Amount = Annotated[int, Field(ge=0, le=1 << 62)]
-"""Bytes and samples of what lies on a disk: nothing is made of that size."""
+SmallCount = Annotated[int, Field(ge=1, le=1 << 10)]
+"""Layers, attention heads, processes, threads and the like."""
+LargeCount = Annotated[int, Field(ge=1, le=10**9)]
+"""Steps, samples and the like."""
+StoredSize = Annotated[int, Field(ge=0, le=1 << 62)]
+"""Bytes or samples of files on a disk, in manifests: no memory of that size is taken."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vitgraft.configs.schema.section import BelowOne, Fraction, Many, NonNegativeFloat, Positive, PositiveFloat, Section
+from vitgraft.configs.schema.section import (
+    BelowOne,
+    Fraction,
+    LargeCount,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 
 class AdamWConfig(Section):
@@ -104,8 +112,8 @@ ScheduleConfig = Annotated[CosineSchedule | PolySchedule | StepSchedule, Field(d
 class ExtendConfig(Section):
     """A stage that a run goes on with after those before it."""
 
-    epochs: Many | None = None
-    steps: Many | None = None
+    epochs: LargeCount | None = None
+    steps: LargeCount | None = None
     """Its length, in the unit of the run's: exactly one of ``epochs`` and ``steps``."""
     schedule: ScheduleConfig | None = None
     """Over this stage alone, with a warm-up of its own; ``null``: the rate with which the stage before ended stays."""
@@ -124,11 +132,11 @@ class ExtendConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are committed and how many are kept."""
 
-    every_steps: Many | None = None
+    every_steps: LargeCount | None = None
     """Commit every so many steps, and always at the end; ``null``: at the end only."""
-    keep_last: Many = 3
+    keep_last: LargeCount = 3
     """How many valid checkpoints are kept."""
-    keep_every: Many | None = None
+    keep_every: LargeCount | None = None
     """Keep also those of the steps that this number divides."""
     keep_best: str | None = None
     """Keep also the best of those evaluated by this metric, e.g. ``mIoU``; needs ``data.val``."""
@@ -154,8 +162,8 @@ class TrainConfig(Section):
     """Another run, or one of its checkpoints, whose weights (averaged, where it has an average) the run starts from,
     instead of ``model.weights`` and ``model.backbone.weights``. The head's last layers start fresh when the classes are
     others. Not read again when the run is resumed."""
-    epochs: Many | None = None
-    steps: Many | None = None
+    epochs: LargeCount | None = None
+    steps: LargeCount | None = None
     """Length of the run: exactly one of ``epochs`` and ``steps``. The schedule covers it."""
     extend: Annotated[list[ExtendConfig], Field(max_length=100)] = []
     """Stages after that, e.g. [{epochs: 12, schedule: {name: cosine}}]: what a run that is to train longer gets at a

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vitgraft.configs.schema.section import Few, Fraction, Positive, PositiveFloat, Section, Side
+from vitgraft.configs.schema.section import Fraction, ImageSide, Positive, PositiveFloat, Section, SmallCount
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Scale = Annotated[float, Field(gt=0, le=100)]
@@ -36,9 +36,9 @@ class MultiScale(Section):
     """
 
     name: Literal["multi_scale"] = "multi_scale"
-    short: Annotated[list[Side], Field(max_length=1000)]
+    short: Annotated[list[ImageSide], Field(max_length=1000)]
     """Short sides in pixels: all to choose from, or with ``sampling: range`` [smallest, largest]."""
-    max_long: Side = 1333
+    max_long: ImageSide = 1333
     sampling: Literal["choice", "range"] = "choice"
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class RandomCrop(Section):
     """Cut to at most the canvas size, or to a random size, at a random place; smaller images stay whole."""
 
     name: Literal["random_crop"] = "random_crop"
-    sides: list[Side] | None = None
+    sides: list[ImageSide] | None = None
     """[smallest, largest]: height and width are each drawn from this range (DETR's crop: [384, 600]); ``null``: those
     of the canvas."""
     cat_max_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -117,7 +117,7 @@ class RandAugment(Section):
     """RandAugment (arXiv 1909.13719) as torchvision has it; all frames of a clip alike. For class labels only."""
 
     name: Literal["rand_augment"] = "rand_augment"
-    operations: Few = 2
+    operations: SmallCount = 2
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     """0 to 30, torchvision's scale: timm's m9 of 10 is 27 here."""
 

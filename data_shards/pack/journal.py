@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.configs.files import lock_holder, open_regular, read_bytes
 from vitgraft.configs.hashing import canonical_json, sha256_file
-from vitgraft.configs.schema.section import Amount, Section
+from vitgraft.configs.schema.section import Section, StoredSize
 from vitgraft.data_shards.shards import Sha256, Shard
 
 _NAMES = ("set", "old", "journal.jsonl", "journal.new", "lock")
@@ -43,7 +43,7 @@ class Finished(Section):
     """
 
     shard: Shard
-    items: Amount
+    items: StoredSize
     skipped: list[str]
     identity: Sha256
     last: bool

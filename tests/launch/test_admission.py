@@ -18,7 +18,7 @@ import pytest
 from vitgraft.launch import admission as module
 from vitgraft.launch import handshake
 from vitgraft.launch.admission import Admission
-from vitgraft.launch.handshake import Stranger, introduce
+from vitgraft.launch.handshake import HandshakeError, introduce
 
 SECRET = b"s" * 32
 
@@ -85,7 +85,7 @@ def test_hundreds_that_idle_and_drip_keep_no_node_out(port: Port) -> None:
         for _ in range(5):
             assert seconds_to_enter(port) < 1
         # This side of the strangers' connections is in this process too.
-        assert own.num_fds() - before - len(idle) <= module.MAX_VISITORS + 20
+        assert own.num_fds() - before - len(idle) <= module.MAX_PENDING + 20
         assert threading.active_count() <= threads + len(attackers)
     finally:
         over.set()
@@ -225,7 +225,7 @@ def test_who_listens_in_the_leaders_place_is_told_apart(words: bytes) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(Stranger, match="no leader of"):
+        with pytest.raises(HandshakeError, match="no leader of"):
             introduce(listener.getsockname(), SECRET, 1)
         thread.join()
 

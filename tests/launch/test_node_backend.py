@@ -23,7 +23,7 @@ from support_writers import make_run
 from vitgraft.configs.errors import ConfigError, DataError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
 from vitgraft.launch import ending, handshake, training
 from vitgraft.launch import node_backend as module
-from vitgraft.launch.handshake import Stranger, introduce
+from vitgraft.launch.handshake import HandshakeError, introduce
 from vitgraft.launch.hosts import Host
 from vitgraft.launch.links import AgentLink
 from vitgraft.launch.node_backend import SECRET, NodeBackend, _connect, _give_up, follow, name_of
@@ -115,7 +115,7 @@ def test_strangers_are_let_go(backend: NodeBackend, places: list[NodePlace], tmp
     other = tmp_path / "other"
     other.mkdir()
     (other / SECRET).write_bytes(b"another run's")
-    with pytest.raises(Stranger, match="no leader of this run"):
+    with pytest.raises(HandshakeError, match="no leader of this run"):
         introduce(("127.0.0.1", places[1].port), b"another run's", 1)
     assert backend.waiting() == []
     os.close(connected(places[1], tmp_path))  # while one says nothing
@@ -133,7 +133,7 @@ def test_a_leader_who_does_not_know_the_secret_is_no_leader(places: list[NodePla
     with socket.create_server(("127.0.0.1", places[0].port)) as listener:
         thread = threading.Thread(target=pretend, args=(listener,))
         thread.start()
-        with pytest.raises(Stranger, match="does not know the run's secret"):
+        with pytest.raises(HandshakeError, match="does not know the run's secret"):
             introduce(("127.0.0.1", places[1].port), b"secret", 1)
         thread.join()
 
