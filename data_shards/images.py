@@ -94,7 +94,7 @@ def opened(data: bytes | Path, where: str) -> Iterator[Image.Image]:
     except Exception as error:  # its decoders raise anything of damaged files: KeyError, AssertionError, zlib.error
         # Pillow's own text names an object by its address, another in each process.
         reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise DataError(f"{where}: broken image ({reason}); expected a whole JPEG, PNG or WebP; replace it") from None
+        raise DataError(f"{where}: broken image ({reason}); expected a whole image file; replace it") from None
 
 
 def read_header(data: bytes | Path, where: str) -> Header:

@@ -14,7 +14,7 @@ import typer
 from vitgraft.configs.errors import ConfigError, VitgraftError
 from vitgraft.launch import ending, stdout
 from vitgraft.launch.checkpoints_cli import checkpoints
-from vitgraft.launch.entry import end_of_signal, main  # noqa: F401 - where programs look for it
+from vitgraft.launch.entry import end_of_signal
 from vitgraft.launch.launch_cli import launch
 from vitgraft.launch.shards_cli import shards
 from vitgraft.launch.stderr import forgiving_stderr

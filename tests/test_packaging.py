@@ -146,10 +146,10 @@ from vitgraft.configs.load import find_recipe, load_recipe
 print(vitgraft.models.contract.__file__)
 for name in ("quickstart/detection", "starter/coco"):
     print(find_recipe(name), load_recipe(name).task)
-from vitgraft.launch import cli
+from vitgraft.launch import cli, entry
 print(cli.__file__, flush=True)
 sys.argv = ["vitgraft", "--help"]
-cli.main()
+entry.main()
 """
     done = subprocess.run(
         [sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False

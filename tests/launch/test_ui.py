@@ -33,14 +33,14 @@ open("done", "w").close()
 COMMAND = """
 import sys
 from vitgraft.configs.errors import DataError
-from vitgraft.launch import cli, status, training
+from vitgraft.launch import entry, status, training
 
 def fail(*_, **__):
     {body}
 
 training.train = status.read_status = fail
 sys.argv = ["vitgraft", *sys.argv[1:]]
-cli.main()
+entry.main()
 """
 TRAIN = ("train", "quickstart/detection", "--run-dir", "none")
 STATUS = ("status", "none", "--json")

@@ -92,7 +92,7 @@ DAMAGE = {
     "a cut file": (lambda c: os.truncate(c / "rank-00001.safetensors", 20), "has 20 bytes"),
     "a lost file": (lambda c: (c / "rank-00000.safetensors").unlink(), "is missing"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "not a committed checkpoint"),
-    "a cut manifest": (lambda c: os.truncate(c / "manifest.json", 40), "not a manifest"),
+    "a cut manifest": (lambda c: os.truncate(c / "manifest.json", 40), "not valid JSON"),
     "another step's files": (lambda c: c.rename(c.with_name("step-00000009")), "the manifest is of step 2"),
 }
 
