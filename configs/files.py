@@ -54,6 +54,11 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666, 
     return descriptor
 
 
+def home_path(path: str | Path) -> Path:
+    """Return a path whose ``~`` is the user's home folder; where there is no such user or home, ``~`` is a name."""
+    return Path(os.path.expanduser(path))
+
+
 def is_own(facts: os.stat_result) -> bool:
     """Tell whether a file or folder is this user's and nobody else can write it."""
     return facts.st_uid == os.geteuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

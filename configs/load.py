@@ -156,6 +156,8 @@ def _explain(error: ValidationError, where: str) -> str:
         key, message = f"{key}.name", f"{tag!r} is not one of {expected}{hint}"
     elif first["type"] == "union_tag_not_found":
         message = "the key 'name' is missing; say which one it is"
+    elif first["type"] == "list_type" and isinstance(value, dict) and all(str(part).isdigit() for part in value):
+        message = f"an index, {_short('.'.join(value))}, into a list that the recipe does not write out; give the whole list"
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, found {_short(value)}"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""

@@ -21,7 +21,8 @@ MAX_DEPTH = 50
 _MAX_NUMBER = 100
 """Characters of a number."""
 _PREFIX = "tag:yaml.org,2002:"
-_INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+_INTEGER = re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$")
+_OCTAL = re.compile(r"[-+]?0_*[0-9]")
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
 
 
@@ -105,7 +106,8 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            # A tag can make a list or a mapping of a word, too.
+            if not isinstance(key, yaml.ScalarNode) or key.tag in (f"{_PREFIX}seq", f"{_PREFIX}map"):
                 raise _refused(
                     "a key that is a list or a mapping; expected a word; is this the right file?", key.start_mark
                 )
@@ -144,6 +146,10 @@ def _scalar(what: str, build: Callable[[Any, Any], Any]) -> Callable[[Any, Any],
         if what != "text" and len(text) > _MAX_NUMBER:
             raise _refused(
                 f"a number of {len(text):,} characters; expected {_MAX_NUMBER} at most; correct it", node.start_mark
+            )
+        if what == "an integer" and _OCTAL.match(text):
+            raise _refused(
+                f"{_short(text)} begins with a zero, which some read as octal; write it without", node.start_mark
             )
         try:
             value = build(loader, node)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.configs.files import lock_holder, lock_within, open_regular
+from vitgraft.configs.files import home_path, lock_holder, lock_within, open_regular
 from vitgraft.configs.schema.data import CacheConfig
 from vitgraft.data_shards.cache import FileCache
 from vitgraft.data_shards.manifest import Kind, read_manifest
@@ -23,21 +23,29 @@ _log = logging.getLogger("vitgraft")
 
 
 def cache_folder() -> Path:
-    """Where built-in data is kept: ``$VITGRAFT_CACHE``, else ``~/.cache/vitgraft``."""
+    """Where built-in data is kept: ``$VITGRAFT_CACHE``, else ``~/.cache/vitgraft``.
+
+    Raises ``ConfigError`` for a user without a home folder.
+    """
     given = os.environ.get("VITGRAFT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "vitgraft"
+    if given:
+        return Path(given)
+    home = home_path("~")
+    if not home.is_absolute():  # as in a container whose user has no entry
+        raise ConfigError("this user has no home folder, in which built-in data would be kept; set VITGRAFT_CACHE")
+    return home / ".cache" / "vitgraft"
 
 
 def resolve_source(path: str) -> Path | str:
     """The folder that a recipe's path means (``~`` expanded); a URL comes back as it is, as ``str``."""
     if is_url(path):
         return path
-    return ensure_digits(path) if path.startswith(SCHEME) else Path(path).expanduser()
+    return ensure_digits(path) if path.startswith(SCHEME) else home_path(path)
 
 
 def open_cache(config: CacheConfig) -> FileCache:
     """The cache that a recipe's ``data.cache`` means."""
-    folder = cache_folder() / "shards" if config.folder is None else Path(config.folder).expanduser()
+    folder = cache_folder() / "shards" if config.folder is None else home_path(config.folder)
     return FileCache(folder, config.max_bytes)
 
 

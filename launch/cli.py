@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -30,6 +31,9 @@ app = typer.Typer(
 app.add_typer(shards, name="shards")
 app.add_typer(checkpoints, name="checkpoints")
 app.add_typer(launch, name="launch")
+
+_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
+"""What is wrong with the name of a file that the user gave, whoever was the first to look at it."""
 
 Device = Literal["auto", "cpu", "cuda"]
 RunOrCheckpoint = Annotated[
@@ -281,6 +285,10 @@ def _answer(error: BaseException) -> object:
         return _broken_pipe(error)
     if isinstance(error, stdout.Unwritable):
         return _say(ConfigError(f"standard output cannot be written: {error.strerror}; make room or write elsewhere"))
+    if isinstance(error, OSError) and error.errno in _OF_THE_NAME and error.filename is not None:
+        name = str(error.filename)
+        shown = name if len(name) <= 200 else f"{name[:97]} … {name[-97:]}"
+        return _say(ConfigError(f"{shown}: {error.strerror}; check its name and permissions"))
     return _usage_error(error)
 
 

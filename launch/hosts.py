@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitgraft.configs.errors import ConfigError
+from vitgraft.configs.files import read_text
 
 SSH_CONFIG_VARIABLE = "VITGRAFT_SSH_CONFIG"
 _SSH_FLAG = re.compile(r"-[46Cqv]+")
@@ -98,15 +99,7 @@ def read_hostfile(path: Path) -> list[Host]:
     Raises:
         ConfigError: it cannot be read, or as :func:`parse_hostfile`.
     """
-    try:
-        if path.stat().st_size > MAX_HOSTFILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_HOSTFILE_BYTES} bytes; this is not a hostfile")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--hostfile {path}: cannot be read: {error.strerror}; name an existing file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file; a hostfile has lines such as: node-1 slots=8") from None
-    return parse_hostfile(text, str(path))
+    return parse_hostfile(read_text(path, MAX_HOSTFILE_BYTES, ConfigError), str(path))
 
 
 def write_hostfile(hosts: Iterable[Host]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError, ConfigError
+from vitgraft.configs.files import home_path
 from vitgraft.configs.load import load_recipe
 from vitgraft.configs.schema import Recipe
 from vitgraft.launch.run_recipe import CONFIG, is_bound
@@ -54,7 +55,7 @@ def _of_checkpoint(recipe: Recipe) -> tuple[Normalisation, bool] | None:
     """That of the run in ``train.init_from``; ``None`` without one, or where it says nothing that can be taken."""
     if recipe.train.init_from is None:
         return None
-    path = Path(recipe.train.init_from).expanduser()
+    path = home_path(recipe.train.init_from)
     try:
         newest = open_checkpoint(path) if (path / MANIFEST).is_file() else complete_checkpoints(path)[-1]
     except (CheckpointError, IndexError):  # checked elsewhere

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError
+from vitgraft.configs.files import home_path
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.worlds import check_world
 from vitgraft.data_shards.manifest import Manifest, read_manifest
@@ -168,7 +169,7 @@ def check_start(recipe: Recipe) -> None:
     """
     if recipe.train.init_from is None:
         return
-    path = Path(recipe.train.init_from).expanduser()
+    path = home_path(recipe.train.init_from)
     if not (path / MANIFEST).is_file() and not complete_checkpoints(path):
         raise CheckpointError(f"train.init_from: {path}: neither a checkpoint nor a run that has one; name another")
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, VitgraftError, printable
-from vitgraft.configs.files import open_regular, parse_json
+from vitgraft.configs.files import home_path, open_regular, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 """Of a .safetensors file; a published one of a thousand tensors has below 0.2 MB."""
@@ -109,11 +109,11 @@ def _parsed(name: str, where: str, missing: type[VitgraftError]) -> tuple[Path |
             "the Hugging Face hub"
         )
     key = None
-    if "#" in name and not Path(name).expanduser().is_file():
+    if "#" in name and not home_path(name).is_file():
         name, _, key = name.rpartition("#")
     if any(name.startswith(prefix) for prefix in _HUB):
         return name, key
-    path = Path(name).expanduser()
+    path = home_path(name)
     if path.is_dir():
         raise missing(f"{where}: {path} is a folder; name the .safetensors or .pth file in it")
     if not path.is_file():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitgraft.configs.errors import CheckpointError
+from vitgraft.configs.files import home_path
 from vitgraft.configs.schema.model import ModelConfig
 from vitgraft.models.build import GraftedModel, build_model
 from vitgraft.models.weights import load_weights
@@ -39,7 +40,7 @@ def start_from(
     Raises:
         CheckpointError: no valid checkpoint there, or of another model.
     """
-    checkpoint = _agree_on(Path(source).expanduser())
+    checkpoint = _agree_on(home_path(source))
     where = f"train.init_from: {checkpoint.path}"
     with checkpoint.reading():
         state = {name: torch.from_numpy(np.asarray(value)) for name, value in read_weights(checkpoint).items()}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import executable, vitgraft
+from support import executable, succeed, tiny_recipe, vitgraft, write_recipe
 from typer.main import get_command
 
 from vitgraft.launch.cli import app
@@ -121,3 +121,37 @@ def test_the_name_of_a_recipe_leads_nowhere_else(tmp_path: Path, name: str) -> N
     assert done.returncode == 2
     assert "names no folder under runs/" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "RECIPE", "--set", f"data.train.path={LONG}"],
+        ["evaluate", LONG],
+        ["checkpoints", "prune", LONG],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_name_that_no_file_can_have_is_one_line(words: list[str], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe("semantic", "nowhere"))
+    done = vitgraft(*(str(recipe) if word == "RECIPE" else word for word in words), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "File name too long; check its name and permissions" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.backbone.weights=~nobody-here/a.pth", "train.init_from=~nobody-here/a", "data.val=null"]
+)
+def test_a_home_folder_of_nobody_is_one_line(setting: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    succeed("shards", "pack", "digits", "--task", "semantic", "--split", "val", "--samples", "2", "--out", data)
+    train = data if setting != "data.val=null" else "~nobody-here/data"
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe("semantic", train))
+    done = vitgraft("train", recipe, "--run-dir", tmp_path / "run", "--set", setting)
+    assert done.returncode in (2, 3, 4)
+    assert done.stderr.count("\n") == 1
+    assert "~nobody-here" in done.stderr

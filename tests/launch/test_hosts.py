@@ -100,7 +100,13 @@ def test_bad_hostfiles_are_refused_with_line_and_remedy(text: str, says: str) ->
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "large").write_bytes(b"#" * (2 << 20))
-    for name, says in (("binary", "not a text file"), ("large", "larger than"), ("none", "cannot be read")):
+    for name, says in (
+        ("binary", "not UTF-8 text"),
+        ("large", "larger than"),
+        ("none", "no such file"),
+        (".", "a folder"),
+        ("/dev/zero", "not a regular file"),
+    ):
         with pytest.raises(ConfigError, match=says):
             read_hostfile(tmp_path / name)
 
