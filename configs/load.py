@@ -157,7 +157,9 @@ def _explain(error: ValidationError, where: str) -> str:
     elif first["type"] == "union_tag_not_found":
         message = "the key 'name' is missing; say which one it is"
     elif first["type"] == "list_type" and isinstance(value, dict) and all(str(part).isdigit() for part in value):
-        message = f"an index, {_short('.'.join(value))}, into a list that the recipe does not write out; give the whole list"
+        message = (
+            f"{_short_of('.'.join(value))} is a place in a list that the recipe does not write out; give all of it"
+        )
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, found {_short(value)}"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""

@@ -34,7 +34,10 @@ WRONG = [
         "data.transforms=[{name: scale_jitter, mx: 2}]",
         "data.transforms.0.mx: unknown key (value 2); did you mean 'max'?",
     ),
-    ("train.extend.0.steps=9", "train.extend: an index, 0, into a list that the recipe does not write out"),
+    (
+        "train.extend.0.steps=9",
+        "train.extend: 0 is a place in a list that the recipe does not write out; give all of it",
+    ),
     ("train.param_groups=[{match: '('}]", "train.param_groups.0.match: not a regular expression"),
     ("model.backbone.num_heads=7", "must be a multiple of num_heads 7"),
     ("model.backbone.timm=vit_tiny_patch16_224", "timm names the sizes already; remove embed_dim"),
