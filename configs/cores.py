@@ -1,5 +1,5 @@
-"""How many cores this process may keep busy: what its CPU affinity allows, and the CPU quota of its container (cgroup
-version 1 or 2), which the kernel enforces by stopping all its threads for a while."""
+"""Number of cores this process may use: its CPU affinity, and the CPU quota of its container (cgroup version 1 or
+2), which the kernel enforces by throttling all its threads."""
 
 from __future__ import annotations
 

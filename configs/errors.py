@@ -78,8 +78,7 @@ class PreemptedRun(VitgraftError):
 
 
 def cause_of(error: BaseException) -> ErrorCause | None:
-    """What the system said by an error of its own: no space, no writing, no memory, nobody at the other end of a
-    connection."""
+    """Return the cause of a system error (no space, read-only, out of memory, lost peer); ``None``: another error."""
     if isinstance(error, MemoryError):
         return "host_memory"
     if isinstance(error, ConnectionError):

@@ -1,4 +1,4 @@
-"""Read files that somebody else wrote, and open files where somebody else can write.
+"""Read untrusted files, and open files in folders that other users can write to.
 
 Everything that comes from outside (annotations, lists, recipes, manifests, what another process left in a run) is read
 by these functions: regular files only, bounded, UTF-8, finite numbers, one line on what is wrong. A fifo or a device

@@ -1,4 +1,4 @@
-"""Write what a command makes for its user, and never over what it was given."""
+"""Write a command's outputs atomically, and never over its inputs."""
 
 from __future__ import annotations
 

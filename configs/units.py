@@ -1,4 +1,4 @@
-"""Quantities in words, the same wherever they are shown."""
+"""Quantities as text, formatted alike everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote, as plain data: bounded, without objects, without a key that is given twice.
+"""Untrusted YAML as plain data: bounded, without objects or duplicate keys.
 
 A few hundred bytes of aliases can stand for billions of nodes, and a number for gigabytes of digits. So nodes are
 counted while they are composed, each alias with all that it stands for, before anything is built from them.
@@ -127,7 +127,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What is YAML, but not taken; the problem says what to do."""
+    """Valid YAML that is refused; ``problem`` names the remedy."""
 
 
 def _refused(problem: str, mark: yaml.Mark) -> _Refused:

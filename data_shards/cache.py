@@ -53,7 +53,7 @@ _log = logging.getLogger("vitgraft")
 
 
 class RemoteFile(NamedTuple):
-    """What a file must be. ``name``: in its folder; only its suffix (.tar, .idx) counts here."""
+    """Expected facts of a remote file. ``name``: in its folder; only its suffix (.tar, .idx) counts here."""
 
     url: str
     name: str
@@ -151,7 +151,7 @@ class FileCache:
         return None
 
     def _is_right(self, file: RemoteFile, descriptor: int, facts: os.stat_result) -> bool:
-        """Whether this is what was fetched: its name says so where only this user could have given it that name."""
+        """Tell whether the cached file has its hash; the name is proof where only this user can write to the folder."""
         if is_own(facts) and is_own(os.stat(self.folder)):
             return True
         seen = (file.sha256, facts.st_dev, facts.st_ino, facts.st_size)

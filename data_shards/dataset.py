@@ -136,7 +136,7 @@ class PackedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """What decides the samples and their numbers, together over all sources."""
+        """Fingerprint of the samples and their numbering, over all sources."""
         return mixture_fingerprint([reader.manifest.fingerprint for reader in self.readers])
 
     def plan(self, epoch: int) -> Plan:
@@ -150,7 +150,7 @@ class PackedDataset:
 
     @property
     def paired(self) -> bool:
-        """Whether entries are mixed with their partners in the plan."""
+        """Tell whether entries are mixed with their partners in the plan."""
         return self.transforms.pastes or self.transforms.mixes
 
     def train_batch(self, entries: Sequence[Entry], images: Tensor | None = None) -> Batch:
@@ -311,7 +311,7 @@ class PackedDataset:
         return EvalItem(batch, errors)
 
     def produce(self, index: MicroBatch | Sequence[int], images: Tensor | None = None) -> Batch | EvalItem:
-        """What a loader process is asked for: a micro-batch of training or a list of samples of evaluation.
+        """Return a loader's result for ``index``: a micro-batch of training, or a list of samples of evaluation.
 
         Args:
             images: where to write the images, of the shape that :meth:`images_shape` says; ``None``: in new memory.

@@ -122,7 +122,7 @@ def stated_size(metadata: dict[str, Any], where: str) -> tuple[int, int]:
 
 
 def stated_frames(metadata: dict[str, Any], where: str) -> int:
-    """How many frames a video has, as its sample's metadata states.
+    """Return the number of frames of a video by its sample's metadata.
 
     Raises:
         DataError: absent, no positive integer, or more than ``MAX_FRAMES``.
@@ -175,7 +175,7 @@ def check_annotations(metadata: dict[str, Any], classes: int, where: str) -> lis
 
 
 def covered(counts: bytes) -> int:
-    """How many pixels COCO's compressed run lengths cover: pycocotools leaves what they do not cover uninitialised.
+    """Return the number of pixels in COCO's compressed run lengths; pycocotools leaves any further uninitialised.
 
     Each number is of six-bit characters, low bits first, bit 5 for more to come and bit 4 of the last for the sign;
     from the fourth on they are differences to the one before the last (``rleFrString`` in maskApi.c).
@@ -233,7 +233,7 @@ def decode_masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int], w
 
 
 def sample_frames(count: int, clip: ClipConfig, train: bool, generator: torch.Generator | None = None) -> list[int]:
-    """Which frames of a video of ``count`` frames make the clip.
+    """Return the frame numbers of a clip from a video of ``count`` frames.
 
     dense: ``clip.frames`` frames ``clip.stride`` apart, from a random window in training and the central one in
     evaluation. uniform: one frame of each of ``clip.frames`` equal segments, a random one in training, the middle one

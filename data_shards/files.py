@@ -1,4 +1,4 @@
-"""Where the files of a data set are read: in place on a local disk, or in the cache that a URL's are fetched into."""
+"""Location of a data set's files: in place on a local disk, or in the cache of files fetched from URLs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPEN_FILES = 16
 
 
 class FileFacts(NamedTuple):
-    """What the manifest says of a file."""
+    """Record of a file in the manifest."""
 
     name: str
     bytes: int
@@ -126,7 +126,7 @@ class CachedFolder:
         self.cache.prefetch(self._at(file))
 
     def recheck(self, file: FileFacts) -> bool:
-        """Whether the copy here had rotted; hashed once in a process, however many samples are damaged."""
+        """Tell whether the cached copy was corrupt; hashed at most once in a process."""
         if file.sha256 in self._checked:
             return False
         self._checked.add(file.sha256)

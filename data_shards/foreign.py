@@ -1,4 +1,4 @@
-"""Indices and a manifest for tars that others wrote (WebDataset, img2dataset, …), whose bytes stay where they are.
+"""Indices and a manifest for foreign tars (WebDataset, img2dataset, …), which are read in place.
 
 The index of NAME.tar with n samples, NAME.idx, is little-endian uint64: n starts and n ends of the samples in the tar,
 then n + 1 places in the index of the metadata, which follows as JSON texts, one after the other. The metadata is what

@@ -1,4 +1,4 @@
-"""The annotations of a detection sample that somebody else wrote, each checked and in the form that is packed."""
+"""Annotations of foreign detection samples, checked and converted to the packed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sample that somebody else wrote must have, and the metadata that is made of it."""
+"""Required members of a foreign sample, and the metadata made from them."""
 
 from __future__ import annotations
 
@@ -164,7 +164,11 @@ class SampleChecker:
         return {"height": height, "width": width} | ({"orientation": orientation} if orientation > 1 else {})
 
     def _take(self, group: Group, role: str, where: str) -> str:
-        """Which of the role's members the sample has."""
+        """Return the member that the sample has for a role.
+
+        Raises:
+            DataError: none, or several.
+        """
         found = [wanted for wanted in self.roles[role] if wanted.partition(":")[0] in group.members]
         if self.roles[role] == ROLES[self.kind][role] and role != "label":
             found = [wanted for wanted in found if wanted in _USUAL] or found

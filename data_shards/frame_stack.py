@@ -1,4 +1,4 @@
-"""The frames of a clip as they are decoded, one after the other, in one array that is made when the first comes."""
+"""Frames of a clip, collected as they are decoded in one array that is allocated at the first frame."""
 
 from __future__ import annotations
 
@@ -86,6 +86,6 @@ class FrameStack:
 
 
 def changing_sizes(sizes: set[Size], where: str) -> DataError:
-    """What is wrong with a video of frames of several (height, width)."""
+    """Return the error of a video whose frames have several (height, width)."""
     found = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
     return DataError(f"{where}: frames change their size ({found}); convert the video to one size")

@@ -25,7 +25,7 @@ class ImageFrames:
 
     @property
     def length(self) -> int:
-        """How many frames there are up to the first that is missing."""
+        """Number of frames before the first that is missing."""
         number = 0
         while frame_name(number) in self._members:
             number += 1

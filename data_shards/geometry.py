@@ -25,7 +25,7 @@ MIN_AREA = 4
 
 @dataclass
 class Sample:
-    """What is transformed together.
+    """Image or clip and the targets that are transformed with it.
 
     ``image``: (3, h, w) or a clip (T, 3, h, w), uint8. ``boxes``: (N, 4) float32 xyxy in pixels; ``labels``: (N,)
     int64, or the class of a clip: () int64 or, mixed, (K,) float32; ``masks``: (N, h, w) uint8. ``label_map``: (h, w)

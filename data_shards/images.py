@@ -1,4 +1,4 @@
-"""Image files: what their headers say and their pixels, upright, with bounded sizes and clear errors."""
+"""Image files: headers and pixels, in display orientation, with bounded sizes and clear errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OF_FRAMES = ("PNG", "WEBP", "GIF", "TIFF", "AVIF")
 
 
 class Header(NamedTuple):
-    """What an image file says of itself.
+    """Properties stated by an image file's header.
 
     ``size``: (height, width) of the stored pixels. ``orientation``: EXIF's, 1 to 8; from 5 on the displayed image has
     the sides exchanged. ``format``: Pillow's name. ``several``: it has more frames or pages than the first, which is
@@ -66,7 +66,7 @@ class Header(NamedTuple):
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of ``_FORMATS`` that this Pillow has."""
+    """Return the names in ``_FORMATS`` that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -218,7 +218,7 @@ def encode_png(data: bytes | Path, where: str, values: Values | None = None) -> 
 
 
 def is_narrow(found: Values, most: float) -> bool:
-    """Whether values fill less than a tenth of 0 to ``most``: decoded as they are, such images are all but black."""
+    """Tell whether the values span less than a tenth of 0 to ``most``: unscaled, such images are nearly black."""
     return found[1] - found[0] < most / 10
 
 

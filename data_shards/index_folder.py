@@ -1,4 +1,4 @@
-"""The folder into which foreign tars are indexed: its indices and manifest come together, or not at all.
+"""Folder of the indices of foreign tars: indices and manifest are published together, or not at all.
 
 FOLDER/index.part/lock            locked by the process that indexes
 FOLDER/index.part/NAME.idx        indices; moved to FOLDER when all are there
@@ -62,7 +62,7 @@ class IndexFolder:
         os.close(self._lock)
 
     def _refuse_others(self) -> None:
-        """What lies there is moved or removed, so it must be ours."""
+        """Raise ``ConfigError`` if the work folder holds a foreign file: its contents are moved or removed."""
         paths = list(self.work.glob("*"))
         locked = (self.work / "lock").exists()
         ours = [path for path in paths if locked and _OURS.fullmatch(path.name)]

@@ -1,4 +1,4 @@
-"""The files of a folder that somebody else filled: those that count, and those that are passed over."""
+"""Files of a user's folder: those of the wanted kinds, and those skipped, by reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FOREIGN_FOLDERS = ("__MACOSX",)
 
 @dataclass
 class Listing:
-    """What lies in a folder.
+    """Contents of a folder.
 
     ``files``: of a wanted kind, sorted by path. ``passed_over``: all others, by reason: hidden ones (``.DS_Store``,
     ``._photo.jpg``, whole hidden folders as one) and those of another kind (``Thumbs.db``, notes).

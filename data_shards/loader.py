@@ -1,4 +1,4 @@
-"""Batches prepared ahead by loader processes, in order, whatever happens to those processes.
+"""Batches prefetched by loader processes, in order, also when a process dies.
 
 A window of requests slides over a process pool. Torch's DataLoader is not used because a worker that is killed makes it
 raise in the middle of whatever the training process is doing; here the pool is replaced and the window asked again, and

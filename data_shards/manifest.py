@@ -1,4 +1,4 @@
-"""What a packed data set is: a folder of tar shards, their indices, and one manifest that a reader trusts.
+"""Packed data set: a folder of tar shards, their indices, and one manifest that a reader trusts.
 
 DIR/manifest.json       written last: its presence means that packing finished
 DIR/shard-000000.tar    samples one after the other, the members of a sample next to each other
@@ -42,7 +42,7 @@ CLASSED: tuple[Kind, ...] = ("video", "image")
 
 
 class Foreign(Section):
-    """What makes tars of others readable.
+    """Settings for reading foreign tars.
 
     ``members``: the name that a member is read by, by its name in the tar (what follows the key); others are passed
     over. ``root``: folder or URL of the tars; ``None``: the manifest's.

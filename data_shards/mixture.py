@@ -29,7 +29,7 @@ _CACHED_STRETCHES = 2
 
 @dataclass(frozen=True)
 class Part:
-    """What decides the order of one source in a mixture. ``repeats``: visits of each sample in an epoch."""
+    """Source of a mixture, as its order depends on it. ``repeats``: visits of each sample in an epoch."""
 
     fingerprint: str
     shard_sizes: Sequence[int]
@@ -130,7 +130,7 @@ class MixturePlan:
         return found[0], found[1]
 
     def _shares(self, stretch: int) -> list[int]:
-        """How many entries of each source come before a stretch."""
+        """Return the number of entries of each source before a stretch."""
         return [length * stretch // self._stretches for length in self._lengths]
 
     def _stretch_of(self, position: int) -> int:

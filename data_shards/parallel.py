@@ -1,4 +1,4 @@
-"""A pure function over many items, in processes of their own: outcomes in order, few of them at a time.
+"""Parallel map of a pure function over items in worker processes: outcomes in order, a bounded number at a time.
 
 Each process has a pipe of its own, so that one that the kernel kills is noticed at once, even in the middle of what it
 was sending; in a pool with one pipe for all, the reader would wait for the rest for ever.
@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Value]):
-    """What the function gave for one item, or what it raised."""
+    """Result of the function for one item, or the exception that it raised."""
 
     value: Value | None = None
     error: Exception | None = None
@@ -120,7 +120,11 @@ class _Worker:
             self.pipe.send(items)
 
     def receive(self) -> list[Outcome[Any]]:
-        """What was asked for."""
+        """Return the outcomes of the items sent.
+
+        Raises:
+            DataError: the process has died.
+        """
         try:
             found: list[Outcome[Any]] = self.pipe.recv()
         except (EOFError, OSError):

@@ -1,4 +1,4 @@
-"""PNGs that vitgraft draws: they say so, and replace nothing else."""
+"""PNGs drawn by vitgraft, which are marked as such and overwrite no other file."""
 
 from __future__ import annotations
 

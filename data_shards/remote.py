@@ -49,7 +49,7 @@ class UnreachableError(DataError):
 
 
 def is_url(path: object) -> bool:
-    """Whether ``path`` names something behind a URL; plain paths and ``digits:KIND/SPLIT`` do not."""
+    """Tell whether ``path`` is a URL; plain paths and ``digits:KIND/SPLIT`` are not."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 

@@ -42,7 +42,7 @@ _CHECKED_AT_ONCE = 16
 
 @dataclass
 class VerifyReport:
-    """What :func:`verify` found.
+    """Result of :func:`verify`.
 
     ``bad_files``: a line for each shard or index whose bytes changed. ``bad_samples``: reasons by key.
     """
@@ -59,7 +59,7 @@ class VerifyReport:
 
     @property
     def remedy(self) -> str:
-        """What helps against the damage: another copy, unless what was packed was damaged before."""
+        """Remedy of the damage: another copy, unless the data was damaged before packing."""
         if self.bad_files:
             return "copy it again or pack again"
         same = "the shards are as they were written, so these were damaged before"
@@ -108,7 +108,7 @@ def verify(folder: Path | str, progress: Progress | None = None, jobs: int = 1) 
 
 
 def _check_of(reader: ShardReader, sample: int) -> str | None:
-    """Why a sample is bad."""
+    """Return the fault of a sample; ``None``: it is good."""
     try:
         check_sample(reader.read(sample), reader.manifest)
     except UnreachableError:

@@ -1,4 +1,4 @@
-"""The shards of a data set as columns: 10^5 of them take some ten megabytes, and are read and checked as a whole."""
+"""Shards of a data set as columns: 10^5 of them take some ten megabytes, and are read and checked as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory in which loader processes write images and this process reads them, the same again and again.
+"""Shared memory in which loader processes write images and this process reads them, reused between batches.
 
 Shared memory made anew for each batch costs about a tenth of the time that decoding takes: the kernel clears it and
 maps it page by page in two processes, to throw it away a moment later. A slab stays mapped in both. It has no name in
@@ -27,7 +27,7 @@ _MAPPED = 256
 
 
 class SlabName(NamedTuple):
-    """What a loader process opens: the owner's descriptor ``path``, which is not another's later by its ``number``."""
+    """Address by which a loader process opens a slab: the owner's descriptor ``path``, and a unique ``number``."""
 
     path: str
     number: int
@@ -68,7 +68,7 @@ class Slabs:
         return Slab(size)
 
     def read(self, slab: Slab, shape: tuple[int, ...]) -> Tensor:
-        """What was written in a slab that was lent: float32 of ``shape``, without a copy."""
+        """Return the contents of a lent slab: float32 of ``shape``, without a copy; dropping it frees the slab."""
         images, held = slab.floats(shape)
         # Not at the interpreter's end, when nobody asks for slabs any more.
         weakref.finalize(held, self._free.append, slab).atexit = False

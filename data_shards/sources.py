@@ -1,4 +1,4 @@
-"""Where a recipe's ``data.*.path`` points: a folder, a URL, or ``digits:KIND/SPLIT`` packed on first use."""
+"""Sources of a recipe's ``data.*.path``: a folder, a URL, or ``digits:KIND/SPLIT`` packed on first use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from vitgraft.data_shards.remote import is_url
 
 SCHEME = "digits:"
 WAIT_SECONDS, TELL_SECONDS = 600.0, 30.0
-"""How long to wait for another process that packs built-in data, and after how long that is told."""
+"""Time to wait for another process that packs built-in data, and time after which the wait is reported."""
 _log = logging.getLogger("vitgraft")
 
 
 def cache_folder() -> Path:
-    """Where built-in data is kept: ``$VITGRAFT_CACHE``, else ``~/.cache/vitgraft``.
+    """Return the folder of built-in data: ``$VITGRAFT_CACHE``, else ``~/.cache/vitgraft``.
 
-    Raises ``ConfigError`` for a user without a home folder.
+    Raises:
+        ConfigError: no variable, and the user has no home folder.
     """
     given = os.environ.get("VITGRAFT_CACHE")
     if given:

@@ -97,7 +97,7 @@ class ShardReader:
 
     @property
     def remote(self) -> bool:
-        """Whether shards are fetched before they are read."""
+        """Tell whether shards are fetched before they are read."""
         return self._tars.remote
 
     def shard_of(self, sample: int) -> int:
@@ -229,7 +229,7 @@ def _content(path: Path) -> bytes:
 
 
 class _OpenShard(NamedTuple):
-    """What reading a sample needs to know of its shard. ``path``: the tar's, for people; ``offsets``: its index."""
+    """Open shard. ``path``: the tar's, for messages; ``offsets``: its index."""
 
     path: str
     tar: FileFacts

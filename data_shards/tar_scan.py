@@ -1,4 +1,4 @@
-"""The samples of a tar that somebody else wrote, by its headers alone, with nothing in it believed."""
+"""Samples of an untrusted tar, found by its headers alone, each checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_SAMPLES = 2_000_000
 
 
 class Member(NamedTuple):
-    """Where a member's bytes lie in its tar."""
+    """Position of a member's data in its tar, in bytes."""
 
     offset: int
     size: int

@@ -1,4 +1,4 @@
-"""Words on pictures, in a font that has their letters.
+"""Text on pictures, in a font that has its characters.
 
 Pillow's own font knows little more than Latin letters. For others a font of the system is taken, which fontconfig
 knows; letters that no font has are written as Python escapes them, e.g. ``\\u732b``, never as empty boxes.

@@ -1,4 +1,4 @@
-"""The transforms of training by name, and the way of every image and clip onto the canvas.
+"""Training transforms by name, and the placement of images and clips on the canvas.
 
 What needs a second sample (copy-paste, mixup, cutmix) is in mixing.py, evaluation by several views in views.py.
 """
@@ -97,7 +97,7 @@ def _random_crop(config: schema.RandomCrop, canvas: Size) -> Step:
 
 
 def _varied(label_map: Tensor | None, limit: float) -> bool:
-    """Whether several classes are there, and none has this share of the labelled pixels (mmseg's RandomCrop)."""
+    """Tell whether there are several classes, each below ``limit`` of the labelled pixels (mmseg's RandomCrop)."""
     assert label_map is not None
     counts = label_map[label_map != IGNORE].long().bincount()
     counts = counts[counts > 0]
@@ -197,12 +197,12 @@ class Transforms:
 
     @property
     def pastes(self) -> bool:
-        """Whether instances of a partner are pasted: :meth:`paste` must follow :meth:`train`."""
+        """Tell whether instances of a partner are pasted: :meth:`paste` must follow :meth:`train`."""
         return self._paste is not None
 
     @property
     def mixes(self) -> bool:
-        """Whether finished samples are mixed with a partner: :meth:`mix` must follow :meth:`place`."""
+        """Tell whether finished samples are mixed with a partner: :meth:`mix` must follow :meth:`place`."""
         return bool(self._mixing)
 
     def train(self, sample: Sample) -> Sample:

@@ -1,4 +1,4 @@
-"""Videos by one small interface: their length, rate and size, and frames by number.
+"""Common interface of video decoders: length, rate and size, and frames by number.
 
 torchcodec does it where it is installed, else PyAV. Trusted to nothing that a header claims: frames are counted by
 decoding them, and metadata in any encoding is passed over.
@@ -43,7 +43,7 @@ class Video(Protocol):
 
     @property
     def length(self) -> int:
-        """How many frames can be decoded, at least 1."""
+        """Number of frames that can be decoded, at least 1."""
 
     @property
     def fps(self) -> float:
@@ -171,10 +171,10 @@ class PyAVVideo:
                     break
 
     def _seek(self, stack: FrameStack) -> bool:
-        """Whether all frames were found, each stretch of them decoded from the key frame before it.
+        """Decode each stretch of the wanted frames from the key frame before it; tell whether all were found.
 
-        Not where that saves nothing or could give other frames than decoding from the start: times that are missing or
-        do not fit the frames, or a container that seeks to another place.
+        Return False where seeking saves nothing or could give other frames than decoding from the start: timestamps
+        that are missing or inconsistent, or a container that seeks to another position.
         """
         wanted = stack.wanted
         if self._length is None or not wanted or not SEEK_GAIN < wanted[-1] < self._length:
@@ -272,7 +272,7 @@ class TorchcodecVideo:
 
     @functools.cached_property
     def _numbered(self) -> bool:
-        """Whether frames have the numbers of their times, by which torchcodec finds them.
+        """Tell whether frame numbers agree with timestamps, by which torchcodec finds frames.
 
         In AVI files with B-frames the first frame comes one or two after the first packet, as do all others.
         """

@@ -12,7 +12,7 @@ from vitgraft.data_shards.transforms import Prepared, Transforms
 
 
 def clips_of(count: int, clip: ClipConfig, clips: int) -> list[list[int]]:
-    """Which frames of a video of ``count`` frames make each of its clips; for one clip those of ``sample_frames``.
+    """Return the frame numbers of each clip of a video of ``count`` frames; one clip is that of ``sample_frames``.
 
     dense: the places where a window may start are cut into ``clips`` equal parts, and the middle of each starts one.
     uniform: so are the frames of each segment, and the n-th clip has the middle of every n-th part. Where the video is

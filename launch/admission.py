@@ -1,4 +1,4 @@
-"""Accept nodes at the leader's port, which anybody on the network may reach.
+"""Accept authenticated nodes at the leader's port, which is open to any peer on the network.
 
 One thread serves all connections that are not authenticated yet. They are bounded in number, time and bytes, so that
 nobody can keep the nodes out or take the descriptors that the leader needs for itself.

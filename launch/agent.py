@@ -137,7 +137,7 @@ class Agent:
 
     @contextlib.contextmanager
     def _told_of(self, what: str) -> Iterator[None]:
-        """What the machine refuses ends the attempt, not the agent: it still has to end what lives."""
+        """Fail the gang, not the agent, on a system or message error: the agent must still end its processes."""
         try:
             yield
         except (OSError, *_NOT_UNDERSTOOD) as error:

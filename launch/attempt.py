@@ -1,4 +1,4 @@
-"""One attempt at a run, seen from the supervisor: orders to the agents, what they see, and the end of it."""
+"""One attempt at a run in the supervisor: orders to the agents, their reports, and its end."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Attempt:
             self._see_launcher(now)
 
     def _patience_over(self, now: float) -> bool:
-        """Whether the ranks that live are to be ended: after a failure, or when some cannot stop in order because they
+        """Tell whether live ranks are to be killed: the grace after a failure is over, or a stop waits for ranks that
         never started."""
         grace = 0.0 if self.hang is not None else GRACE_AFTER_FAILURE_S
         if self.failed_at is not None and now - self.failed_at > grace:

@@ -1,5 +1,5 @@
-"""How agents and ranks come to their hosts: on this one, or on those of a hostfile over ssh, where DeepSpeed's launcher
-can be had through it."""
+"""Backends that start agents and ranks: on this host, or on those of a hostfile over ssh, by DeepSpeed's launcher
+where it is available."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAREWELL_S = 3.0
 
 @dataclass(frozen=True)
 class LaunchOrder:
-    """What a launcher is to do. ``ranks``: how many on each host. ``tickets``: name of the agents' sockets. ``device``:
+    """Order to a launcher. ``ranks``: number on each host. ``tickets``: name of the agents' sockets. ``device``:
     ``cpu`` or ``cuda``."""
 
     run: Path
@@ -37,13 +37,13 @@ class LaunchOrder:
 
 
 class Launcher(Protocol):
-    """What starts the ranks of an attempt besides the agents."""
+    """Process that starts the ranks of an attempt through the agents."""
 
     def ended(self) -> str | None:
-        """Why it is gone; ``None``: it runs."""
+        """Return why the launcher has ended; ``None``: it runs."""
 
     def end(self) -> None:
-        """End it, and what it has started here."""
+        """End the launcher and the processes that it started on this host."""
 
 
 class Backend(Protocol):
@@ -61,13 +61,13 @@ class Backend(Protocol):
         """Agents that are there before anybody has asked for them."""
 
     def meeting(self, first: AgentLink, port: int) -> Meeting:
-        """Where the ranks meet, on the first host."""
+        """Return the rendezvous address of the ranks, on the first host."""
 
     def used(self, host: str, count: int) -> Sequence[int]:
         """The GPUs that so many ranks of a host use."""
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
-        """What so many ranks of a host find in their environment."""
+        """Return the environment variables of ``count`` ranks of a host."""
 
     def launcher(self) -> Callable[[LaunchOrder], Launcher] | None:
         """Starts what hands out the tickets; ``None``: there are none, and agents start the ranks unasked."""
@@ -108,7 +108,7 @@ class HereBackend:
         return range(count)
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
-        """That of this process; they meet on the loopback unless the user says otherwise."""
+        """Return the variables of local ranks; they connect over the loopback unless the user names an interface."""
         variables = deepspeed_launch.rank_environment({}, device=device, threads=threads)
         interfaces = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         return variables | interfaces
@@ -151,7 +151,7 @@ class HostfileBackend:
         return self.slots[host][:count]
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
-        """What is forwarded from here, and the GPUs of their slots, as DeepSpeed's launcher sets them."""
+        """Return the forwarded variables, and the GPUs of the ranks' slots as DeepSpeed's launcher sets them."""
         variables = deepspeed_launch.rank_environment(os.environ, device=device, threads=threads)
         return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.used(host, count)))}
 

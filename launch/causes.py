@@ -1,4 +1,4 @@
-"""From what a supervisor has observed of an attempt to the one cause of its end. Pure.
+"""Cause of an attempt's end from the supervisor's observations. Pure functions.
 
 The first failure is the cause; what follows from it is not: ranks that have lost the others, and those that the
 supervisor killed itself.
@@ -81,7 +81,7 @@ _BY_CODE: dict[int, Kind] = {
 
 
 def cause_of(seen: Observation) -> Cause | None:
-    """Why the attempt ended; ``None``: nothing went wrong."""
+    """Return the cause of the attempt's end; ``None``: no failure."""
     failures = sorted(_failures(seen), key=lambda found: found[0])
     if failures:
         return failures[0][1]
@@ -99,14 +99,14 @@ def cause_of(seen: Observation) -> Cause | None:
 
 
 def _done(seen: Observation) -> bool:
-    """Whether all ranks have ended well, as far as they are known."""
+    """Tell whether all known ranks have ended with code 0."""
     well = {end.rank for end in seen.ends if end.code == 0}
     known = {rank for host in seen.hosts for rank in host.ranks or ()}
     return bool(well) and well >= known | {end.rank for end in seen.ends}
 
 
 def _was_needed(host: HostState, ends: Sequence[RankEnd]) -> bool:
-    """Whether a lost host had a rank that still ran, or that failed as the host went."""
+    """Tell whether a lost host had a rank that was running, or that failed as the host was lost."""
     if host.ranks is None or host.lost_at is None:
         return True
     over = set()

@@ -1,5 +1,5 @@
-"""One command from one node: what DeepSpeed's runner is given to start tickets on all hosts over pdsh and ssh, and what
-the ranks find in their environment. Pure functions.
+"""Arguments of DeepSpeed's runner, which starts tickets on all hosts over pdsh and ssh, and environment of the ranks.
+Pure functions.
 
 The runner joins all of it to one line that everybody on those hosts can read and a shell there interprets. So nothing
 of the user's environment is in it: that goes to the ranks through their agents.
@@ -42,7 +42,7 @@ _PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks meet: an address of the first host that all others reach, and a free port there."""
+    """Rendezvous of the ranks: an address of the first host that all others reach, and a free port there."""
 
     address: str
     port: int
@@ -85,13 +85,13 @@ def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, module: str, 
 
 
 def rank_arguments(run: Path, attempt: int, device: str, resume: Path | None) -> list[str]:
-    """What each rank is told; ``run`` and ``resume`` are paths that every host sees."""
+    """Return the command-line arguments of the ranks; ``run`` and ``resume`` are paths valid on every host."""
     arguments = ["--run-dir", str(run), "--attempt", str(attempt), "--device", device]
     return [*arguments, "--resume", str(resume)] if resume is not None else arguments
 
 
 def rank_environment(environment: Mapping[str, str], *, device: str, threads: int) -> dict[str, str]:
-    """What the ranks of all hosts find in their environment: what is forwarded, and what vitgraft sets."""
+    """Return the environment variables of the ranks of all hosts: those forwarded, and those that vitgraft sets."""
     return {
         **forwarded_environment(environment),
         THREADS_VARIABLE: str(threads),
@@ -137,7 +137,7 @@ def runner_environment(environment: Mapping[str, str], env_file: Path, ssh_args:
 
 
 def check_folder(folder: Path) -> None:
-    """That the ranks can start in the folder where the runner starts: it changes there without quoting.
+    """Check that the runner can change to its folder on all hosts, which it does without quoting.
 
     Raises:
         ConfigError: a space or another character that means something to a shell.

@@ -85,7 +85,7 @@ def show(rows: list[tuple[str, Recipe, Path]], console: Console) -> None:
 
 
 def _minutes(run_folder: Path, evaluation: dict[str, Any]) -> str:
-    """How long the steps that count and the last evaluation took."""
+    """Return the duration of the committed steps and the last evaluation, as text (min:s)."""
     rows = audited_history(run_folder / "metrics.jsonl")
     seconds, before = float(evaluation["seconds"]), 0
     for step in sorted(rows):

@@ -1,4 +1,4 @@
-"""What this host offers, found without importing torch (which takes seconds)."""
+"""Devices of this host, found without importing torch (which takes seconds)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitgraft.configs.worlds import check_world
 
 @dataclass(frozen=True)
 class Placement:
-    """How many ranks run where."""
+    """Device and number of ranks."""
 
     device: str
     processes: int

@@ -1,4 +1,4 @@
-"""What the facts of all hosts mean for a run: pure judgement, one finding for each thing that was looked at."""
+"""Findings from the facts of all hosts, one for each check. Pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vitgraft doctor``: ask every host the same questions before a run, and say what would go wrong, where and why."""
+"""``vitgraft doctor``: run the same checks on every host before a run, and report what would fail, where and why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_DISTANCE = 3
 
 @dataclass(frozen=True)
 class Examination:
-    """What is examined. ``recipe_name``: the name or path by which all hosts find the recipe."""
+    """Subject of the checks. ``recipe_name``: the name or path by which all hosts find the recipe."""
 
     hosts: Sequence[Host] | None
     recipe: Recipe | None
@@ -44,7 +44,7 @@ class Examination:
 
 
 def case_of(recipe_name: str | None, hostfile: Path | None, run: Path | None, timeout: float) -> Examination:
-    """What a command line means.
+    """Return the examination that a command line asks for.
 
     Raises:
         ConfigError: a wrong recipe, hostfile or ssh argument.
@@ -76,7 +76,7 @@ class Patients:
 
     @property
     def names(self) -> list[str]:
-        """Those that still answer."""
+        """Names of the hosts that still answer."""
         return [talk.host for talk in self.talks]
 
     def ask(self, check: str, question: Callable[[str], Question], timeout: float) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The program ``vitgraft``. It hears signals before it imports anything that takes time."""
+"""Entry point of ``vitgraft``. Signal handlers are installed before slow imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start the evaluator, watch it, and start a successor when it dies or falls silent; training never depends on it."""
+"""Start the evaluator, monitor it, and restart it when it dies or hangs; training never depends on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_DEATHS = 3
 
 
 def evaluator_device(wanted: str, gpus: int, used: Collection[int]) -> str:
-    """Where the evaluator of a host computes: ``cpu`` or ``cuda:N``.
+    """Return the device of a host's evaluator: ``cpu`` or ``cuda:N``.
 
     Args:
         wanted: the recipe's ``evaluator.device``. ``auto``: the first GPU that no rank uses, else the CPU; ``cuda``:
@@ -45,12 +45,13 @@ def evaluator_device(wanted: str, gpus: int, used: Collection[int]) -> str:
 
 
 def absence(host: str) -> str:
-    """What to say when the evaluator's host does not answer."""
+    """Return the message that the evaluator's host does not answer."""
     return f"{host} does not answer; nothing is evaluated in this attempt"
 
 
 def left_undone(run: Path, host: str) -> str | None:
-    """What to say at the end of a run whose evaluator's host is gone; ``None``: the last checkpoint was evaluated."""
+    """Return the message at the end of a run whose evaluator's host was lost; ``None``: its last checkpoint was
+    evaluated."""
     last = max((checkpoint.step for checkpoint in complete_checkpoints(run)), default=0)
     if result_path(run, last).exists():
         return None

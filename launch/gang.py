@@ -1,4 +1,4 @@
-"""The processes of one attempt on this host: its ranks, and the roles that serve them. None is left behind."""
+"""Processes of one attempt on this host: its ranks, and the roles that serve them. All are ended with the attempt."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Say = Callable[[dict[str, Any]], None]
 
 
 class EvaluatorOrder(BaseModel):
-    """Where the evaluator runs."""
+    """Device and threads of the evaluator."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,7 +40,7 @@ class EvaluatorOrder(BaseModel):
 
 
 class Orders(BaseModel):
-    """What a host is to do in an attempt.
+    """Orders to a host in an attempt.
 
     ``ranks``: numbers of its ranks, by local rank. ``tickets``: DeepSpeed's launcher says when each starts, and with
     what environment. ``arguments``: of the rank module. ``silence``: of the checkpointer, ``None``: there is none.
@@ -159,7 +159,7 @@ class HostGang:
             process.send_signal(signal.SIGTERM)
 
     def descriptors(self) -> list[int]:
-        """What to wait for."""
+        """Return the file descriptors to wait for."""
         roles = [self._roles.read] if self._roles is not None else []
         return [*roles, *(rank.wire.read for rank in self.ranks.values() if not rank.wire.closed)]
 
@@ -240,7 +240,7 @@ class HostGang:
             self._roles = None
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """What the ranks that live said last, and how long ago (``quiet``, seconds)."""
+        """Return the last state of each live rank and its age (``quiet``, seconds); reset what is accumulated."""
         now = time.monotonic()
         states = {}
         for number, rank in self.ranks.items():

@@ -1,5 +1,5 @@
-"""What a host says of itself: ``python -m vitgraft.launch.host_facts`` reads questions, one JSON object a line, and
-answers each with one line. ``vitgraft doctor`` starts one on every host, over ssh, and asks all of them alike.
+"""Facts of a host: ``python -m vitgraft.launch.host_facts`` reads questions, one JSON object a line, and answers each
+with one line. ``vitgraft doctor`` starts one on every host over ssh, and asks all the same questions.
 
 By hand: ``echo '{"ask": "facts"}' | python -m vitgraft.launch.host_facts``. It ends with its standard input, or when
 nobody asks for a while: a leader whose network is gone closes nothing.
@@ -205,7 +205,7 @@ def write_token(folder: str, token: str, name: str) -> Answer:
 
 
 def read_tokens(folder: str, token: str, names: list[str], patience: float = 5.0) -> Answer:
-    """Which hosts' files are not seen here; network file systems get a few seconds."""
+    """Return the hosts whose files are not visible here after ``patience`` seconds (network file systems lag)."""
     deadline = time.monotonic() + patience
     while True:
         unseen = [name for name in names if not _holds(Path(folder) / f"{_TOKEN}{token}-{name}", name)]

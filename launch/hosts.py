@@ -1,4 +1,4 @@
-"""The hosts of a job: the hostfile, which of its hosts and slots are meant, and how ssh gets there. Pure functions."""
+"""Hosts of a job: the hostfile, the selected hosts and slots, and the arguments of ssh. Pure functions."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _parse_filter(text: str, option: str, every: Slots) -> Slots:
 
 
 def ssh_arguments(of_recipe: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """What is given to every ssh: ``launch.ssh_args``, and the configuration file that VITGRAFT_SSH_CONFIG names.
+    """Return the arguments of every ssh: ``launch.ssh_args``, and the configuration file in VITGRAFT_SSH_CONFIG.
 
     Raises:
         ConfigError: an argument with white space, quotes or a percent sign, which pdsh would not pass on; or one of the

@@ -119,7 +119,7 @@ def export(
 
 
 def _files_of(checkpoint: Checkpoint) -> list[Path]:
-    """What a run consists of, besides what its user puts into its folder."""
+    """Return the paths of a run's own files and folders, without those that its user added."""
     return [checkpoint.path, *(checkpoint.run / name for name in _OF_A_RUN)]
 
 

@@ -1,4 +1,4 @@
-"""What ``vitgraft checkpoints list`` and ``verify`` find."""
+"""Results of ``vitgraft checkpoints list`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def verify_lines(target: Path, progress: Progress | None = None) -> Iterator[str
 def damaged(
     found: list[tuple[Path, Checkpoint | CheckpointError]], progress: Progress | None = None
 ) -> Iterator[tuple[Path, str]]:
-    """Those whose files are not what their manifests say, and why; ``progress`` in bytes over all of them."""
+    """Yield the checkpoints whose files differ from their manifests, and why; ``progress`` in bytes over all."""
     good = [checkpoint for _, checkpoint in found if isinstance(checkpoint, Checkpoint)]
     total = sum(record.bytes for checkpoint in good for record in checkpoint.manifest.files)
     before, trusted = 0, set[Path]()

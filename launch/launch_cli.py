@@ -1,4 +1,4 @@
-"""``vitgraft launch``: files for what starts processes on a cluster."""
+"""``vitgraft launch``: job files for cluster schedulers."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class AgentLink:
                 self.wire.send({"do": do, **facts})
 
     def receive(self) -> list[dict[str, Any]]:
-        """What it said since the last call."""
+        """Return the agent's messages since the last call."""
         messages, self._kept = [*self._kept, *of_agents(self.wire.receive())], []
         if messages:
             self.heard = time.monotonic()
@@ -100,14 +100,14 @@ class AgentLink:
         raise NoAnswer(self.ended())
 
     def silent(self) -> str | None:
-        """Why this host counts as lost; ``None``: it does not."""
+        """Return why this host counts as lost; ``None``: it does not."""
         if self.wire.closed:
             return self.ended()
         quiet = time.monotonic() - self.heard
         return f"nothing was heard of it for {quiet:.0f} s" if quiet > SILENT_S else None
 
     def ended(self) -> str:
-        """Why the connection is gone, in one line."""
+        """Return why the connection has closed, in one line."""
         if self._process is None or self._complaints is None:
             return "its connection closed"
         with contextlib.suppress(subprocess.TimeoutExpired):

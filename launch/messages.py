@@ -1,5 +1,5 @@
-"""What agents say to the supervisor, and ranks and roles to their agent: whatever else comes is passed over, as the
-words of a login shell are. A message has the fields of its class here, and may have more."""
+"""Messages from agents to the supervisor, and from ranks and roles to their agent. Any other line is dropped, such as
+output of a login shell. A message has the fields of its class here, and may have more."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ _OF_AGENT: TypeAdapter[Any] = TypeAdapter(_OfAgent)
 
 
 def of_agents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that an agent can have said."""
+    """Return the valid messages of an agent; others are dropped."""
     return [
         message
         for message in messages
@@ -153,7 +153,7 @@ def of_agents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_roles(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that a rank or a role can have said."""
+    """Return the valid messages of a rank or a role; others are dropped."""
     return [message for message in messages if _fits(_OF_ROLE, message)]
 
 

@@ -141,8 +141,7 @@ class NodeBackend:
 
 
 def follow(place: NodePlace, run: Path, screen: Screen) -> None:
-    """What the command does on every node but the first: be an agent until the leader says how the run has ended, or
-    the run's events do.
+    """Run the agent of a node other than the first, until the leader or the run's events report the run's end.
 
     Raises:
         VitgraftError: with the run's exit code, if it is not 0; the leader says why.
@@ -201,7 +200,7 @@ def _end_of(run: Path) -> RunEnd | None:
 
 
 def name_of(node: int) -> str:
-    """What a node is called in events and logs."""
+    """Return the name of a node in events and logs."""
     return f"node-{node}"
 
 

@@ -1,4 +1,4 @@
-"""Images are normalised as those were on which the trunk's weights were trained, where the recipe does not say how."""
+"""Default normalisation of images: that of the trunk's weights, where the recipe does not set it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def with_normalisation(recipe: Recipe, run: Path, resume: str, note: Callable[[s
 
 
 def _of_checkpoint(recipe: Recipe) -> tuple[Normalisation, bool] | None:
-    """That of the run in ``train.init_from``; ``None`` without one, or where it says nothing that can be taken."""
+    """Return the normalisation of ``train.init_from``'s checkpoint; ``None``: not set, unreadable or invalid."""
     if recipe.train.init_from is None:
         return None
     path = home_path(recipe.train.init_from)

@@ -1,4 +1,4 @@
-"""Who owns a run, found out without touching its lock."""
+"""Owner of a run, found without taking its lock."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _OWNER = re.compile(r"pid ([0-9]{1,10}) on (\S+)")
 
 
 def ownership(run: Path) -> tuple[bool | None, str | None, float]:
-    """Whether the process that RUN/lock names owns the run (``None``: it is on another host), its record, and when that
-    was written. The lock itself is not touched: even a moment's hold could make somebody's start wait."""
+    """Return whether the process in RUN/lock owns the run (``None``: it is on another host), the lock's record, and
+    its modification time. The lock is not taken: even a short hold could delay the start of another process."""
     try:
         with open(open_regular(run / "lock"), "rb") as stream:
             record, written = stream.read(1000).decode(errors="replace").strip(), os.fstat(stream.fileno()).st_mtime
@@ -29,7 +29,7 @@ def ownership(run: Path) -> tuple[bool | None, str | None, float]:
 
 
 def _has_open(pid: int, path: Path) -> bool:
-    """Whether the process has the file open: a number alone may by now be another process's."""
+    """Tell whether the process has the file open: the pid alone may have been reused."""
     try:
         for descriptor in os.scandir(f"/proc/{pid}/fd"):
             try:

@@ -1,4 +1,4 @@
-"""Who does what in an attempt: ranks, device, threads, the evaluator's place, from what hosts have. Pure functions."""
+"""Plan of an attempt: ranks, device, threads and the evaluator's host, from the hosts' facts. Pure functions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Facts = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Who does what in an attempt.
+    """Placement of the ranks and the evaluator in an attempt.
 
-    ``ranks``: how many on each host, in the order of their numbers. ``threads``: of each rank; ``why``: what decided
-    their number, where it was not the cores alone; ``note``: that hosts could have given others. ``evaluator``: its
-    host and what it uses there.
+    ``ranks``: number on each host, in the order of the ranks. ``threads``: of each rank; ``why``: reason for their
+    number, where it was not the cores alone; ``note``: warning that the hosts' own numbers differ. ``evaluator``: its
+    host, device and threads.
     """
 
     ranks: Mapping[str, int]
@@ -47,7 +47,7 @@ class Plan:
 
 
 def evaluator_host(recipe: Recipe, ranks: Mapping[str, int]) -> str | None:
-    """Where the recipe wants its evaluator; ``None``: it has none."""
+    """Return the host of the recipe's evaluator, by default the first; ``None``: it has none."""
     return None if recipe.evaluator is None else recipe.evaluator.host or next(iter(ranks))
 
 

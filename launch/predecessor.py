@@ -1,4 +1,4 @@
-"""RUN/agents/HOST.json: which process is the agent of a run on a host, so that the next one can end it first."""
+"""RUN/agents/HOST.json: identity of a run's agent process on a host, so that its successor can end it first."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _kill(facts: dict[str, Any]) -> None:
 
 
 def _facts(pid: int) -> dict[str, Any] | None:
-    """What tells a process from every other; ``None``: there is none, or it is dead already."""
+    """Return the facts that identify a process uniquely; ``None``: there is none, or it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (

@@ -1,5 +1,5 @@
-"""Before the ranks of several hosts start: see whether the hosts fit together. ``vitgraft doctor`` looks deeper, at the
-network too."""
+"""Checks that the hosts of a run are compatible, before their ranks start. ``vitgraft doctor`` checks more, also the
+network."""
 
 from __future__ import annotations
 

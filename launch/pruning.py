@@ -1,4 +1,4 @@
-"""``vitgraft checkpoints prune``: the run's retention carried out by hand."""
+"""``vitgraft checkpoints prune``: apply the run's retention on demand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOB = re.compile(r"^[0-9a-f]{64}$")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says instead of the recipe."""
+    """Retention given on the command line, instead of the recipe's."""
 
     keep_last: int | None = None
     keep_every: int | None = None

@@ -1,4 +1,4 @@
-"""What to do after an attempt has failed: start again, when, where and without what, or stop. Pure.
+"""Decision after a failed attempt: restart (when, on which hosts, without which samples), or stop. Pure functions.
 
 Everything follows from the failures so far, the hosts and what the recipe allows.
 """
@@ -66,14 +66,14 @@ def decide(
     policy: Policy,
     earlier: Failure | None = None,
 ) -> Restart | Stop:
-    """What to do after the last failure of the record.
+    """Return whether and how to restart after the last failure of the record.
 
     Args:
         record: every failure of this supervisor, oldest first; at least one.
         hosts: of the hostfile, in its order.
         answering: hosts that answer and have passed their checks now.
         worlds: world sizes that the recipe can carry.
-        earlier: a loss that was not finite under an earlier supervisor, of which nobody has told yet what it was.
+        earlier: a non-finite loss under an earlier supervisor, still without a verdict.
     """
     last = record[-1]
     if last.cause.kind in NO_RESTART or policy.max_restarts == 0:
@@ -113,9 +113,11 @@ def restarts_in_vain(record: Sequence[Failure]) -> int:
 
 
 def non_finite_verdict(record: Sequence[Failure], earlier: Failure | None = None) -> Verdict | None:
-    """What the last attempt says about the loss that was not finite before it: it came back with some of its samples
-    (in another world ranks have others beside them), or it did not though the run got past its step. ``None``: there
-    was none, or the replay has not got there."""
+    """Return the last attempt's verdict on an earlier non-finite loss.
+
+    ``data``: it recurred with some of its samples (at another world size the ranks' samples are grouped differently);
+    ``passing``: it did not recur past its step. ``None``: there was no such loss, or its step was not reached.
+    """
     return _verdict(open_fault(record[:-1], earlier), record[-1])
 
 
@@ -175,7 +177,7 @@ def place(hosts: Sequence[Host], usable: Collection[str], worlds: Collection[int
 
 
 def _came_back(record: Sequence[Failure]) -> bool:
-    """Whether the same failed at the same step in the attempt before."""
+    """Tell whether the previous attempt failed at the same step with the same kind of cause."""
     if len(record) < 2:
         return False
     before, last = record[-2], record[-1]
@@ -183,7 +185,7 @@ def _came_back(record: Sequence[Failure]) -> bool:
 
 
 def _verdict(fault: Failure | None, later: Failure) -> Verdict | None:
-    """What an attempt that ended so says about a loss that was not finite before it."""
+    """Return the verdict of a later failure on an earlier non-finite loss; ``None``: undecided."""
     if fault is None or fault.step is None:
         return None
     if later.cause.kind == "non_finite" and later.entries & fault.entries and later.step == fault.step:

@@ -1,4 +1,4 @@
-"""Programs on other hosts that are asked questions over ssh, and give up in time."""
+"""Queries to programs on other hosts over ssh, with time-outs."""
 
 from __future__ import annotations
 
@@ -125,14 +125,14 @@ class Conversation:
                 self._buffer += block
 
     def _ended(self) -> str:
-        """Why the program is gone, in one line."""
+        """Return why the program has ended, in one line."""
         code = self._process.wait()
         self._complaints.seek(0)
         return explain(code, self._complaints.read().decode(errors="replace"), self.host)
 
 
 def explain(code: int, complaints: str, host: str) -> str:
-    """Why a program on another host has ended, and the remedy, from its exit code and what it wrote to stderr."""
+    """Return why a program on another host has ended, and the remedy, from its exit code and stderr."""
     lines = complaints.strip().splitlines()
     said = lines[-1].strip() if lines else f"ended with code {code}"
     if code == _SSH_FAILED:

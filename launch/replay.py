@@ -1,4 +1,4 @@
-"""What a supervisor reads and writes about losses that were not finite.
+"""Files that a supervisor reads and writes about non-finite losses.
 
 An entry is named EPOCH:POSITION: the same at every world size, and another visit of the same sample is another entry.
 """
@@ -59,14 +59,14 @@ def _by_attempt(run: Path) -> dict[int, tuple[int, frozenset[str]]]:
 
 
 def _tells(event: dict[str, Any], step: int, attempt: int) -> bool:
-    """Whether it is a verdict about that step, by the attempt that met it last or a later one."""
+    """Tell whether an event is a verdict on ``step`` by ``attempt`` or a later one."""
     by = event.get("attempt")
     return event.get("event") == VERDICT and event.get("step") == step and isinstance(by, int) and by >= attempt
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a loss that was not finite at ``step`` was. ``entries``: [epoch, position] of each."""
+    """Verdict on a non-finite loss at ``step``. ``entries``: [epoch, position] of each."""
 
     step: int
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""One process of a role on this host: how it is started, asked, and found to have ended or fallen silent."""
+"""Process of a role on this host: start, requests, and detection of its end or silence."""
 
 from __future__ import annotations
 
@@ -87,15 +87,15 @@ class RoleProcess:
         return None if self._process is None else self._pid
 
     def alive(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Tell whether it was started and has not ended."""
         return self._process is not None and self.code() is None
 
     def code(self) -> int | None:
-        """How it ended, -N for signal N; ``None``: it lives, or there is none."""
+        """Return its exit code, -N for signal N; ``None``: it runs, or was not started."""
         return None if self._process is None else end_of(self._process)
 
     def trouble(self, silence: float) -> str | None:
-        """Why it needs a successor: it has ended, or was silent for so many seconds; ``None``: it needs none."""
+        """Return why it must be replaced: it ended, or was silent for ``silence`` seconds; ``None``: it need not."""
         code = self.code()
         if code is not None:
             return f"ended by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
@@ -130,8 +130,8 @@ def end_family(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_of(process: subprocess.Popen[bytes]) -> int | None:
-    """How a process that leads a session has ended, -N for signal N; ``None``: it lives. If it failed, what it has
-    started is killed."""
+    """Return the exit code of a session leader, -N for signal N; ``None``: it runs. If it failed, kill the processes
+    that it started."""
     if process.returncode is None:
         end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         # Its number is its own until it is waited for.

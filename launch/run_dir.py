@@ -1,4 +1,4 @@
-"""The run directory before and between attempts: ownership, configuration, where to go on."""
+"""Run directory before and between attempts: ownership, configuration, checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunHandle:
             stream.write(json.dumps(row) + "\n")
 
     def is_lost(self) -> bool:
-        """Whether the directory was removed, or replaced by another run, since this attempt took it."""
+        """Tell whether the directory was removed, or replaced by another run, since this attempt locked it."""
         try:
             return not os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / LOCK))
         except FileNotFoundError:

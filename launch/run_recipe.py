@@ -1,4 +1,4 @@
-"""Whether a recipe may go on with a run, and the command that works where it may not.
+"""Check that a recipe may resume a run, and the command that works where it may not.
 
 A run binds its recipe from its first committed checkpoint on: before that there is nothing that another recipe could
 spoil, and whoever mends a start that failed goes on in the same directory.
@@ -25,14 +25,14 @@ CONFIG = "config.yaml"
 
 
 def is_bound(run: Path) -> bool:
-    """Whether anything was ever committed in the run."""
+    """Tell whether the run has ever committed a checkpoint."""
     return bool(all_step_names(run)) or any(
         os.path.lexists(path) for path in (run / "checkpoints" / POINTER, run / COMMITTED)
     )
 
 
 def is_another(run: Path, recipe: Recipe) -> bool:
-    """Whether the run was started last with a recipe that computes something else, or nobody can tell."""
+    """Tell whether the run's stored recipe has another identity than ``recipe``, or cannot be read."""
     config = run / CONFIG
     if not os.path.lexists(config):
         return False
@@ -90,7 +90,10 @@ def check_recipe(run: Path, recipe: Recipe, resume: str, command: Sequence[str] 
 
 
 def _longer(run: Path, old: Recipe, new: Recipe, key: str, command: Sequence[str] | None) -> str | None:
-    """What to do where a run is to be longer than it was: its schedule covers the old length."""
+    """Return the remedy for a longer ``train.epochs`` or ``train.steps``: a stage, as the schedule keeps its length.
+
+    ``None``: another key, or not longer.
+    """
     if key not in ("train.epochs", "train.steps"):
         return None
     unit = key.removeprefix("train.")

@@ -1,4 +1,4 @@
-"""Whether a run goes on, and how it ended, from its events alone. Pure."""
+"""State and end of a run, from its events alone. Pure functions."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RunEnd:
 
 
 def run_end(events: Iterable[dict[str, Any]]) -> RunEnd | None:
-    """How a run has ended since it was started last; ``None``: it has not, as far as its events tell.
+    """Return the end of a run since its last start; ``None``: its events report none.
 
-    What is no proper event is passed over, and so is what a supervisor says whose run another one has taken.
+    Invalid events are skipped, and so are those of an attempt that a newer one has replaced.
     """
     end: RunEnd | None = None
     newest = 0

@@ -1,4 +1,4 @@
-"""What is known about a run from the files of its directory alone: ``vitgraft status``.
+"""State of a run from the files of its directory alone: ``vitgraft status``.
 
 Nothing here writes, locks or imports anything heavy: a run may be looked at as often as one likes, from any host that
 sees its directory.
@@ -41,8 +41,8 @@ class Role:
 
 @dataclass(frozen=True)
 class Pace:
-    """What the last rows of an attempt tell. Shares are of the time that the steps took; ``slowest_share``: how often
-    the rank that was slowest most often was it."""
+    """Speed of the last steps of an attempt. Shares are of the steps' time; ``slowest_share``: share of the steps in
+    which ``slowest_rank``, the most frequently slowest rank, was the slowest."""
 
     seconds_per_step: float | None
     images_per_second: float | None

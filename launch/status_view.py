@@ -1,4 +1,4 @@
-"""``vitgraft status`` for people: a few lines, drawn again and again with ``--watch``."""
+"""``vitgraft status`` as text: a few lines, redrawn with ``--watch``."""
 
 from __future__ import annotations
 

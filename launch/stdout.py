@@ -1,4 +1,4 @@
-"""Standard output that is closed, has no reader or no room."""
+"""Handling of standard output that is closed, has no reader or no space left."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def take_stdout() -> None:
 
 
 def has_lost_its_reader() -> bool:
-    """Whether nobody reads standard output any more, e.g. because head has seen enough."""
+    """Tell whether the reader of standard output has closed its end, as ``head`` does."""
     poll = select.poll()
     poll.register(1)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

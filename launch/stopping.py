@@ -1,4 +1,4 @@
-"""Who wants the run to stop, and what the command ends with then."""
+"""Requests to stop the run, and the command's exit after them."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class StopWish:
         self.screen.note("stopping behind a checkpoint at the end of this step; Ctrl-C again ends at once")
 
     def raise_if_asked(self) -> None:
-        """Where no rank is there that could save.
+        """Raise if a stop was requested; for moments without a rank that could save a checkpoint.
 
         Raises:
-            PreemptedRun, InterruptedRun: somebody has.
+            PreemptedRun, InterruptedRun: a stop was requested.
         """
         if self.asked is not None:
             raise stopped(self.asked, behind=False)
@@ -110,7 +110,7 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def stopped(asked: int, *, behind: bool) -> VitgraftError:
-    """What the command ends with when it was asked to, ``behind`` a committed checkpoint or not."""
+    """Return the error that ends the command after signal ``asked``; ``behind``: after a committed checkpoint."""
     committed = " behind a committed checkpoint" if behind else ""
     if asked == signal.SIGINT:
         return InterruptedRun(f"interrupted{committed}; the same command goes on from the last committed checkpoint")

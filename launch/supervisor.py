@@ -1,4 +1,4 @@
-"""The supervisor: attempt after attempt at a run, until it is done, cannot be done, or is not wanted any more."""
+"""Supervisor of a run: attempts until it is complete, cannot go on, or is asked to stop."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ class Supervisor:
         return plan_attempt(self.recipe, ranks, self.backend.used, facts, host, asked_threads(os.environ))
 
     def _differences(self, plan: Plan) -> list[str]:
-        """What makes the last bits of sums differ: between hosts, and from the attempt that this one goes on from."""
+        """Return the reasons why sums may differ in their last bits: between hosts, and from the attempt resumed."""
         found = [plan.note]
         if self.handle.resume is not None:
             wrote = self.handle.resume.manifest.attempt

@@ -150,7 +150,7 @@ def _check_evaluator(recipe: Recipe, hosts: Sequence[str], which: str) -> None:
 
 
 def check_copy(recipe: Recipe) -> None:
-    """That checkpoints can be copied to the kind of store that the recipe names.
+    """Check that checkpoints can be copied to the kind of store that the recipe names.
 
     Raises:
         ConfigError: an unknown scheme, or its client library is missing.
@@ -162,7 +162,7 @@ def check_copy(recipe: Recipe) -> None:
 
 
 def check_start(recipe: Recipe) -> None:
-    """That there is something to start from; its hashes are checked when it is read.
+    """Check that ``train.init_from`` has a checkpoint; its hashes are checked when it is read.
 
     Raises:
         CheckpointError: ``train.init_from`` names neither a checkpoint nor a run that has one.
@@ -175,7 +175,7 @@ def check_start(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe, classes: int) -> None:
-    """What about the model only building it can tell, before a process starts.
+    """Check the model by building it on the meta device where the recipe alone is not enough, before a process starts.
 
     Raises:
         ConfigError: an unknown timm name, a rule that matches no parameter, a file of weights that is not there.

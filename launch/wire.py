@@ -1,4 +1,4 @@
-"""JSON objects, one on a line, between processes that must never wait for each other."""
+"""Non-blocking exchange of JSON objects, one a line, between processes."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Wire:
             self._unsent.clear()
 
     def receive(self) -> list[dict[str, Any]]:
-        """What came since the last call, without waiting. Lines that are no JSON objects (what a login shell prints)
-        are left out."""
+        """Return the messages since the last call, without waiting. Lines that are no JSON objects (such as output of a
+        login shell) are dropped."""
         taken = 0
         while not self.closed and taken < _AT_ONCE:
             try:

@@ -79,7 +79,7 @@ class GraftedModel(nn.Module):
         return maps if self.neck is None else self.neck.maps(maps)
 
     def recompute_units(self) -> list[nn.Module]:
-        """What activation checkpointing is applied to: the trunk's blocks and parts of the adapter and the head."""
+        """Return the units of activation checkpointing: the trunk's blocks and parts of the adapter and the head."""
         parts: list[Any] = [self.backbone, self.adapter, self.neck, self.head]
         return [unit for part in parts if part is not None for unit in part.recompute_units()]
 
@@ -119,7 +119,7 @@ def build_model(config: ModelConfig, *, num_classes: int, image_size: tuple[int,
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are."""
+    """Return the number of trained parameters and of all parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 

@@ -1,4 +1,4 @@
-"""What trainer and models agree on: losses as sums over normalisers, predictions by task."""
+"""Interface of trainer and models: losses as sums over normalisers, predictions by task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layer of a model a parameter belongs to, for layer-wise learning-rate decay."""
+"""Layer of each parameter of a model, for layer-wise learning-rate decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles as data: what a pickle says, without calling or looking up anything that it names.
+"""Pickles read as data, without calling or importing anything that they name.
 
 A pickle is a program for a stack machine. :func:`read_pickle` runs that program with a machine of its own in which
 every class, function and object is an inert record of its name and arguments. Whoever knows some of those names makes
@@ -47,7 +47,7 @@ class Persistent(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What a pickle would have made: ``function(*args)``, given a state, and items if it is a kind of dictionary."""
+    """Unevaluated call of a pickle: ``function(*args)``, with its state, and its items where it is a dictionary."""
 
     function: Any
     args: Any

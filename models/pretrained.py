@@ -1,4 +1,4 @@
-"""With which mean and standard deviation images were normalised when weights were trained."""
+"""Mean and standard deviation of the images that pretrained weights were trained on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class Normalisation:
 
 
 def normalisation_of(config: ModelConfig) -> tuple[Normalisation, bool] | None:
-    """What is known of the weights that a model names: by timm, or by the file itself if ``vitgraft export`` wrote it.
+    """Return the normalisation of a model's weights, from a file's metadata (``vitgraft export``) or from timm.
 
     Returns:
-        The numbers, and whether they are those of the weights themselves. Of another file beside a timm name it is not
-        known where its weights come from: then they are those of timm's weights of that name. ``None``: nothing is
-        known.
+        (mean and std, whether they belong to the loaded weights themselves). A file without metadata beside a timm name
+        has an unknown source: mean and std are then timm's for that name. ``None``: unknown.
     """
     for key, file in ("model.weights", config.weights), ("model.backbone.weights", config.backbone.weights):
         if file is not None and file != "timm":

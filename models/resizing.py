@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that are resized to the model that loads them: positions and patch kernels.
+"""Resizing of a checkpoint's tensors to the model that loads them: position embeddings and patch kernels.
 
 The rules for tables of relative positions are in :mod:`vitgraft.models.backbones.relative_position`.
 """

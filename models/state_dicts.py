@@ -1,4 +1,4 @@
-"""Which of the dictionaries in a file of weights is the one to load."""
+"""Choice of the state dict to load among the dictionaries in a file of weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHERS = 8
 
 
 def kind_of(value: Any) -> str:
-    """What a value out of a file is, for a message."""
+    """Return a description of the type of a value read from a file, for a message."""
     if isinstance(value, Record):
         return shown(value, 100)
     return f"name of {shown(value, 100)}" if isinstance(value, Global) else type(value).__name__
@@ -93,7 +93,7 @@ def _items(value: Any) -> dict[Any, Any] | None:
 
 
 def _is_state(state: dict[str, Any]) -> bool:
-    """Whether names are those of a module's tensors; loose tensors, such as a loss's centre, have none with a dot."""
+    """Tell whether names are a module's: one has a dot, unlike those of loose tensors such as a loss's centre."""
     return any("." in name for name in state)
 
 

@@ -1,4 +1,4 @@
-"""Tensors made of what a pickle says about them (:mod:`vitgraft.models.pickles`): torch's and numpy's.
+"""Tensors built from their records in a pickle (:mod:`vitgraft.models.pickles`): torch's and numpy's.
 
 Everything that is used of a record is checked here: names against fixed tables, sizes against the bytes there are.
 """
@@ -63,7 +63,7 @@ def storage_dtype(name: Any) -> torch.dtype:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value out of a pickle is the record of a tensor or array that :func:`tensor_of` can make."""
+    """Tell whether a value read from a pickle is the record of a tensor or array that :func:`tensor_of` can build."""
     return _bare(value) is not None
 
 

@@ -27,7 +27,7 @@ _CHUNK = 1 << 20
 
 
 class Content(NamedTuple):
-    """What a file holds: values as :func:`read_pickle` gives them, and where tensors among them find their elements."""
+    """Content of a file: the values as :func:`read_pickle` returns them, and the storages of their tensors."""
 
     value: Any
     storages: Storages
@@ -179,7 +179,11 @@ def _storage(reference: Any) -> tuple[torch.dtype, str, int, tuple[int, int] | N
 def _places(
     file: BinaryIO, stream: BoundedStream, keys: Any, dtypes: dict[str, torch.dtype]
 ) -> dict[str, tuple[int, int]]:
-    """Where each storage of the old format begins, and how many elements it has."""
+    """Return (byte offset, number of elements) of each storage of the old format, by its key.
+
+    Raises:
+        PickleError: a storage without a tensor, or a file that is too short.
+    """
     places: dict[str, tuple[int, int]] = {}
     size = os.fstat(file.fileno()).st_size
     if not isinstance(keys, list):

@@ -1,4 +1,4 @@
-"""Names of the vision transformers in Hugging Face's transformers library, in the words of the original releases.
+"""Renaming of Hugging Face transformers' vision transformers to the tensor names of the original releases.
 
 One table for ViT, DeiT, MAE, DINOv2 and DINOv3, CLIP and SigLIP, VideoMAE, BEiT, Data2Vec, I-JEPA and MSN: the names of
 their files differ little from each other, and what they are renamed to is what timm's and the authors' files say.
@@ -47,7 +47,7 @@ _OUTSIDE = tuple(
 
 
 def official_name(name: str) -> str:
-    """What the original releases call a tensor that transformers calls ``name`` (without prefixes such as ``vit.``).
+    """Return the original releases' name of transformers' tensor ``name`` (without prefixes such as ``vit.``).
 
     Any other name is returned as it is.
     """

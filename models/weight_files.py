@@ -1,4 +1,4 @@
-"""The tensors of files of weights, read without running any code from them.
+"""Tensors of files of weights, read without running any code from them.
 
 What is read: .safetensors, what ``torch.save`` writes (.pth, .pt, .bin), and pickles of numpy arrays (detectron2's
 model zoo, .pkl). The content of a file says what it is, not its name.
@@ -77,7 +77,12 @@ def _content(stream: BinaryIO, path: Path) -> Content:
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file begins as .safetensors do; raises ``UnreadableError`` for a header that is too large."""
+    """Tell whether a file begins as .safetensors do.
+
+    Raises:
+        PickleError: a header longer than the file.
+        UnreadableError: a header longer than the limit.
+    """
     if len(head) < 9 or head[8:9] != b"{":
         return False
     (length,) = struct.unpack("<Q", head[:8])

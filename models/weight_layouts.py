@@ -1,4 +1,4 @@
-"""How names and tensors of published checkpoints become ours.
+"""Mapping of the names and tensors of published checkpoints to ours.
 
 Everything is driven by the names that are wanted: :func:`find` looks for one of ours under every spelling that the
 published files use (queries, keys and values fused or split, layer scales, the FFN with or without ``mlp.``, tables
@@ -21,7 +21,7 @@ from vitgraft.models.transformers_names import official_name
 
 @dataclass(frozen=True)
 class Layout:
-    """What a class says about the official files it loads from: pairs of a regular expression and a text.
+    """Mapping from official weight files to a class's tensors: pairs of a regular expression and a text.
 
     ``renames``: (expression, replacement), ``re.sub`` on every name of the file, in this order. ``ignored``:
     (expression, reason), names of the file, after the renames, that are known and not wanted. ``fresh``: (expression,
@@ -92,7 +92,7 @@ class View(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one of our tensors is made of: the value, and the names (in the view) it comes from."""
+    """Value for one of our tensors, and the names (in the view) it comes from."""
 
     value: Tensor
     sources: tuple[str, ...]
@@ -160,7 +160,7 @@ def without_wrappers(name: str) -> str:
 
 
 def find(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
-    """What ``tensors`` hold for ``name``, under whatever spelling; ``None`` when there is nothing.
+    """Return the value in ``tensors`` for ``name``, under any known spelling; ``None``: absent.
 
     A layer scale is 1 where no block has one, and the bias of the keys 0 where only queries and values have one.
     """
@@ -176,7 +176,7 @@ def find(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
 
 
 def has_layer_scales(names: Iterable[str]) -> bool:
-    """Whether blocks scale their branches, under any spelling."""
+    """Tell whether blocks have layer scales, under any spelling."""
     return any(_GAMMA.search(name) for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Names of files of weights in a recipe, and what can be told of such a file without torch.
+"""Names of files of weights in a recipe, and checks of such a file without torch.
 
 A file is named by its path, or as ``hf:OWNER/REPO/FILE`` on the Hugging Face hub (timm's ``hf-hub:OWNER/REPO`` names
 the file ``model.safetensors``; ``OWNER/REPO@REVISION`` a branch, tag or commit). ``FILE#KEY`` names one of several

@@ -1,4 +1,4 @@
-"""What a load of weights did, for the log."""
+"""Report of a load of weights, for the log."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadReport:
-    """What a load did. Names are ours, those of ``ignored`` and ``unexpected`` the file's."""
+    """Report of a load. Names are ours, those of ``ignored`` and ``unexpected`` the file's."""
 
     prefixes: list[str] = field(default_factory=list)
-    """Which prefix of the file's names was taken for which part."""
+    """Prefix of the file's names used for each part."""
     loaded: dict[str, int] = field(default_factory=dict)
-    """How many tensors were loaded, by part."""
+    """Number of tensors loaded, by part."""
     resized: dict[str, str] = field(default_factory=dict)
     """Name → the shapes before and after."""
     fresh: dict[str, str] = field(default_factory=dict)

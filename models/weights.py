@@ -112,7 +112,7 @@ def convert_weights(
     strict: bool = False,
     canvas: tuple[int, int] | None = None,
 ) -> Conversion:
-    """What :func:`load_weights` loads, without loading it; differentiable in the tensors of ``state``."""
+    """Return the tensors that :func:`load_weights` would load; differentiable in the tensors of ``state``."""
     modules = {"": parts} if isinstance(parts, nn.Module) else dict(parts)
     matches = [_match(name, module, state) for name, module in modules.items() if module is not None]
     report = LoadReport()
@@ -126,7 +126,7 @@ def convert_weights(
 
 @dataclass
 class _Match:
-    """What a view of the file holds for one part."""
+    """Match of a view of the file with one part of the model."""
 
     part: str
     module: nn.Module
@@ -190,7 +190,7 @@ def _best(matches: Iterable[_Match]) -> _Match:
 
 
 def _by_timm(plain: _Match, vit: VisionTransformer | Eva, state: Mapping[str, Tensor], prefix: str) -> _Match | None:
-    """What is found in what timm's converter makes of the names under ``prefix``; ``None`` where it makes nothing."""
+    """Match the names under ``prefix`` as converted by timm; ``None``: timm's converter fails."""
     bare = view_of(state, prefix, ())
     try:
         converted = (
@@ -311,7 +311,11 @@ def _check_foreign(match: _Match, name: str, where: str) -> None:
 
 
 def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
-    """What is found for ``name``, in the target's shape. Raises where it has another that cannot be resized."""
+    """Return the value found for ``name``, in the target's dtype and shape.
+
+    Raises:
+        CheckpointError: another kind of dtype, or a shape that cannot be resized.
+    """
     target, (value, sources) = match.targets[name], match.found[name]
     if not sources:
         counts = "zero, as keys without a bias" if name.endswith("bias") else "one"
@@ -406,7 +410,7 @@ def _known_layout(match: _Match, source: str, rows: int, owner: nn.Module) -> tu
 
 
 def _prefix_rows(match: _Match, source: str, owner: nn.Module) -> tuple[int, ...]:
-    """How many rows of prefix tokens a file's table may have, the likeliest first, by the tokens that the file has."""
+    """Return the possible numbers of prefix rows in a file's ``pos_embed``, likeliest first, by the file's tokens."""
     stem = source.removesuffix("pos_embed")
     beside = {n.removeprefix(stem): v for n, v in match.view.tensors.items() if n.startswith(stem)}
     classes = sum(any(n in beside for n in names) for names in (("cls_token", "class_token"), ("dist_token",)))

@@ -16,7 +16,7 @@ from vitgraft.configs.errors import TrainingError
 
 
 def active() -> bool:
-    """Whether a process group exists."""
+    """Tell whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -76,7 +76,7 @@ def from_first(value: Any) -> Any:
 
 
 def _device() -> torch.device:
-    """Where the group's tensors must lie."""
+    """Return the device of the group's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

@@ -88,7 +88,7 @@ def load_picture(path: Path) -> Tensor:
 
 
 def draw_confusion(matrix: NDArray[np.int64], classes: list[str]) -> Tensor:
-    """What is taken for what: a row for each true class, shares of the row from black to yellow, (3, H, W) uint8.
+    """Draw a confusion matrix: a row for each true class, shares of the row from black to yellow, (3, H, W) uint8.
 
     Args:
         matrix: (K, K or more): rows truth, columns prediction.

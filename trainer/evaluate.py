@@ -96,7 +96,7 @@ class Evaluator:
         self.model: GraftedModel = model.to(device).eval()
 
     def protocol(self, weights: Weights | None = None) -> dict[str, Any]:
-        """How the figures come about: written beside them.
+        """Return the protocol of the metrics, which is written beside them.
 
         Args:
             weights: which are evaluated; ``None``: the average where the recipe has one.
@@ -308,7 +308,7 @@ def _part(progress: Callable[[int, int], None], number: int, both: bool) -> Call
 
 
 def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -> bool:
-    """Whether RUN/results holds this checkpoint's evaluation under this very protocol."""
+    """Tell whether RUN/results holds this checkpoint's evaluation under the same protocol."""
     try:
         stored = read_json(result_path(run, checkpoint.step), MAX_SMALL_BYTES, finite=False)
     except DataError:

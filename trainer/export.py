@@ -97,7 +97,7 @@ def _model(recipe: Recipe, checkpoint: Checkpoint, state: dict[str, NDArray[np.g
 
 
 def _facts(recipe: Recipe, checkpoint: Checkpoint, weights: Weights, part: Part) -> dict[str, Any]:
-    """What a user of the file must know: it goes into the file's metadata."""
+    """Return the metadata of the exported file."""
     manifest = checkpoint.manifest
     return {
         "task": recipe.task,

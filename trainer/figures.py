@@ -1,4 +1,4 @@
-"""The figures of an evaluation in words."""
+"""Metrics of an evaluation as text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def headline(evaluator: Evaluator, evaluation: Evaluation, checkpoint: Checkpoin
 
 
 def missing_best(evaluator: Evaluator, evaluation: Evaluation) -> str | None:
-    """What to say where there is no figure to choose the best checkpoint by; ``None``: there is."""
+    """Return the warning that the metric of ``keep_best`` is missing from an evaluation; ``None``: it is there."""
     best = evaluator.recipe.train.checkpoint.keep_best
     if best is None or evaluation.metrics.get(best) is not None:
         return None
@@ -42,7 +42,7 @@ def missing_best(evaluator: Evaluator, evaluation: Evaluation) -> str | None:
 
 
 def lag_of(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
-    """What to say of a checkpoint's average that still holds what the run began with; ``None``: nothing."""
+    """Return the warning that a checkpoint's average still weighs the initial weights; ``None``: no warning."""
     if recipe.train.ema is None or EMA not in checkpoint.manifest.kinds:
         return None
     return lag(checkpoint.step, recipe.train.ema, checkpoint.manifest.ema_ramped)

@@ -1,4 +1,4 @@
-"""Evaluate the checkpoints of a run as they are committed, by one process beside the trainer."""
+"""Evaluation of a run's checkpoints as they are committed, in one process beside the trainer."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Follower:
             replace_text(given_up_path(self.run, step), reason + "\n")
 
     def retain(self) -> None:
-        """What was kept for its evaluation may go now, when no commit is to come that would see to it."""
+        """Delete checkpoints that were kept for their evaluation only, where no later commit would delete them."""
         try:
             if not self._stale():
                 retain(self.run, self.recipe)
@@ -132,7 +132,7 @@ class Follower:
             self.pulse.reporter.note(f"WARNING an old checkpoint could not be deleted: {error}")
 
     def _stale(self) -> bool:
-        """Whether another attempt than ours owns the run. Without one of our own, everything is looked at again."""
+        """Tell whether another attempt owns the run. Without one of our own, a new owner clears the settled steps."""
         owner = owning_attempt(self.run)
         if self.attempt is not None:
             return owner is not None and owner != self.attempt

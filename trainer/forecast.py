@@ -1,4 +1,4 @@
-"""How long a run will take, told before it has taken long: from its first steps."""
+"""Estimate of a run's duration from its first steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``predict`` is given: the images or clips among files and folders, and the names of what is written of each."""
+"""Inputs of ``predict``: the images or clips among files and folders, and the names of their outputs."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _refuse_nothing(found: Inputs, kind: str) -> None:
 
 
 def summary(paths: Iterable[Path], most: int = 5) -> str:
-    """How many files were passed over, and the first of them."""
+    """Return the number of skipped files and the names of the first ``most``, as text."""
     names = [path.name for path in paths]
     shown = ", ".join(printable(name) for name in names[:most])
     files = "1 file" if len(names) == 1 else f"{len(names)} files"

@@ -62,7 +62,7 @@ class StepRow:
         return {**asdict(self), "loss_hex": self.loss.hex(), "time": time.time()}
 
     def curves(self) -> dict[str, float]:
-        """What TensorBoard draws, by tag."""
+        """Return the values for TensorBoard, by tag."""
         curves: dict[str, float] = {
             "train/loss": self.loss,
             "train/lr": self.lr,

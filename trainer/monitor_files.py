@@ -1,4 +1,4 @@
-"""Append-only JSON-lines files of a run: torn last lines, which row of which attempt counts, and the attempts."""
+"""Append-only JSON-lines files of a run: incomplete last lines, the valid row of each step, and the attempts."""
 
 from __future__ import annotations
 

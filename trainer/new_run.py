@@ -1,4 +1,4 @@
-"""The commands that work where a run cannot go on with what is asked for: every such refusal ends with one."""
+"""Commands that work where a run cannot be resumed as requested: every such error ends with one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses that were not finite: at which entries (RUN/non_finite.jsonl), and what to leave out (RUN/left_out.jsonl).
+"""Non-finite losses: their entries (RUN/non_finite.jsonl), and the entries to leave out (RUN/left_out.jsonl).
 
 The ranks write the first and read the second; the supervisor reads the first and writes the second (launch/replay.py).
 Both are append-only, and a row is on the disk before anybody acts on it.
@@ -61,7 +61,7 @@ def read_left_out(run: Path) -> frozenset[tuple[int, int]]:
 
 
 def remedy(run: Path, recipe: Recipe) -> str:
-    """What to do about a loss or gradient that is not finite: ends with the command that works.
+    """Return the remedy for a non-finite loss or gradient, ending with the command to run.
 
     A run that has committed a checkpoint keeps its rate; one that has not may be started again with another.
     """

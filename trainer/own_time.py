@@ -1,5 +1,4 @@
-"""How long a rank itself takes for a step: without the time in which it waits for the others, so that the slow one
-shows, whom all wait for.
+"""A rank's own time for a step, without the time in which it waits for the others, so that the slowest rank is found.
 
 On a CPU that is everything between two steps' last meetings except waits for collectives. On a GPU, where waiting
 happens on the device, it is what comes before the ranks meet to add up their losses: waiting for data and the forward
@@ -59,7 +58,7 @@ class HostClock:
         return spent
 
     def stop(self) -> None:
-        """What follows, a checkpoint or an evaluation, is no step's work."""
+        """Stop the clock before work that belongs to no step: a checkpoint or an evaluation."""
         if self._since is not None:
             self._spent += time.perf_counter() - _waited - self._since
             self._since = None

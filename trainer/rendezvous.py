@@ -1,4 +1,4 @@
-"""Where the ranks meet: one store of torch, on rank 0's host.
+"""Rendezvous of the ranks: one store of torch, on rank 0's host.
 
 torch would listen there on all interfaces. Whoever reaches a store can read and change what the ranks tell each other,
 so this one listens at the address of MASTER_ADDR alone: the loopback for a run on one host, else the interface by which

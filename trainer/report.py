@@ -1,4 +1,4 @@
-"""What a rank tells its launcher: progress, notes and one-line errors, as JSON lines over a pipe."""
+"""Messages of a rank to its launcher: progress, notes and one-line errors, as JSON lines over a pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reporter:
         return cls(int(value) if value else None)
 
     def progress(self, label: str, done: int, total: int, **facts: float | str) -> None:
-        """How far something is."""
+        """Send the progress of a task."""
         self._send({"kind": "progress", "label": label, "done": done, "total": total, "facts": facts})
 
     def note(self, text: str) -> None:
@@ -47,7 +47,7 @@ class Reporter:
         self._send({"kind": "event", "name": name, "text": text}, fallback=text)
 
     def error(self, error: VitgraftError) -> None:
-        """Why this process ends: exit code and line, and for programs the cause and the step, where they are known."""
+        """Send the error that ends this process: exit code and line, and the cause and the step where known."""
         self._send(error_message(error), fallback=f"vitgraft: {error}")
 
     def _send(self, message: dict[str, Any], fallback: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Everything that a rank needs before its first step: data, model, DeepSpeed engine, restored state."""
+"""Setup of a rank before its first step: data, model, DeepSpeed engine, restored state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vitgraft.trainer.schedule import learning_rate, stage_ends
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the launcher tells a rank."""
+    """Arguments of a rank from the launcher."""
 
     run: Path
     attempt: int

@@ -1,4 +1,4 @@
-"""RUN/skipped.jsonl: what ``data.on_error: {skip: N}`` left out, with a budget, and ``train.on_non_finite: skip``."""
+"""RUN/skipped.jsonl: entries left out by ``data.on_error: {skip: N}``, up to N, or ``train.on_non_finite: skip``."""
 
 from __future__ import annotations
 

@@ -41,12 +41,12 @@ from vitgraft.trainer.skips import SkipLog
 
 @dataclass
 class StepFacts:
-    """What a step leaves behind for the checks and the log.
+    """Values of a step for the checks and the log.
 
     ``reduced`` and ``local``: per micro-step, the loss sums, counts, own seconds of each rank, skipped entries, whether
     a checkpoint failed and whether to stop, over all ranks and of this rank; they stay on the device until the step's
-    one synchronisation. ``normalisers``: what each loss sum is divided by, and ``weights``: how much it then counts in
-    the mean over the micro-steps. ``skipped``: this rank's.
+    one synchronisation. ``normalisers``: divisor of each loss sum, and ``weights``: its weight in the mean over the
+    micro-steps. ``skipped``: this rank's.
     """
 
     names: list[str] = field(default_factory=list)
@@ -72,20 +72,20 @@ class StepFacts:
         return out
 
     def own_seconds(self) -> list[float]:
-        """What each rank took for the step without waiting for others, by rank."""
+        """Return each rank's seconds for the step without waiting for others, by rank."""
         own: list[float] = torch.stack(self.reduced)[:, 2 * len(self.names) : -3].sum(0).tolist()
         return own
 
     def any_skipped(self) -> bool:
-        """Whether any rank skipped an entry in the step."""
+        """Tell whether any rank skipped an entry in the step."""
         return any(row[-3].item() > 0 for row in self.reduced)
 
     def checkpoint_failed(self) -> bool:
-        """Whether any rank was told that the last checkpoint could not be written."""
+        """Tell whether any rank knows that the last checkpoint could not be written."""
         return bool(self.reduced[-1][-2].item() > 0)
 
     def stop_asked(self) -> bool:
-        """Whether any rank was asked to stop before the step's last micro-step."""
+        """Tell whether any rank was asked to stop before the step's last micro-step."""
         return bool(self.reduced[-1][-1].item() > 0)
 
 
@@ -154,7 +154,7 @@ class TrainLoop:
                 self._ledger.close()
 
     def _length(self) -> str:
-        """What there is to do; how long it takes only the first steps tell."""
+        """Return the remaining steps, samples and epochs, as text."""
         batch, size = self.recipe.train.global_batch, self.session.dataset.epoch_size
         left = self.session.last_step - self.session.first_step
         epochs = left / steps_per_epoch(size, batch)
@@ -373,7 +373,7 @@ class TrainLoop:
         session.saver.tidy()
 
     def _evaluates(self, step: int) -> bool:
-        """Whether the ranks evaluate this step's checkpoint: an evaluator of its own asks nothing of them."""
+        """Tell whether the ranks evaluate this step's checkpoint, which a separate evaluator would do otherwise."""
         return self.recipe.evaluator is None and evaluation_due(self.recipe, step, self.session.last_step)
 
     def _evaluate(self, checkpoint: Checkpoint) -> None:

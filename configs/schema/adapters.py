@@ -1,4 +1,4 @@
-"""model.adapter: what is grafted on the trunk, what makes maps of it, and a neck over those."""
+"""model.adapter: grafts on the trunk, the adapter that makes feature maps of it, and the neck over those."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model.backbone: which trunk."""
+"""model.backbone: the trunk."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ViTConfig(BackboneSection):
 
 
 def _filled(values: Any, sizes: dict[str, dict[str, Any]]) -> Any:
-    """What the named size stands for, where the recipe does not say otherwise."""
+    """Return the values with those of the named size filled in where the recipe does not set them."""
     size = values.get("size") if isinstance(values, dict) else None
     return {**sizes[size], **values} if isinstance(size, str) and size in sizes else values
 

@@ -1,4 +1,4 @@
-"""data: which shards, how their samples are transformed, how a clip is sampled."""
+"""data: data sets, transforms of their samples, and sampling of clips."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SourceConfig(EvaluationSourceConfig):
 
 
 class ClipConfig(Section):
-    """How frames are taken from a video."""
+    """Sampling of a clip's frames from a video."""
 
     frames: SmallCount = 8
     sampling: Literal["dense", "uniform"] = "dense"
@@ -72,7 +72,7 @@ class ViewsConfig(Section):
 
 
 class CacheConfig(Section):
-    """Where the shards of a data set behind a URL are kept on this machine; all processes and runs share it."""
+    """Local cache of the shards of data sets behind URLs, shared by all processes and runs of this machine."""
 
     folder: str | None = None
     """``null``: $VITGRAFT_CACHE/shards, or ~/.cache/vitgraft/shards."""

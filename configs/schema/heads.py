@@ -1,4 +1,4 @@
-"""model.head: what reads the maps."""
+"""model.head: the head on the feature maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe as its difference from the defaults: what decides whether two recipes compute the same.
+"""Identity of a recipe: its difference from the defaults, equal for recipes that compute the same.
 
 A key that is new, at a default that means "as before", changes no hash of an older run. That holds only while defaults
 stay: ``tests/golden/defaults.json`` has them all, and a test fails where one changes.

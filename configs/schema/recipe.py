@@ -140,7 +140,7 @@ class LaunchConfig(Section):
 
 
 class Recipe(Section):
-    """What a run is: validated before any process starts."""
+    """Recipe of a run, validated before any process starts."""
 
     name: str = "run"
     model: ModelConfig
@@ -201,7 +201,7 @@ class Recipe(Section):
 
     @property
     def task(self) -> Task:
-        """What the head does: detection, semantic, video or image."""
+        """Task of the head: detection, semantic, video or image."""
         return self.model.head.task
 
     def identity(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="name")
 
 
 class ParamRule(Section):
-    """What holds for the parameters whose name the regular expression ``match`` finds; later rules win."""
+    """Settings of the parameters whose name the regular expression ``match`` finds; later rules win."""
 
     match: Annotated[str, Field(max_length=1000)]
     lr_multiplier: NonNegativeFloat | None = None
@@ -130,12 +130,12 @@ class ExtendConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are committed and how many are kept."""
+    """Schedule and retention of checkpoints."""
 
     every_steps: LargeCount | None = None
     """Commit every so many steps, and always at the end; ``null``: at the end only."""
     keep_last: LargeCount = 3
-    """How many valid checkpoints are kept."""
+    """Number of the newest valid checkpoints to keep."""
     keep_every: LargeCount | None = None
     """Keep also those of the steps that this number divides."""
     keep_best: str | None = None

@@ -1,4 +1,4 @@
-"""data.transforms: what happens to a sample in training, each item by its name."""
+"""data.transforms: the transforms of a sample in training, by name."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def pack_bdd100k(
 
 
 def stem_of(name: str) -> str:
-    """What images, JSON entries and masks of one photograph share."""
+    """Return the name that images, JSON entries and masks of one photograph share."""
     stem = PurePosixPath(name.replace("\\", "/")).stem
     for ending in _ENDINGS:
         stem = stem.removesuffix(ending)

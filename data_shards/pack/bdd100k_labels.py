@@ -1,4 +1,4 @@
-"""The boxes of BDD100K's JSON, each checked and in the form that is packed."""
+"""Boxes of BDD100K's JSON, checked and converted to the packed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes that reach out of their image: clipped, unless they look like another unit, another form or another image."""
+"""Boxes that exceed their image: clipped, unless they suggest another unit, another box format or another image."""
 
 from __future__ import annotations
 

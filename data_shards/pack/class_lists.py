@@ -1,4 +1,4 @@
-"""The names of the classes, in order: from a file, from names with commas, or from a data set packed before."""
+"""Class names in order: from a file, a comma-separated list, or another packed data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The annotations of a COCO file, each checked and in the form that is packed."""
+"""Annotations of a COCO file, checked and converted to the packed form."""
 
 from __future__ import annotations
 

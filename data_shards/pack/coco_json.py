@@ -1,4 +1,4 @@
-"""The lists of a COCO file by their ids, and what its values say."""
+"""Lists of a COCO file by their ids, and checks of its values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the packers share of reading files from outside, which may hold anything, and of checking names."""
+"""Reading of untrusted files and checks of names, shared by the packers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding the images that a labels file names: as this system writes paths, as another does, or by the bare name."""
+"""Finding the images that a labels file names: by POSIX or Windows path, or by the file name alone."""
 
 from __future__ import annotations
 

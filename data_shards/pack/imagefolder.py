@@ -1,4 +1,4 @@
-"""Pack images with one class each: folders named after their classes, or arrays as CIFAR is passed around."""
+"""Pack images with one class each: folders named after their classes, or arrays in CIFAR's format."""
 
 from __future__ import annotations
 

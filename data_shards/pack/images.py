@@ -1,4 +1,4 @@
-"""How packers open image files: which way up, which values, in which format they are packed, and what is told of it."""
+"""Image files in packers: orientation, range of values, packed format, and the report on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST = "first of several frames or pages"
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files are read.
+    """Options for reading image files.
 
     ``exif``: see :data:`Exif`. ``decode``: all pixels are decoded in the check, so that a damaged file is found before
     anything is written. ``values``: what is packed as black and as white of grey images of more than 8 bits.
@@ -67,7 +67,7 @@ class OpenedImage:
 
     @property
     def converted(self) -> bool:
-        """Whether it is packed in another format than its own."""
+        """Tell whether it is packed in another format than its own."""
         return self.header.extension is None or (self.header.grey and self.reading.values is not None)
 
     def member(self) -> dict[str, bytes]:

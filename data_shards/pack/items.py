@@ -25,7 +25,7 @@ Facts = list[tuple[str, int, int]]
 
 
 class PackOptions(TypedDict, total=False):
-    """What all packers take.
+    """Options of all packers.
 
     ``overwrite``: replace a data set that is in the target (default false). ``samples_per_shard``: default 1000.
     ``jobs``: processes that check and prepare samples (default 1); they change no byte. ``on_error``: what faults in
@@ -48,7 +48,7 @@ class PackOptions(TypedDict, total=False):
 
 
 def reading_of(options: PackOptions) -> Reading:
-    """How the options say that image files are read."""
+    """Return the image reading options among the packer's options."""
     return Reading(options.get("exif", "auto"), options.get("decode", False), options.get("values"))
 
 

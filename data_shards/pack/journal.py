@@ -1,4 +1,4 @@
-"""A packing that is under way: its folder beside OUT, the one process that may write it, and what is finished of it.
+"""State of an unfinished packing: its folder beside OUT, the lock of its process, and its finished shards.
 
 OUT.packing/lock              locked by the packer while it lives
 OUT.packing/journal.jsonl     a line for each finished shard, in order
@@ -70,7 +70,7 @@ class Identity:
         return self._digest.hexdigest()
 
     def fits(self, line: Finished) -> bool:
-        """Whether a shard is one that this packing would write; advances to its end when it is."""
+        """Tell whether this packing would write a shard; advance to the shard's end if so."""
         ahead = copy.copy(self)
         ahead._digest = self._digest.copy()
         if not self.items < line.items <= self.total or (line.last and line.items != self.total):
@@ -101,7 +101,7 @@ class Workplace:
 
     @property
     def started(self) -> bool:
-        """Whether shards were finished here."""
+        """Tell whether shards were finished here."""
         return self._journal_path.exists() and self._journal_path.stat().st_size > 0
 
     def begin(self) -> None:
@@ -147,7 +147,7 @@ class Workplace:
 
     @property
     def published(self) -> bool:
-        """Whether the set, once begun, is OUT: one rename decides it, wherever an interrupt falls."""
+        """Tell whether the set was renamed to OUT, in one atomic step."""
         return os.path.lexists(self.out) and not os.path.lexists(self.set)
 
     def publish(self) -> None:

@@ -1,4 +1,4 @@
-"""From the pixels of a label PNG, whatever they mean, to class ids."""
+"""Conversion of a label PNG's pixels to class ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a packer found in the labels, told before anything is written, and what a fault in them does."""
+"""Report on the labels, given before anything is written, and the policy for faults in them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LabelFault(DataError):
 
 @dataclass
 class Noted:
-    """How many findings of one sort there are, and the names of the first."""
+    """Count of the findings of one kind, and the names of the first."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)

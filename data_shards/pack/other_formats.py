@@ -1,4 +1,4 @@
-"""Labels in formats that no packer reads: what they are, and what can be done with them."""
+"""Recognition of label formats that no packer reads, and the remedy for each."""
 
 from __future__ import annotations
 

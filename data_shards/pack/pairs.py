@@ -1,4 +1,4 @@
-"""Which image and which label map belong together, in folders of both."""
+"""Pairing of images and label maps in folders of both."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LOSSY = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".webp"))
 
 
 class Pairing(NamedTuple):
-    """How pairs are found: by what is left of a file's path when its end is cut off.
+    """Pairing of images and label maps by the file's path without its suffix.
 
-    ``image_suffix``, ``label_suffix``: that end, with the extension; other files are passed over. ``None``: any of
+    ``image_suffix``, ``label_suffix``: suffix with the extension; other files are skipped. ``None``: any of
     ``IMAGE_SUFFIXES`` and ``LABEL_SUFFIXES``. ``listed``: a file with the pairs to take, one in each line; ``None``:
     all.
     """

@@ -1,4 +1,4 @@
-"""Values of JSON that mean one thing, however they are written: numbers and ids, also as strings."""
+"""Numbers and ids of JSON in a normal form, also where they are written as strings."""
 
 from __future__ import annotations
 

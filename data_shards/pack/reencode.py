@@ -1,4 +1,4 @@
-"""Clips encoded anew for fast access to any frame: H.264 with key frames close together, or an image for each frame."""
+"""Re-encoding of clips for fast random access: H.264 with frequent key frames, or an image for each frame."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_RATE = Fraction(25)
 
 @dataclass(frozen=True)
 class Reencode:
-    """How clips are encoded anew.
+    """Settings for re-encoding clips.
 
     ``form``: ``gop``: H.264 in mp4 with a key frame every ``gop`` frames and no frame that needs a later one;
     ``frames``: a JPEG for each frame. ``short_side``: larger clips are scaled down to it. ``quality``: x264's constant

@@ -1,4 +1,4 @@
-"""Lists of videos in the common formats: what each names, and which class it gives it."""
+"""Lists of videos in the common formats: the videos and their classes."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def sort_labels(labels: Collection[str]) -> list[str]:
 
 
 def all_ids(labels: Collection[str]) -> bool:
-    """Whether all labels are integers from 0, as class ids are."""
+    """Tell whether all labels are integers from 0, as class ids are."""
     return all(label.isascii() and label.isdigit() and len(label) < 10 for label in labels)
 
 

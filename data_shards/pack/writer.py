@@ -1,4 +1,4 @@
-"""Write a packed data set so that a half-written one can never be taken for a whole one."""
+"""Write a packed data set so that an incomplete one is never read as complete."""
 
 from __future__ import annotations
 
@@ -299,5 +299,5 @@ class _HashedFile:
                 stream.close()
 
     def sha256(self) -> str:
-        """Of what was written (hex)."""
+        """Return the SHA-256 of the bytes written (hex)."""
         return self._digest.hexdigest()

@@ -139,7 +139,7 @@ def pixel_loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> LossT
 
 
 def count_pixels(targets: Tensor, weights: Tensor) -> Tensor:
-    """How many pixels are not ignored, each by its image's weight: targets (B, H, W) int64, weights (B,) → scalar."""
+    """Return the number of valid pixels, weighted by image: targets (B, H, W) int64, weights (B,) → scalar."""
     return ((targets != IGNORED).sum((1, 2)).float() * weights).sum()
 
 

@@ -59,8 +59,8 @@ def final_folder(run: Path, step: int) -> Path:
 
 
 def temporary_folder(run: Path, step: int, attempt: int) -> Path:
-    """Where an attempt's shards of a step are written before the commit. Each attempt has its own: one that slept
-    through the start of the next cannot touch what that one writes."""
+    """Return the folder of an attempt's shards of a step before the commit. Each attempt has its own, so that a stalled
+    attempt cannot touch the files of the next."""
     return checkpoints_folder(run) / f"{step_name(step)}.{attempt}{TEMPORARY}"
 
 
@@ -86,7 +86,7 @@ def why(error: BaseException, folder: Path) -> str:
 
 
 def cause_in(reason: str) -> ErrorCause | None:
-    """What a line of :func:`why` says to programs: between roles only the line travels."""
+    """Return the cause in a line of :func:`why`, as roles exchange only the line; ``None``: neither cause."""
     if reason.startswith(_READ_ONLY):
         return "read_only"
     return "no_space" if reason.startswith(_NO_SPACE) else None
@@ -100,7 +100,7 @@ def write_record(folder: Path, record: RankRecord) -> None:
 
 
 def read_record(folder: Path, rank: int, *, attempt: int, step: int, world: int) -> RankRecord | None:
-    """What a rank's writer has reported; ``None``: nothing yet, or another attempt's, or of lost files."""
+    """Return the record of a rank's writer; ``None``: absent, invalid, of another attempt, or files are incomplete."""
     try:
         data = read_bytes(folder / record_name(rank), _MAX_RECORD_BYTES, CheckpointError)
         record = RankRecord.model_validate_json(data)
@@ -123,7 +123,7 @@ def interrupted_commit(run: Path, attempt: int, step: int) -> Manifest | None:
 
 
 def is_committed(run: Path, attempt: int, step: int) -> bool:
-    """Whether this attempt's checkpoint of the step is there."""
+    """Tell whether this attempt has committed a checkpoint of the step."""
     with contextlib.suppress(CheckpointError, OSError):
         return read_manifest(final_folder(run, step) / MANIFEST).attempt == attempt
     return False

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: names, ranges and the manifest. Pure: no files, no torch.
+"""Structure of a checkpoint: names, ranges and the manifest. Pure: no files, no torch.
 
 A saved tensor is a named flat vector of float32; a shard is a safetensors file of ranges of such vectors. The key of a
 range is ``KIND|PARAMETER|START``: KIND is ``master`` (the weights), ``ema`` or the name of an optimizer state, START
@@ -43,7 +43,7 @@ class FileRecord(BaseModel):
 
 
 class DataState(BaseModel):
-    """Where the run is in its data: the same at every world size and worker count."""
+    """Position of the run in its data: the same at every world size and worker count."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,7 +54,7 @@ class DataState(BaseModel):
 
 
 class Normalisation(BaseModel):
-    """How images are prepared for the model."""
+    """Normalisation and size of the model's input images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,7 +64,7 @@ class Normalisation(BaseModel):
 
 
 class RankRecord(BaseModel):
-    """What one rank's writer has written, or why it could not."""
+    """Files written by one rank's writer, or its error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -168,7 +168,7 @@ def even_range(numel: int, rank: int, world: int) -> tuple[int, int]:
 
 
 def intersections(ranges: list[tuple[int, int]], start: int, stop: int, what: str) -> list[tuple[int, int, int]]:
-    """Which pieces of the sorted ``ranges`` give [start, stop): (index, piece start, piece stop).
+    """Return the pieces of the sorted ``ranges`` that cover [start, stop): (index, piece start, piece stop).
 
     Raises:
         CheckpointError: the ranges leave a gap.

@@ -188,7 +188,7 @@ def _size(file: Path) -> int:
 
 
 def blob_path(run: Path, digest: str) -> Path:
-    """Where a blob lies."""
+    """Return the path of a blob."""
     return run / "blobs" / digest
 
 
@@ -340,7 +340,7 @@ def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
 
 
 def choose_weights(checkpoint: Checkpoint, wanted: Weights | None) -> Weights:
-    """Which weights of a checkpoint are used: the average where there is one, unless told otherwise.
+    """Return the kind of weights to use: ``wanted``, else the average where the checkpoint has one.
 
     Raises:
         ConfigError: the average is wanted, and there is none.

@@ -1,4 +1,4 @@
-"""Which checkpoints go. The plan is a pure function; what carries it out spares those that somebody reads."""
+"""Retention of checkpoints. The plan is a pure function; checkpoints that are being read are not deleted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _DELETED = f".deleted{TEMPORARY}"
 
 @dataclass(frozen=True)
 class Policy:
-    """What stays: the newest ``keep_last``, every step that ``keep_every`` divides, the best by ``keep_best``."""
+    """Checkpoints to keep: the newest ``keep_last``, every step that ``keep_every`` divides, the best by
+    ``keep_best``."""
 
     keep_last: int
     keep_every: int | None = None
@@ -62,7 +63,7 @@ def best_step(steps: Collection[int], figures: Mapping[int, Mapping[str, float]]
 
 
 def evaluation_due(recipe: Recipe, step: int, last_step: int | None) -> bool:
-    """Whether a checkpoint is to be evaluated: a function of the step, so that a restart neither skips nor shifts one.
+    """Tell whether a checkpoint is to be evaluated; a function of the step alone, so a restart changes no choice.
 
     Args:
         last_step: of the run, where it is known.
@@ -86,7 +87,7 @@ def awaiting(due: Collection[int], settled: Collection[int], backlog: Backlog) -
 
 
 def spared_for_evaluation(run: Path, recipe: Recipe, steps: Collection[int], evaluated: Collection[int]) -> set[int]:
-    """Those of the steps whose checkpoints must stay until they are evaluated."""
+    """Return the steps whose checkpoints must be kept until they are evaluated."""
     due = [step for step in steps if evaluation_due(recipe, step, None)]
     settled = {*evaluated, *(step for step in due if given_up_path(run, step).exists())}
     # Without an evaluator of its own the trainer evaluates each before it goes on.

@@ -1,4 +1,4 @@
-"""The trainer's state as named flat vectors: what is saved of it, and how it is restored (savers.py writes it)."""
+"""Trainer's state as named flat vectors: collected for saving, and restored (savers.py writes it)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vitgraft.trainer.ema import Ema
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What every manifest of a run says."""
+    """Facts common to all manifests of a run."""
 
     run: Path
     attempt: int
@@ -85,7 +85,7 @@ class TrainerState:
         return out
 
     def addresses(self) -> list[int]:
-        """Where the memory of :meth:`tensors` lies: while this is the same, so are its views."""
+        """Return the addresses of the memory of :meth:`tensors`; its views are valid while they are unchanged."""
         return [source.data_ptr() for flat in self.flats for source in self._sources(flat).values()]
 
     def _sources(self, flat: Tensor) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class TrainerState:
         return {MASTER: flat, **states, **({EMA: self.ema.of(flat)} if self.ema is not None else {})}
 
     def kinds(self) -> list[str]:
-        """Which vectors are stored for each parameter."""
+        """Kinds of the vectors stored for each parameter."""
         return [MASTER, *self.states, *([EMA] if self.ema is not None else [])]
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -47,7 +47,7 @@ _GROWTH = 1 << 16
 
 
 class Saver(Protocol):
-    """What the training loop needs. All methods are collective, :meth:`failed` excepted."""
+    """Interface of a saver to the training loop. All methods are collective, :meth:`failed` excepted."""
 
     def begin(self, step: int, samples: int, data: DataState) -> None:
         """Save; the weights may change again when it returns.
@@ -64,7 +64,7 @@ class Saver(Protocol):
         """
 
     def failed(self) -> bool:
-        """Whether this rank knows that the last save failed: :meth:`finish` then says why. Never waits."""
+        """Tell whether this rank knows that the last save failed (:meth:`finish` raises the error). Never waits."""
 
     def tidy(self) -> None:
         """Apply the retention policy, unless the checkpointer does."""

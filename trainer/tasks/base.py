@@ -25,7 +25,7 @@ class Metric(Protocol):
         """Take in a batch; a sample of weight 0 is unreadable and counts as wrong."""
 
     def state(self) -> Any:
-        """What another process needs to merge, of JSON's types."""
+        """Return the state for merging in another process, of JSON's types."""
 
     def merge(self, states: list[Any]) -> None:
         """Replace the own state by the union of all ranks' states."""
@@ -34,18 +34,18 @@ class Metric(Protocol):
         """The figures, by name."""
 
     def confusion(self) -> NDArray[np.int64] | None:
-        """How often what was taken for what: rows truth, columns prediction (K, K or K + 1: the last for what could not
-        be read); ``None`` where that is not counted."""
+        """Return the confusion matrix: rows truth, columns prediction (K, K or K + 1: the last for samples that could
+        not be read); ``None``: not counted."""
 
 
 class Task(Protocol):
-    """What the evaluator and ``predict`` need to know."""
+    """Interface of a task to the evaluator and ``predict``."""
 
     classes: list[str]
     primary: list[str]
-    """The figures shown in tables, most important first."""
+    """Metrics shown in tables, most important first."""
     protocol: dict[str, Any]
-    """How the figures are computed: written beside them."""
+    """Protocol of the metrics, written beside them."""
     threshold: float | None
     """Detection: the score from which on detections are drawn. Classes: the score from which on they are listed.
     ``None``: there are no scores."""
@@ -65,7 +65,7 @@ class Task(Protocol):
         """A prediction on its image or frames: uint8 (3, H, W) or (T, 3, H, W) in, uint8 (3, H', W') out."""
 
     def remark(self, result: Result) -> str | None:
-        """What must be said of a picture on which nothing is drawn."""
+        """Return the note on a picture without any drawn prediction; ``None``: there are predictions."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
         """The ground truth, drawn the same way."""

@@ -72,7 +72,7 @@ class DetectionTask:
         )
 
     def remark(self, result: Result) -> str | None:
-        """That nothing is drawn, and how far the best detection is from that."""
+        """Return the note that no detection is drawn, with the best score; ``None``: some are drawn."""
         threshold = self.threshold or 0.0
         best = max(result["detections"], key=lambda d: d["score"], default=None)
         if best is not None and best["score"] >= threshold:
