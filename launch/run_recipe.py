@@ -56,15 +56,18 @@ def check_recipe(run: Path, recipe: Recipe, resume: str, command: Sequence[str] 
         ConfigError: it is another one; ends with the command that works.
     """
     config = run / CONFIG
-    if not os.path.lexists(config):
-        return None
     newest = _manifest(run, resume)
+    if not os.path.lexists(config):
+        if newest is not None and recipe.has_hash(newest.recipe_hash):  # else whoever opens the checkpoint says so
+            _check_length(run, recipe.train, newest)
+        return None
     try:
         old = _read(config)
     except ConfigError as error:
         if newest is None:
             return None
         if recipe.has_hash(newest.recipe_hash):
+            _check_length(run, recipe.train, newest)
             return f"WARNING {error}; by its checkpoints the recipe is the same, so it is written again"
         raise ConfigError(
             f"{error}; and its checkpoints were written under another recipe (hash {newest.recipe_hash[:12]}, this one "
@@ -127,8 +130,7 @@ def _check_stages(run: Path, old: TrainConfig, recipe: Recipe, newest: Manifest,
         ConfigError: ends with the command that works.
     """
     new = recipe.train
-    # Whole units that are done, and whether the next has begun.
-    done, begun = (newest.step, False) if old.epochs is None else (newest.data.epoch, newest.data.cursor > 0)
+    done, begun = _done(old, newest)
     start = old.stage_lengths()[0]
     for number, stage in enumerate(old.extend):
         if done < start or (done == start and not begun):
@@ -141,11 +143,38 @@ def _check_stages(run: Path, old: TrainConfig, recipe: Recipe, newest: Manifest,
         held = stage.schedule is None and (done < soonest or (done == soonest and not begun))
         if now != stage and not (alike and held):
             stages = [_plain(stage) for stage in old.extend]
+            longer = sum(new.stage_lengths()) - sum(old.stage_lengths())
+            if longer > 0:
+                stages.append({_unit(old): longer, "schedule": {"name": "cosine"}})
             raise ConfigError(
-                f"{run / CONFIG}: train.extend.{number} has begun and was another; keep it as it was and add a stage: "
-                f"{same_run(run, {'train.extend': stages}, command)}"
+                f"{run / CONFIG}: train.extend.{number} has begun and was another; keep it as it was, and add a stage "
+                f"for a longer run: {same_run(run, {'train.extend': stages}, command)}"
             )
         start = end
+
+
+def _done(train: TrainConfig, newest: Manifest) -> tuple[int, bool]:
+    """Whole units (steps or epochs) that are done, and whether the next has begun."""
+    return (newest.step, False) if train.epochs is None else (newest.data.epoch, newest.data.cursor > 0)
+
+
+def _check_length(run: Path, train: TrainConfig, newest: Manifest) -> None:
+    """Refuse a recipe that ends before what the run has done, whether or not it is known under which it did that.
+
+    Raises:
+        ConfigError: says how far it is.
+    """
+    done, begun = _done(train, newest)
+    length = sum(train.stage_lengths())
+    if (done, begun) > (length, False):
+        raise ConfigError(
+            f"{run}: its checkpoint of step {newest.step} lies behind the end of this recipe, {length} {_unit(train)}; "
+            "give the recipe with the stages that the run had (train.extend), or --resume never to start afresh"
+        )
+
+
+def _unit(train: TrainConfig) -> str:
+    return "steps" if train.epochs is None else "epochs"
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,36 @@ def test_stages_that_have_begun_stay_as_they_are(
     with pytest.raises(ConfigError, match=r"train\.extend\.\d has begun") as caught:
         check_recipe(run, recipe, "auto", None)
     assert command_in(caught.value)[-1].startswith("train.extend=[{")
+
+
+def test_a_stage_that_was_lengthened_after_its_begin_is_followed_by_another(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", recipe_of(**BASE, train__extend=[DECAY]), 7)
+    with pytest.raises(ConfigError, match=r"extend\.0 has begun") as caught:
+        check_recipe(run, recipe_of(**BASE, train__extend=[{**DECAY, "steps": 9}]), "auto", None)
+    stages = json.loads(command_in(caught.value)[-1].removeprefix("train.extend="))
+    assert [stage["steps"] for stage in stages] == [4, 5]
+    assert check_recipe(run, recipe_of(**BASE, train__extend=stages), "auto", None) is None
+
+
+@pytest.mark.parametrize("config", ["gone", "damaged"])
+@pytest.mark.parametrize("step", [6, 7])
+def test_without_its_record_a_run_is_not_shortened_without_a_word(tmp_path: Path, config: str, step: int) -> None:
+    recipe = recipe_of(**BASE)
+    run = run_of(tmp_path / "run", recipe, step)
+    path = run / "checkpoints" / layout.step_name(step) / layout.MANIFEST
+    changed = read_manifest(path).model_copy(update={"recipe_hash": recipe.identity_hash(), "digest": None})
+    path.write_text(layout.seal(changed).model_dump_json())
+    if config == "gone":
+        (run / "config.yaml").unlink()
+    else:
+        (run / "config.yaml").write_text("a: [")
+    if step == 6:
+        open_run(run, recipe, "auto").close()
+        return
+    with pytest.raises(ConfigError, match="step 7 lies behind the end of this recipe, 6 steps") as caught:
+        open_run(run, recipe, "auto")
+    assert "\n" not in str(caught.value)
+    open_run(run, recipe_of(**BASE, train__extend=[{"steps": 1}]), "auto").close()
 
 
 @pytest.mark.parametrize(
