@@ -12,7 +12,7 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def usable_cores() -> int:
-    """Cores that this process may keep busy, at least 1."""
+    """Return the number of cores that this process may use, at least 1."""
     quota = deciding_quota()
     return _affinity() if quota is None else max(1, math.floor(quota))
 
@@ -24,15 +24,14 @@ def deciding_quota() -> float | None:
 
 
 def asked_threads(environment: Mapping[str, str]) -> int | None:
-    """The threads for which a user's ``OMP_NUM_THREADS`` asks; ``None``: it is not set, or to nothing that OpenMP
-    understands."""
+    """Return the threads that a user's ``OMP_NUM_THREADS`` requests; ``None``: not set, or invalid for OpenMP."""
     # A list is for nested parallel regions; the first is the outermost.
     first = environment.get(THREADS_VARIABLE, "").split(",")[0].strip()
     return int(first) if first.isascii() and first.isdigit() and 0 < int(first[:9]) <= 1 << 16 else None
 
 
 def cpu_quota(proc: Path = Path("/proc/self")) -> float | None:
-    """Cores that the process's control group and all above it, as far as they are seen here, may use at once.
+    """Return the CPU quota, in cores, of the process's control group and its visible ancestors.
 
     Args:
         proc: of the process: its files ``cgroup`` and ``mountinfo``.
@@ -55,7 +54,7 @@ def _affinity() -> int:
 
 
 def _hierarchies(mounts: list[list[str]]) -> Iterator[tuple[int, str, Path]]:
-    """Version, root within the hierarchy and mount point of all that limit CPUs."""
+    """Yield version, root within the hierarchy and mount point of each hierarchy that limits CPUs."""
     for words in mounts:
         # ID PARENT DEVICE ROOT POINT OPTIONS [TAGS…] - TYPE SOURCE SUPER_OPTIONS
         if "-" not in words[6:] or len(words) < words.index("-", 6) + 4:

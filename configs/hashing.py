@@ -21,7 +21,7 @@ def canonical_json(value: Any) -> str:
 
 
 def sha256_of(value: Any) -> str:
-    """SHA-256 (hex) of the canonical JSON of ``value``."""
+    """Return the SHA-256 (hex) of the canonical JSON of ``value``."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
@@ -32,7 +32,7 @@ def seed_of(*parts: str | int) -> int:
 
 
 def sha256_file(path: Path, chunk: int = 1 << 20) -> str:
-    """SHA-256 (hex) of a regular file's bytes.
+    """Return the SHA-256 (hex) of a regular file's bytes.
 
     Raises:
         OSError: it cannot be read, or is a fifo or device, which might never end.
@@ -45,7 +45,7 @@ def sha256_file(path: Path, chunk: int = 1 << 20) -> str:
 
 
 def sha256_descriptor(descriptor: int, chunk: int = 1 << 20) -> str:
-    """SHA-256 (hex) of all bytes of an open file, wherever it stands; it stays there."""
+    """Return the SHA-256 (hex) of all bytes of an open file; its position does not change."""
     digest, offset = hashlib.sha256(), 0
     while block := os.pread(descriptor, chunk, offset):
         digest.update(block)

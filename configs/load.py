@@ -25,7 +25,7 @@ _REPR.maxstring = _REPR.maxother = 60
 
 
 def find_recipe(name: str) -> Path:
-    """The file a recipe's name stands for: a path, or a packaged recipe such as ``quickstart/detection``.
+    """Return the file that a recipe's name denotes: a path, or a packaged recipe such as ``quickstart/detection``.
 
     Raises:
         ConfigError: there is no such file; names the nearest packaged recipe.

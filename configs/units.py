@@ -6,12 +6,12 @@ import math
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 thread``, ``1,200 steps``."""
+    """Return a number with its unit: ``1 thread``, ``1,200 steps``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 05 min``, ``2 d 4 h``; ``?`` where nobody knows."""
+    """Return a duration: ``45 s``, ``12 min``, ``3 h 05 min``, ``2 d 4 h``; ``?`` where it is unknown."""
     if not math.isfinite(seconds):
         return "?"
     whole = int(seconds)

@@ -139,7 +139,7 @@ def _short(text: str) -> str:
 
 
 def _scalar(what: str, build: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A constructor that answers a text of which nothing can be built with its line."""
+    """Return a constructor that reports an invalid scalar with its line."""
 
     def construct(loader: Any, node: Any) -> Any:
         text = loader.construct_scalar(node)
@@ -173,7 +173,7 @@ def _text(loader: Any, node: Any) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """The same tree, in which what an alias named is there once for each place: a change of one changes no other."""
+    """Return a copy of the tree in which aliases are separate copies, so that a change of one changes no other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -79,7 +79,7 @@ class FileCache:
 
     @contextmanager
     def opened(self, file: RemoteFile) -> Iterator[int]:
-        """A descriptor of the whole, verified file, fetched if it is not here; not evicted inside the block.
+        """Open the complete, verified file, fetched if it is not cached; it is not evicted inside the block.
 
         Raises:
             DataError: the file stays wrong however often it is fetched; UnreachableError: it cannot be fetched, or the

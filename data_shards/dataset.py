@@ -154,7 +154,7 @@ class PackedDataset:
         return self.transforms.pastes or self.transforms.mixes
 
     def train_batch(self, entries: Sequence[Entry], images: Tensor | None = None) -> Batch:
-        """The batch of these entries; a zero-weight filler where there are none.
+        """Return the batch of these entries; a zero-weight filler where there are none.
 
         Args:
             images: where to write the images, with a row for each; ``None``: in new memory.
@@ -215,7 +215,7 @@ class PackedDataset:
         return placed, self.transforms.canvas
 
     def _augmented(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
-        """An entry by itself, before it meets a partner; still uint8."""
+        """Return an entry augmented, before it is mixed with its partner; still uint8."""
         if entry in made:
             return made[entry]
         # Everything random comes from the entry, so neither workers nor restarts can change it.
@@ -227,7 +227,7 @@ class PackedDataset:
         return sample
 
     def _mate(self, entry: Entry, made: dict[Entry, Sample]) -> Sample:
-        """The partner of an entry, by itself."""
+        """Return the partner of an entry, augmented."""
         partner = self._partner(entry)
         try:
             return self._augmented(entry if self._is_left_out(partner) else partner, made)
@@ -321,7 +321,7 @@ class PackedDataset:
         return self.eval_batch(index, images)
 
     def images_shape(self, index: MicroBatch | Sequence[object]) -> tuple[int, ...]:
-        """Of the images (or clips) that are made of it, or of its entries: (B, 3, H, W) or (B, 3, T, H, W)."""
+        """Return the shape of the images (or clips) of an index: (B, 3, H, W) or (B, 3, T, H, W)."""
         entries = index.entries if isinstance(index, MicroBatch) else index
         # A rank without entries has a filler.
         return (max(1, len(entries) * self._views), *self._shape)
@@ -399,7 +399,7 @@ class PackedDataset:
         return label.to(torch.uint8)
 
     def _load(self, raw: RawSample, metadata: dict[str, Any], pixels: Tensor | None = None) -> Sample:
-        """Decoded for training. Crowd regions are no training targets.
+        """Decode a sample for training, without crowd regions.
 
         Args:
             pixels: of the image or clip, where they are decoded already.

@@ -99,7 +99,7 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value from outside as a short part of one line, for error messages."""
+    """Return an untrusted value as short text in one line, for error messages."""
     return printable(str(value)[:100])
 
 
@@ -257,7 +257,7 @@ def sample_frames(count: int, clip: ClipConfig, train: bool, generator: torch.Ge
 
 
 def probe_video(data: bytes | Path | Video, where: str) -> dict[str, Any]:
-    """{frames, fps, height, width} by decoding everything: what headers claim is often one frame off or absent.
+    """Return {frames, fps, height, width} by decoding everything: headers are often one frame off or lack them.
 
     Height and width are those after the rotation tag. Always by PyAV: what a packed data set says of its videos must
     not depend on what else is installed.
@@ -299,7 +299,7 @@ def decode_resized(
     decoder: Decoder | None = None,
     length: int | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The same, each frame resized when it is decoded; and the (height, width) that it had.
+    """Decode frames like :func:`decode_frames`, each resized as it is decoded; also return the former (height, width).
 
     Args:
         target: from that size to the one that is kept, for which ``MAX_CLIP_PIXELS`` counts.

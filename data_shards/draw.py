@@ -49,7 +49,7 @@ def class_colour(number: int) -> Colour:
 def draw_instances(
     image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str], masks: Tensor | None = None
 ) -> Tensor:
-    """Boxes, captions and masks over an image. Masks are laid over each other, the largest first.
+    """Draw boxes, captions and masks over an image. Masks are drawn from the largest to the smallest.
 
     Args:
         image: (3, H, W) uint8. boxes: (N, 4) xyxy in pixels. labels: class ids, which decide the colours.
@@ -82,7 +82,7 @@ def draw_instances(
 
 
 def draw_label_map(image: Tensor, label_map: Tensor, classes: Sequence[str]) -> Tensor:
-    """A label map over an image, with a legend of the classes in it below.
+    """Draw a label map over an image, with a legend of the classes in it below.
 
     Args:
         image: (3, H, W) uint8. label_map: (H, W) integers; 255 stays undrawn.
@@ -113,18 +113,18 @@ def _blended(image: Tensor, masks: Tensor, colours: Sequence[Colour]) -> Tensor:
 
 
 def _mixed(pixels: Tensor, colours: Tensor, share: float) -> Tensor:
-    """``colours`` at this share over ``pixels``, both (3, N)."""
+    """Blend ``colours`` at this share over ``pixels``, both (3, N)."""
     return (pixels.float() * (1 - share) + colours * share).to(torch.uint8)
 
 
 def draw_clip(frames: Tensor, caption: str) -> Tensor:
-    """Frames (T, 3, H, W) uint8 side by side, with a caption below: (3, H', W')."""
+    """Draw frames (T, 3, H, W) uint8 side by side, with a caption below: (3, H', W')."""
     strip: Tensor = make_grid(frames, nrow=len(frames), padding=2)
     return torch.cat([strip, text_below([(caption, _WHITE)], int(strip.shape[2]))], dim=1)
 
 
 def draw_sample(raw: RawSample, manifest: Manifest) -> Image.Image:
-    """A packed sample with its labels.
+    """Draw a packed sample with its labels.
 
     Raises:
         DataError: it cannot be decoded.
@@ -167,13 +167,13 @@ def _draw_annotations(sample: Sample, raw: RawSample, metadata: dict[str, Any], 
 
 
 def _enlarged(sample: Sample) -> Sample:
-    """Tiny images grow, so that captions can be read on them."""
+    """Enlarge a tiny image so that captions are readable."""
     factor = -(-_SMALLEST // min(sample.size))
     return resize(sample, (sample.size[0] * factor, sample.size[1] * factor))
 
 
 def text_below(lines: Sequence[tuple[str, Colour]], width: int) -> Tensor:
-    """Coloured words on black, in as many rows as they need: (3, h, ``width``) uint8."""
+    """Draw coloured words on black, in as many rows as they need: (3, h, ``width``) uint8."""
     places, x, row = [], 2, 0
     words = [(*written(text, _LETTERS), colour) for text, colour in lines]
     heights = [sum(font.getmetrics()) for font, _, _ in words]

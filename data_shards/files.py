@@ -29,7 +29,7 @@ class Place(Protocol):
     remote: bool
 
     def where(self, name: str) -> str:
-        """The file's name for people."""
+        """Return the file's name for messages."""
 
     def read(self, file: FileFacts, start: int, length: int) -> bytes:
         """At most ``length`` bytes from ``start``, fewer at the end. Raises OSError or DataError."""
@@ -38,7 +38,7 @@ class Place(Protocol):
         """Have the file at hand before it is read."""
 
     def recheck(self, file: FileFacts) -> bool:
-        """After damage was found: whether reading again may help."""
+        """Tell whether reading again may help after damage was found."""
 
     def close(self) -> None:
         """Close what is open."""
@@ -91,10 +91,10 @@ class LocalFolder:
         return descriptor
 
     def prefetch(self, file: FileFacts) -> None:
-        """Nothing: it is here."""
+        """Do nothing: local files need no fetch."""
 
     def recheck(self, file: FileFacts) -> bool:
-        """No: these are the only bytes there are."""
+        """Return ``False``: there is no other copy."""
         return False
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class CachedFolder:
         return self.cache.recheck(self._at(file))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is kept open."""
 
     def _at(self, file: FileFacts) -> RemoteFile:
         return RemoteFile(join(self.url, file.name), file.name, file.bytes, file.sha256)

@@ -40,7 +40,7 @@ Where a sample has an unusual one beside a usual one, the usual one is taken."""
 
 
 def take_roles(kind: Kind, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Members by role, in the order in which they are looked for: ``ROLES``, but for those that are ``given``.
+    """Return the members by role, in search order: ``ROLES``, overridden by those ``given``.
 
     Raises:
         ConfigError: no such role, no name of a member, or one for both roles.
@@ -95,7 +95,7 @@ class SampleChecker:
                     self.renamed[extension] = "label.png"
 
     def __call__(self, group: Group, descriptor: int, where: str) -> dict[str, Any]:
-        """The metadata. Raises DataError."""
+        """Return the metadata of a sample; raise ``DataError`` for an invalid one."""
         if group.end - group.start > MAX_SAMPLE_BYTES:
             raise DataError(f"{where}: {group.end - group.start} bytes, more than {MAX_SAMPLE_BYTES}; split the sample")
         pixels = self._take(group, "video" if self.kind == "video" else "image", where)
@@ -132,7 +132,7 @@ class SampleChecker:
         self._deep.tell(self.report, None)
 
     def _stated_size(self, label: bytes, where: str) -> tuple[Any, Any] | None:
-        """(height, width) for which the labels were made, where they say."""
+        """Return the (height, width) stated by the labels; ``None``: not stated."""
         if self.kind == "semantic":
             height, width = decode_label(label, where).shape
             return height, width
@@ -150,7 +150,7 @@ class SampleChecker:
         return None
 
     def _image_facts(self, data: bytes, label: bytes, where: str) -> dict[str, int]:
-        """Height, width and, where one is applied, orientation."""
+        """Return height, width and, where one is applied, orientation."""
         header = read_header(data, where)
         if header.depth > 16:
             raise DataError(f"{where}: an image of 32-bit values, of which nobody knows the white; leave it out")

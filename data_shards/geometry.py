@@ -65,7 +65,7 @@ def covering(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels (…, H, W) uint8 of another (height, width): bilinear with antialiasing, each image by itself."""
+    """Resize pixels (…, H, W) uint8 to another (height, width): bilinear with antialiasing, each image by itself."""
     if tuple(image.shape[-2:]) == size:
         return image
     bilinear = v2.InterpolationMode.BILINEAR
@@ -78,7 +78,7 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Bilinear with antialiasing for pixels; nearest, aligned with it, for masks and labels."""
+    """Resize a sample: bilinear with antialiasing for pixels; nearest, aligned with it, for masks and labels."""
     if sample.size == size:
         return sample
     boxes = sample.boxes
@@ -98,7 +98,7 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """A part of the image. Boxes are clipped to it; one that was cut is tightened around what its mask still shows."""
+    """Crop a sample. Boxes are clipped to the crop; a clipped box is tightened around the visible part of its mask."""
     boxes = sample.boxes
     masks = None if sample.masks is None else sample.masks[:, top : top + height, left : left + width]
     if boxes is not None:
@@ -114,7 +114,7 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
 
 
 def flip(sample: Sample) -> Sample:
-    """Mirrored left and right."""
+    """Flip a sample horizontally."""
     boxes = sample.boxes
     if boxes is not None:
         fmt = tv_tensors.BoundingBoxFormat.XYXY
@@ -125,7 +125,7 @@ def flip(sample: Sample) -> Sample:
 
 
 def pad(tensor: Tensor, size: tuple[int, int], value: float | Tensor) -> Tensor:
-    """(…, h, w) enlarged to (…, H, W) at the bottom and right with ``value``: a number, or broadcast to the result."""
+    """Pad (…, h, w) to (…, H, W) at the bottom and right with ``value``: a number, or broadcast to the result."""
     height, width = tensor.shape[-2:]
     if (height, width) == size:
         return tensor.contiguous()
@@ -136,7 +136,7 @@ def pad(tensor: Tensor, size: tuple[int, int], value: float | Tensor) -> Tensor:
 
 
 def extend(sample: Sample, size: tuple[int, int], colour: Sequence[int]) -> Sample:
-    """Enlarged to ``size`` at the bottom and right: image in this RGB colour, masks 0, labels 255."""
+    """Pad a sample to ``size`` at the bottom and right: image in this RGB colour, masks 0, labels 255."""
     masks = None if sample.masks is None else pad(sample.masks, size, 0)
     label_map = None if sample.label_map is None else pad(sample.label_map, size, IGNORE)
     image = pad(sample.image, size, torch.tensor(colour).view(3, 1, 1).to(sample.image.dtype))
@@ -157,7 +157,7 @@ def tight_boxes(masks: Tensor) -> Tensor:
 
 
 def drop_vanished(sample: Sample) -> Sample:
-    """Without the instances that the transforms left (nearly) empty."""
+    """Drop the instances that the transforms left (nearly) empty."""
     if sample.boxes is None or sample.labels is None:
         return sample
     boxes = _clamp(sample.boxes, sample.size)

@@ -116,7 +116,7 @@ def read_header(data: bytes | Path, where: str) -> Header:
 
 
 def _depth(image: Image.Image) -> int:
-    """Bits for each value. Of 16 bits in colours Pillow decodes the upper 8 alone."""
+    """Return the bits for each value. Of 16 bits in colours Pillow decodes the upper 8 alone."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         return 32
     raw = "".join(str(tile[3]) for tile in getattr(image, "tile", ()))
@@ -124,7 +124,7 @@ def _depth(image: Image.Image) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none; damaged EXIF, which no decoder of pixels minds, is none."""
+    """Return the EXIF orientation, 1 where there is none or the EXIF is damaged."""
     with suppress(Exception):
         # Not the method of PNG, which decodes all pixels for an EXIF that may lie behind them.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -148,7 +148,7 @@ def turned(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
 
 
 def orientation_of(metadata: dict[str, Any], where: str) -> int:
-    """The orientation that is to be applied to a packed sample's image: 1 where its metadata has no such key.
+    """Return the EXIF orientation to apply to a packed sample's image: 1 where its metadata has no such key.
 
     Raises:
         DataError: it is none of EXIF's.
@@ -223,7 +223,7 @@ def is_narrow(found: Values, most: float) -> bool:
 
 
 def range_for(high: float) -> str:
-    """The option that makes the most of values up to ``high``: those of 10, 12 or 14 bits, say."""
+    """Return the ``--range`` option suited to values up to ``high``, e.g. of 10, 12 or 14 bits."""
     return f"--range 0,{2 ** max(1, int(high)).bit_length() - 1}"
 
 
@@ -289,7 +289,7 @@ def _scaled(rows: npt.NDArray[Any], values: Values) -> npt.NDArray[Any]:
 def _by_rows(
     pixels: npt.NDArray[Any], dtype: Any, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
-    """``function`` of all pixels (H, W), some rows at a time, as what it makes on the way takes several times more."""
+    """Apply ``function`` to all pixels (H, W), some rows at a time, as its temporaries take several times as much."""
     made = np.empty(pixels.shape, dtype)
     step = max(1, _ROWS_PIXELS // max(1, pixels.shape[1]))
     for first in range(0, len(pixels), step):

@@ -71,7 +71,7 @@ class IndexFolder:
             raise ConfigError(f"{self.work}: holds {min(others)!r}, which no indexing wrote; move it away")
 
     def write(self, name: str, data: bytes) -> None:
-        """A file that is to be published; on the disk when this returns."""
+        """Write a file to be published; it is on disk (fsync) when this returns."""
         with create(self.work / name) as stream:
             stream.write(data)
             sync(stream)

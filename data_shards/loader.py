@@ -104,7 +104,7 @@ class _Parcel:
 
 
 def _start_worker(dataset: PackedDataset) -> None:
-    """Runs first in each worker."""
+    """Initialise a worker."""
     global _dataset
     # Graceful stops go to the rank, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -150,7 +150,7 @@ class Window:
         self._slabs = Slabs()
 
     def run(self, indices: Iterable[Index]) -> Generator[tuple[Index, Batch | EvalItem], None, None]:
-        """(index, result) pairs; closing the generator ends the processes.
+        """Yield (index, result) pairs; closing the generator ends the processes.
 
         Raises:
             DataError: a sample of a training batch cannot be read.
@@ -174,8 +174,8 @@ class Window:
             self._end()
 
     def memory(self) -> int:
-        """Bytes of all loader processes now; what several share counts once. 0 without any, and where /proc is not
-        Linux's."""
+        """Return the current bytes of all loader processes; shared memory counts once. 0 without any, and where
+        /proc is not Linux's."""
         processes = {} if self._pool is None else self._pool._processes or {}
         return sum(map(_proportional_bytes, list(processes)))
 
@@ -209,7 +209,7 @@ class Window:
         )
 
     def _wait(self, result: Future[_Parcel]) -> _Parcel:
-        """Its result. A pool that breaks in the very moment in which it is asked can forget it, and its thread die."""
+        """Wait for a result. A pool that breaks during the submission can lose the task, and its thread end."""
         while True:
             try:
                 return result.result(LOOK_S)
@@ -282,7 +282,7 @@ class TrainBatches(Iterator[tuple[MicroBatch, Batch]]):
         self._batches.close()
 
     def memory(self) -> int:
-        """Bytes of this rank's loader processes; measured anew after some seconds only, so it may be asked often."""
+        """Return the bytes of this rank's loader processes; cached for some seconds, so calls are cheap."""
         now = time.monotonic()
         if now >= self._measure_at:
             self._memory, self._measure_at = self._window.memory(), now + MEASURED_EVERY_S
@@ -315,7 +315,7 @@ def eval_batches(
     batch_size: int,
     on_error: Callable[[int, str], None] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of evaluation with truths, in the order of ``indices``; targets where the data set was asked for them.
+    """Yield batches of evaluation with ground truth, in the order of ``indices``; targets where the data set has them.
 
     Args:
         on_error: called with (sample, one-line reason) for every sample that cannot be read, before its batch is

@@ -83,7 +83,7 @@ def mixture_entries(parts: Sequence[Part]) -> int:
 
 
 def plan_epoch(parts: Sequence[Part], seed: int, epoch: int) -> Plan:
-    """The order of one epoch over these sources; one source has the order that it has without a mixture."""
+    """Return the order of one epoch over these sources; a single source keeps its order."""
     plans = [EpochPlan(part.fingerprint, part.shard_sizes, seed, epoch, part.repeats) for part in parts]
     return plans[0] if len(plans) == 1 else MixturePlan([part.fingerprint for part in parts], plans, seed)
 
@@ -176,7 +176,7 @@ class MixtureReader:
             reader.close()
 
     def key(self, sample: int) -> str:
-        """Folder of the source and key in it."""
+        """Return the source's folder and the key in it."""
         reader, local = self._find(sample)
         return f"{reader.folder}:{reader.key(local)}"
 

@@ -37,21 +37,21 @@ class Outcome(Generic[Value]):
     error: Exception | None = None
 
     def get(self) -> Value:
-        """The value; raises what the function raised."""
+        """Return the value, or raise the function's exception."""
         if self.error is not None:
             raise self.error
         return self.value  # type: ignore[return-value]
 
 
 def default_jobs() -> int:
-    """As many processes as this one may use cores, at most ``MAX_DEFAULT``."""
+    """Return the number of cores this process may use, at most ``MAX_DEFAULT``."""
     return min(usable_cores(), MAX_DEFAULT)
 
 
 def outcomes(
     function: Callable[[Given], Value], items: Sequence[Given], jobs: int, chunk: int = 1
 ) -> Generator[Outcome[Value], None, None]:
-    """``function(item)`` for each item, in order, whatever the number of processes; closing the generator ends them.
+    """Yield ``function(item)`` of each item, in order for any number of processes; closing the generator ends them.
 
     Args:
         function: pure, and picklable as the items and their outcomes are.

@@ -15,7 +15,7 @@ _MAKER = "vitgraft"
 
 
 def encoded(picture: Image.Image) -> bytes:
-    """A picture as a PNG file that says who made it."""
+    """Return a picture as a PNG file whose metadata names vitgraft."""
     facts, stream = PngInfo(), io.BytesIO()
     facts.add_text("Software", _MAKER)
     picture.save(stream, "PNG", pnginfo=facts)

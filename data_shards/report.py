@@ -223,7 +223,7 @@ def inspect(
 
 
 def _statistics(raw: RawSample, manifest: Manifest) -> tuple[Counter[int], tuple[int, int], int]:
-    """Counts by class id, (height, width), and what is unlabelled, of one sample."""
+    """Return counts by class id, (height, width), and the unlabelled count of one sample."""
     metadata = decode_json(raw.first(("json",)), raw.where)
     if manifest.kind == "detection":
         annotations = check_annotations(metadata, len(manifest.classes), raw.where)

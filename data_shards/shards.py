@@ -80,7 +80,7 @@ class Shards(Sequence[Shard]):
 
     @classmethod
     def of_rows(cls, rows: list[Any]) -> Shards:
-        """From parsed JSON. Raises ValueError (pydantic's ValidationError), which says what is wrong and where."""
+        """Return shards from parsed JSON; raise ValueError (pydantic's ValidationError) for invalid rows."""
         shards = cls()
         shards._take(rows)
         return shards
@@ -97,7 +97,7 @@ class Shards(Sequence[Shard]):
         self.names, self.samples, self.bytes, self.index_sizes, self._sha256, self._index_sha256 = columns
 
     def rows(self) -> list[dict[str, Any]]:
-        """As they are written as JSON."""
+        """Return the rows for JSON."""
         return [shard.model_dump(exclude_none=True) for shard in self]
 
     @property
@@ -106,11 +106,11 @@ class Shards(Sequence[Shard]):
         return np.where(self.index_sizes > 0, self.index_sizes, 8 * (self.samples + 1))
 
     def hashes(self) -> Iterator[str]:
-        """SHA-256 of each tar, in hex."""
+        """Yield the SHA-256 of each tar, in hex."""
         return _hexes(self._sha256)
 
     def index_hashes(self) -> Iterator[str]:
-        """SHA-256 of each index, in hex."""
+        """Yield the SHA-256 of each index, in hex."""
         return _hexes(self._index_sha256)
 
     def __len__(self) -> int:
@@ -170,7 +170,7 @@ class _Columns(NamedTuple):
 
 
 def _columns(rows: list[Any]) -> _Columns | None:
-    """The columns of rows that are sound without any doubt; ``None``: pydantic must look at each.
+    """Return the columns of rows that are certainly valid; ``None``: pydantic must validate each.
 
     Its checks take several times as long as these of whole columns.
     """

@@ -47,7 +47,7 @@ class Slab:
         self.name = SlabName(f"/proc/{os.getpid()}/fd/{descriptor}", next(self._numbers), size)
 
     def floats(self, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
-        """Its first part as float32, and the object that lives as long as any tensor of that part."""
+        """Return its first part as float32, and the object that lives as long as any tensor of that part."""
         held = np.frombuffer(self._memory, np.float32, math.prod(shape))
         return torch.from_numpy(held).view(shape), held
 
@@ -59,7 +59,7 @@ class Slabs:
         self._free: list[Slab] = []
 
     def lend(self, shape: tuple[int, ...]) -> Slab:
-        """One with room for float32 of ``shape``; smaller ones that are free are given up for it."""
+        """Return a slab with room for float32 of ``shape``; smaller free ones are released for it."""
         size = _BYTES * math.prod(shape)
         while self._free:
             slab = self._free.pop()
@@ -85,7 +85,7 @@ def _mapped(name: SlabName) -> Tensor:
 
 
 def slab_to_write(name: SlabName, shape: tuple[int, ...]) -> Tensor:
-    """In a loader process: where the owner of the slab will read float32 of ``shape``.
+    """Return the memory, in a loader process, that the slab's owner will read as float32 of ``shape``.
 
     Raises:
         OSError: the owner is gone.

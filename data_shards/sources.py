@@ -38,14 +38,14 @@ def cache_folder() -> Path:
 
 
 def resolve_source(path: str) -> Path | str:
-    """The folder that a recipe's path means (``~`` expanded); a URL comes back as it is, as ``str``."""
+    """Return the folder of a recipe's path (``~`` expanded); a URL is returned unchanged, as ``str``."""
     if is_url(path):
         return path
     return ensure_digits(path) if path.startswith(SCHEME) else home_path(path)
 
 
 def open_cache(config: CacheConfig) -> FileCache:
-    """The cache that a recipe's ``data.cache`` means."""
+    """Return the cache of a recipe's ``data.cache``."""
     folder = cache_folder() / "shards" if config.folder is None else home_path(config.folder)
     return FileCache(folder, config.max_bytes)
 

@@ -115,7 +115,7 @@ class ShardReader:
         self._tars.prefetch(_tar_facts(info))
 
     def key(self, sample: int) -> str:
-        """The key that the sample must have: its number."""
+        """Return the expected key of a sample: its number."""
         return f"{sample:09d}"
 
     def read(self, sample: int) -> RawSample:
@@ -164,7 +164,7 @@ class ShardReader:
         return RawSample(path, key, members)
 
     def _opened(self, number: int) -> _OpenShard:
-        """Reads a shard's index; those of the shards opened last are kept."""
+        """Return an open shard with its index; those opened last are cached."""
         info = self.manifest.shards[number]
         foreign = self.manifest.foreign is not None
         # Foreign: n starts, n ends, n + 1 places of metadata, then the metadata, which is not kept in memory.
@@ -223,7 +223,7 @@ class ShardReader:
 
 
 def _content(path: Path) -> bytes:
-    """A manifest that was read before; raises OSError where it is no file any more."""
+    """Return the content of a manifest that was read before; raise OSError if it is no longer a file."""
     with os.fdopen(open_regular(path), "rb") as stream:
         return stream.read()
 
@@ -240,7 +240,7 @@ class _OpenShard(NamedTuple):
 
 
 def _unreadable(where: str, error: OSError) -> DataError:
-    """A disk that cannot give the bytes back is damage; a missing folder, say, or too many open files is not."""
+    """Return the error of a failed read: damage for an I/O error, not for a missing folder or too many open files."""
     if error.errno == errno.EIO:
         return DataError(f"{where}: cannot be read: {error.strerror}; {_REMEDY}")
     return UnreachableError(f"{where}: cannot be read: {error.strerror}; see to that, then run again")
@@ -255,7 +255,7 @@ def _index_facts(info: Shard) -> FileFacts:
 
 
 def _own_members(data: bytes, key: str) -> dict[str, bytes] | None:
-    """The members of one sample by extension; ``None``: not a matter of course, :func:`_members` decides."""
+    """Return the members of one sample by extension, in the common case; ``None``: :func:`_members` decides."""
     found = plain_members(data)
     if found is None:
         return None
@@ -269,7 +269,7 @@ def _own_members(data: bytes, key: str) -> dict[str, bytes] | None:
 
 
 def _foreign_members(data: bytes, wanted: Mapping[str, str]) -> dict[str, bytes] | None:
-    """The same for one sample of a foreign tar, of which ``wanted`` are read."""
+    """Return the ``wanted`` members of one sample of a foreign tar, in the common case; else ``None``."""
     found = plain_members(data)
     if found is None:
         return None
@@ -331,7 +331,7 @@ def _own_name(name: str) -> tuple[str, str]:
 
 
 def member_name(name: str) -> tuple[str, str]:
-    """Key and extension of a foreign tar's member, as WebDataset parts them: at the first dot after the last slash.
+    """Return key and extension of a foreign tar's member, split as WebDataset does: at the first dot of the file name.
 
     The extension comes in small letters, and empty where there is none.
     """

@@ -35,7 +35,7 @@ class Group:
 
 
 def scan_tar(path: Path, where: str, pass_over: Callable[[str], None] = lambda _: None) -> Iterator[Group]:
-    """The samples of a tar by its headers alone, in order.
+    """Yield the samples of a tar by its headers alone, in order.
 
     Args:
         pass_over: told the names of hidden members, which are of no sample.

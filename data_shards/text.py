@@ -58,7 +58,7 @@ def _escaped(letter: str) -> str:
 
 
 def _others(letters: frozenset[str], size: int) -> Iterator[Font]:
-    """Fonts of the system that may have the letters, the likeliest first."""
+    """Yield fonts of the system that may have the characters, the likeliest first."""
     for name, index in (*_known_to_fontconfig(letters), *((name, 0) for name in _USUAL_FONTS)):
         try:
             yield ImageFont.truetype(name, size, index)

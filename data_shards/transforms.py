@@ -43,7 +43,7 @@ Size = tuple[int, int]
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's global CPU generator, from which the transforms draw, starts from ``seed`` inside the block."""
+    """Seed torch's global CPU generator, which the transforms use, inside the block."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -206,7 +206,7 @@ class Transforms:
         return bool(self._mixing)
 
     def train(self, sample: Sample) -> Sample:
-        """Randomly transformed, at most as large as the canvas, instances that vanished dropped; still uint8.
+        """Transform a sample randomly, to at most the canvas, without instances that became empty; still uint8.
 
         With copy-paste in the recipe, transformed as far as it: what :meth:`paste` takes. Draws from torch's global CPU
         generator: call it inside :func:`seeded`.
@@ -216,7 +216,7 @@ class Transforms:
         return self._fit(sample)
 
     def paste(self, sample: Sample, partner: Sample) -> Sample:
-        """With instances of ``partner``, and what follows in the recipe; both come from :meth:`train`.
+        """Paste instances of ``partner``, and apply the recipe's later transforms; both come from :meth:`train`.
 
         Draws from torch's global CPU generator, as :meth:`train` does.
         """
@@ -227,18 +227,18 @@ class Transforms:
         return self._fit(sample)
 
     def mix(self, sample: Sample, partner: Callable[[], Sample], classes: int) -> Sample:
-        """Mixed with the partner, or not; the class becomes (K,) float32. Both come from :meth:`place`.
+        """Mix a sample with its partner, at random; the class becomes (K,) float32. Both come from :meth:`place`.
 
         Draws from torch's global CPU generator, as :meth:`train` does.
         """
         return mix(sample, partner, self._mixing, classes)
 
     def evaluation(self, sample: Sample) -> Sample:
-        """Resized to fit the canvas; still uint8."""
+        """Resize a sample to fit the canvas; still uint8."""
         return resize(sample, self.fitted(sample.size))
 
     def place(self, sample: Sample, place: Tensor | None = None) -> Sample:
-        """Normalised and padded at the bottom and right: image zero, masks 0, labels 255; clips become (3, T, H, W).
+        """Normalise and pad at the bottom and right: image zero, masks 0, labels 255; clips become (3, T, H, W).
 
         Args:
             place: where the image is written, of the size of the canvas; ``None``: memory of its own.
@@ -256,16 +256,16 @@ class Transforms:
         return Sample(place, sample.boxes, sample.labels, masks, label_map)
 
     def prepare(self, image: Tensor) -> Prepared:
-        """Evaluation transform of an image (3, h, w) or clip (T, 3, h, w), uint8."""
+        """Apply the evaluation transform to an image (3, h, w) or clip (T, 3, h, w), uint8."""
         before = Sample(image)
         return self.prepare_fitted(self.evaluation(before).image, before.size)
 
     def fitted(self, size: Size) -> Size:
-        """(height, width) to which evaluation resizes."""
+        """Return the (height, width) to which evaluation resizes."""
         return fitted(size, self.canvas)
 
     def prepare_fitted(self, image: Tensor, before: Size) -> Prepared:
-        """The same of one that has the size :meth:`fitted` already, and had ``before``."""
+        """Prepare an input that already has the size of :meth:`fitted`, and had ``before``."""
         after = Sample(image)
         scale = after.size[0] / before[0], after.size[1] / before[1]
         return Prepared(self.place(after).image, after.size, scale)

@@ -60,7 +60,7 @@ class Video(Protocol):
 def open_video(
     data: bytes | Path | Video, where: str, decoder: Decoder | None = None, length: int | None = None
 ) -> Video:
-    """A video from its bytes or file; one that is open already comes back as it is.
+    """Open a video from its bytes or file; an open one is returned unchanged.
 
     Args:
         length: how many frames can be decoded, where that is known: PyAV can seek then.
@@ -142,18 +142,18 @@ class PyAVVideo:
             self._from_start(stack)
 
     def rate(self) -> Fraction:
-        """Frames per second as the container says, 0 where it does not."""
+        """Return the frames per second stated by the container, 0 where absent."""
         with self._opened() as (_, stream):
             return Fraction(stream.average_rate or stream.guessed_rate or 0)
 
     def frames(self) -> Iterator[Pixels]:
-        """All frames (H, W, 3), uint8 RGB, upright, one after the other."""
+        """Yield all frames (H, W, 3), uint8 RGB, upright."""
         with self._opened() as (container, stream):
             for frame in self._decoded(container, stream):
                 yield _upright(frame)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
-        """The frames from where the container stands, few enough and each small enough."""
+        """Yield the frames from the container's position, within the limits of number and size."""
         for number, frame in enumerate(container.decode(stream)):
             if number >= MAX_FRAMES:
                 raise DataError(f"{self._where}: more than {MAX_FRAMES} frames; cut the video")
@@ -194,7 +194,7 @@ class PyAVVideo:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
-        """Container and first video stream; whatever goes wrong inside the block becomes a DataError."""
+        """Open the container and its first video stream; errors inside the block become a DataError."""
         import av
 
         try:
@@ -215,7 +215,7 @@ class PyAVVideo:
 
 
 def _turns(frame: Any) -> int:
-    """Quarter turns against the clock that bring a frame upright."""
+    """Return the counterclockwise quarter turns that make a frame upright."""
     return round(int(getattr(frame, "rotation", 0)) / 90) % 4
 
 
@@ -224,7 +224,7 @@ def _upright(frame: Any) -> Pixels:
 
 
 def _tensor(frame: Any) -> Tensor:
-    """(3, H, W) uint8, upright, with the channels last in memory."""
+    """Return a frame as (3, H, W) uint8, upright, with the channels last in memory."""
     return torch.from_numpy(np.ascontiguousarray(_upright(frame))).permute(2, 0, 1)
 
 
@@ -324,7 +324,7 @@ class TorchcodecVideo:
 
 
 def _decodable(decoder: Any) -> int:
-    """The frames that are there: the container's packets less those at the end that hold none."""
+    """Return the number of decodable frames: the container's packets less empty ones at the end."""
     length = len(decoder)
     if length > MAX_FRAMES:
         raise ValueError(f"more than {MAX_FRAMES} frames")

@@ -35,7 +35,7 @@ def clips_of(count: int, clip: ClipConfig, clips: int) -> list[list[int]]:
 
 
 def crops_of(clip: Tensor, before: tuple[int, int], transforms: Transforms, crops: int) -> list[Prepared]:
-    """Parts of a clip (T, 3, h, w) uint8, each filling the canvas.
+    """Return crops of a clip (T, 3, h, w) uint8, each filling the canvas.
 
     The clip covers the canvas (:func:`~vitgraft.data_shards.geometry.covering`): on a square one its short side has the
     canvas's side. The crops lie evenly along what reaches beyond: 1: the centre; 3: left, centre and right, or top,

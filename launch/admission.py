@@ -112,7 +112,7 @@ class Admission:
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _oldest_of_many(self) -> PendingConnection:
-        """The oldest from the address that most come from: a flood must not push out who comes from elsewhere."""
+        """Return the oldest connection of the address with the most: a flood must not displace other peers."""
         [(address, _)] = Counter(peer.address for peer in self._pending).most_common(1)
         return next(peer for peer in self._pending if peer.address == address)
 

@@ -79,7 +79,7 @@ class Agent:
         self._asked = number
 
     def serve(self) -> int:
-        """Work until the supervisor says what to leave with, or is gone; returns the exit code. No process is left."""
+        """Serve until the supervisor sends the exit code or is gone; return the exit code. No process is left."""
         try:
             with selectors.DefaultSelector() as selector:
                 while self._code is None:
@@ -234,7 +234,7 @@ class Agent:
         self._code = int(message["code"])
 
     def _hear_tickets(self) -> None:
-        """DeepSpeed's launcher has started one for each rank, which is started with its environment."""
+        """Accept the tickets that DeepSpeed's launcher starts, one a rank, and start each rank with its environment."""
         if self._listener is not None:
             refused = self._told_of("the agent cannot hear the launcher")
             with refused, contextlib.suppress(BlockingIOError, ConnectionError):
@@ -262,7 +262,7 @@ class Agent:
                 wire.close()
 
     def _close_tickets(self) -> None:
-        """They end when their connection does, and DeepSpeed's launcher with them."""
+        """Close the tickets' connections, which ends them and DeepSpeed's launcher."""
         for wire in (*self._tickets, *self._strange):
             wire.close()
         self._tickets, self._strange = [], []
@@ -272,7 +272,7 @@ class Agent:
 
 
 def memory_kills() -> int:
-    """Processes that the kernel of this host has killed for want of memory since it started."""
+    """Return the number of processes that this host's kernel has killed for lack of memory since it started."""
     kills = [0]
     for path, name in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
         with contextlib.suppress(OSError):

@@ -75,7 +75,7 @@ class Attempt:
     _launcher_gone: float | None = None
 
     def run(self) -> Observation:
-        """From the first order to the last process; none of the attempt lives afterwards on a host that answers.
+        """Run the attempt to its end; afterwards none of its processes runs on a host that answers.
 
         Raises:
             ConfigError: the port of the recipe is taken, or a host cannot carry out its orders.
@@ -100,7 +100,7 @@ class Attempt:
         return max(state.step for state in self._states.values())
 
     def log_of(self, rank: int) -> Path:
-        """The log of a rank."""
+        """Return the path of a rank's log."""
         host = next((host for host, ranks in self.plan.numbers().items() if rank in ranks), "")
         return log_path(self.handle.path, f"trainer-{max(rank, 0)}", self.handle.attempt, self._nodes.get(host, host))
 
@@ -164,7 +164,7 @@ class Attempt:
         return {host for host in self.hosts if self.links[host].lost is None}
 
     def _watch(self) -> None:
-        """Until all ranks have ended, by themselves or by us, or are lost with their hosts."""
+        """Watch until all ranks have ended, were killed, or are lost with their hosts."""
         told = False
         while True:
             lost = {host for host in self.hosts if self.links[host].lost is not None}

@@ -58,19 +58,19 @@ class Backend(Protocol):
         host began to be waited for (monotonic clock). ``meanwhile``: called now and then while it waits."""
 
     def waiting(self) -> Sequence[AgentLink]:
-        """Agents that are there before anybody has asked for them."""
+        """Return agents that connected before they were requested."""
 
     def meeting(self, first: AgentLink, port: int) -> Meeting:
         """Return the rendezvous address of the ranks, on the first host."""
 
     def used(self, host: str, count: int) -> Sequence[int]:
-        """The GPUs that so many ranks of a host use."""
+        """Return the GPUs of ``count`` ranks of a host."""
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
         """Return the environment variables of ``count`` ranks of a host."""
 
     def launcher(self) -> Callable[[LaunchOrder], Launcher] | None:
-        """Starts what hands out the tickets; ``None``: there are none, and agents start the ranks unasked."""
+        """Return the function that starts the tickets' launcher; ``None``: agents start the ranks without tickets."""
 
     def close(self) -> None:
         """Let everything go."""
@@ -96,15 +96,15 @@ class HereBackend:
         return start_here(host.name, self.lock, self.logs)
 
     def waiting(self) -> Sequence[AgentLink]:
-        """None: every agent is started from here."""
+        """Return no agents: every agent is started by this process."""
         return ()
 
     def meeting(self, first: AgentLink, port: int) -> Meeting:
-        """On the loopback: a host name that does not resolve must not matter."""
+        """Return an address on the loopback, so that the host name need not resolve."""
         return Meeting("127.0.0.1", port)
 
     def used(self, host: str, count: int) -> Sequence[int]:
-        """The first ones."""
+        """Return the first GPUs."""
         return range(count)
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
@@ -114,10 +114,10 @@ class HereBackend:
         return variables | interfaces
 
     def launcher(self) -> None:
-        """None is needed."""
+        """Return ``None``: no launcher is needed."""
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing: no resource is held."""
 
 
 @dataclass
@@ -139,15 +139,15 @@ class HostfileBackend:
         return start_over_ssh(host.name, self.ssh_args, self.logs)
 
     def waiting(self) -> Sequence[AgentLink]:
-        """None: every agent is started from here."""
+        """Return no agents: every agent is started by this process."""
         return ()
 
     def meeting(self, first: AgentLink, port: int) -> Meeting:
-        """The address by which the first host was reached."""
+        """Return the address by which the first host was reached."""
         return Meeting(str(first.facts["address"] or first.host), port)
 
     def used(self, host: str, count: int) -> Sequence[int]:
-        """The first of its slots."""
+        """Return the first of the host's slots."""
         return self.slots[host][:count]
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
@@ -156,7 +156,7 @@ class HostfileBackend:
         return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.used(host, count)))}
 
     def launcher(self) -> Callable[[LaunchOrder], Launcher] | None:
-        """DeepSpeed's runner, which needs pdsh."""
+        """Return the starter of DeepSpeed's runner, which needs pdsh."""
         return self.launch if self.pdsh else None
 
     def launch(self, order: LaunchOrder) -> Launcher:
@@ -189,7 +189,7 @@ class HostfileBackend:
         return DeepSpeedLauncher(process, log, variables)
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing: no resource is held."""
 
 
 @dataclass
@@ -201,13 +201,13 @@ class DeepSpeedLauncher:
     variables: Path
 
     def ended(self) -> str | None:
-        """Its exit code says nothing (it is 0 after failures, too)."""
+        """Return why the runner has ended; its exit code tells nothing (it is 0 after failures, too)."""
         code = self.process.poll()
         return None if code is None else f"DeepSpeed's launcher ended with code {code}; its log: {self.log}"
 
     def end(self) -> None:
-        """Its tickets have ended, or will with their ssh; SIGTERM to it would end all processes of that name on all
-        hosts, whoever's they are."""
+        """End the runner. Its tickets end with their ssh; SIGTERM to the runner would end all processes of that name on
+        all hosts, also other users'."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(FAREWELL_S)
         with contextlib.suppress(ProcessLookupError):

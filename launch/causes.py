@@ -122,7 +122,7 @@ def _stopped(ends: Sequence[RankEnd]) -> Iterator[RankEnd]:
 
 
 def _failures(seen: Observation) -> Iterator[tuple[float, Cause]]:
-    """Everything that went wrong by itself, and when."""
+    """Yield the primary failures and their times."""
     hosts = {host.name: host for host in seen.hosts}
     gone = {host.name for host in seen.hosts if host.lost_at is not None and _was_needed(host, seen.ends)}
     for host in seen.hosts:
@@ -163,7 +163,7 @@ def _is_victim(error: ReportedError) -> bool:
 
 
 def _asked_for(end: RankEnd, asked: int | None) -> bool:
-    """A signal that comes before a rank can turn it into a checkpoint ends it."""
+    """Tell whether a rank was ended by the signal to stop, before it could save a checkpoint."""
     return asked is not None and end.code in (-signal.SIGTERM, -asked)
 
 
@@ -175,7 +175,7 @@ def _kind_of(error: ReportedError, host: HostState | None) -> Kind:
 
 
 def _of_end(end: RankEnd, host: HostState | None) -> Cause:
-    """A process that said nothing."""
+    """Return the cause for a process that ended without a message."""
     if end.code < 0:
         name = signal_name(-end.code)
         if end.code == -signal.SIGKILL and host is not None and host.memory_kills > 0:

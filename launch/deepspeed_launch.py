@@ -49,7 +49,7 @@ class Meeting:
 
 
 def deepspeed_hostfile(slots: Slots) -> str:
-    """A hostfile of these hosts, with slots up to the highest that is used (:func:`slot_filter` leaves out others)."""
+    """Return a hostfile with slots up to the highest used (:func:`slot_filter` leaves out others)."""
     return write_hostfile(Host(name, max(used) + 1) for name, used in slots.items())
 
 
@@ -59,8 +59,8 @@ def slot_filter(slots: Slots) -> str:
 
 
 def runner_command(hostfile: Path, slots: Slots, meeting: Meeting, module: str, arguments: Sequence[str]) -> list[str]:
-    """DeepSpeed's runner over pdsh, starting ``python -m MODULE ARGUMENTS`` once for each slot; ``arguments`` are words
-    that mean nothing to a shell."""
+    """Return the command of DeepSpeed's runner over pdsh, which starts ``python -m MODULE ARGUMENTS`` for each slot;
+    ``arguments`` are words without a meaning to a shell."""
     return [
         sys.executable,
         "-m",
@@ -111,13 +111,13 @@ def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def launchers_variables(device: str) -> str:
-    """The text of the file that ``DS_ENV_FILE`` names: all that DeepSpeed's launcher and the tickets find on a host
-    besides what its shell gives them. It stands on command lines, so it is no more than they need."""
+    """Return the text of the file that ``DS_ENV_FILE`` names: the variables of DeepSpeed's launcher and the tickets on
+    a host, besides those of its shell. They appear on command lines, so only the necessary ones are given."""
     return f"DS_ACCELERATOR={device}\n"
 
 
 def runner_environment(environment: Mapping[str, str], env_file: Path, ssh_args: Sequence[str]) -> dict[str, str]:
-    """The environment of the runner itself, in which pdsh starts ssh with ``ssh_args`` (of :func:`ssh_arguments`).
+    """Return the runner's environment, in which pdsh starts ssh with ``ssh_args`` (of :func:`ssh_arguments`).
 
     Left out is what the runner would export on every host by itself, unquoted and for all to read.
     """

@@ -21,7 +21,7 @@ class Placement:
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that a process started here may use."""
+    """Return the number of NVIDIA GPUs that a process started here may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()])
     if visible is None:

@@ -35,7 +35,7 @@ class Finding:
 
 
 def agreed(values: Mapping[str, T]) -> tuple[T, list[str]]:
-    """The value that most hosts have (the earliest of equals), and the hosts that have another."""
+    """Return the most frequent value (the earliest of equals), and the hosts that have another."""
     counts = Counter(values.values())
     best = max(counts.values())
     common = next(value for value in values.values() if counts[value] == best)
@@ -43,7 +43,7 @@ def agreed(values: Mapping[str, T]) -> tuple[T, list[str]]:
 
 
 def judge_versions(facts: Facts) -> list[Finding]:
-    """Python, packages and vitgraft's own sources are the same everywhere, and nothing is missing."""
+    """Check that Python, packages and vitgraft's own sources are the same everywhere, and nothing is missing."""
     python, others = agreed({host: said["python"] for host, said in facts.items()})
     found = [
         Finding("python", "failure", host, f"python {facts[host]['python']}, elsewhere {python}; install the same")
@@ -70,7 +70,7 @@ def judge_versions(facts: Facts) -> list[Finding]:
 
 
 def judge_recipe(facts: Facts) -> list[Finding]:
-    """The recipe can be read everywhere and means the same."""
+    """Check that the recipe is readable and identical everywhere."""
     if all(said["recipe"] is None for said in facts.values()):
         return [Finding("recipe", "skipped", None, "no RECIPE was named")]
     remedy = "keep the recipe on storage that all hosts share, or copy it there"
@@ -78,7 +78,7 @@ def judge_recipe(facts: Facts) -> list[Finding]:
 
 
 def judge_data(facts: Facts) -> list[Finding]:
-    """Every data set can be read everywhere and is the same."""
+    """Check that every data set is readable and identical everywhere."""
     keys = list(dict.fromkeys(key for said in facts.values() for key in said["data"]))
     found = []
     for key in keys:
@@ -109,7 +109,7 @@ def _judge_alike(check: str, key: str, answers: Mapping[str, Mapping[str, Any]],
 
 
 def judge_space(facts: Facts) -> list[Finding]:
-    """Room on the run's disk, in memory and in /dev/shm."""
+    """Check the free space on the run's disk, in memory and in /dev/shm."""
     found = []
     for host, said in facts.items():
         disk, memory, shm = said["run_free"], said["memory_free"], said["shm_free"]
@@ -134,7 +134,7 @@ def judge_space(facts: Facts) -> list[Finding]:
 
 
 def judge_cores(facts: Facts) -> list[Finding]:
-    """Hosts have as many cores as the others, all of which their containers let them use."""
+    """Check that hosts have equal numbers of cores, none restricted by a container."""
     common, others = agreed({host: said["cores"] for host, said in facts.items()})
     found = [
         Finding(
@@ -154,7 +154,7 @@ def judge_cores(facts: Facts) -> list[Finding]:
 
 
 def judge_gpus(facts: Facts, slots: Mapping[str, int], device: str) -> list[Finding]:
-    """GPUs are there for all slots, are alike and healthy. ``device``: the recipe's launch.device."""
+    """Check that there are GPUs for all slots, alike and healthy. ``device``: the recipe's launch.device."""
     found: list[Finding] = []
     with_gpus = [host for host, said in facts.items() if said["gpus"]]
     for host, said in facts.items():
@@ -204,7 +204,7 @@ def _judge_health(host: str, said: Mapping[str, Any]) -> list[Finding]:
 
 
 def judge_clock(skews: Mapping[str, tuple[float, float]]) -> list[Finding]:
-    """``skews``: seconds that each host's clock is ahead of this one's, and by how much that may be wrong."""
+    """Check the clocks. ``skews``: seconds that each host's clock is ahead of this one's, and the error bound."""
     found = []
     for host, (ahead, bound) in skews.items():
         certain = max(0.0, abs(ahead) - bound)
@@ -217,7 +217,7 @@ def judge_clock(skews: Mapping[str, tuple[float, float]]) -> list[Finding]:
 
 
 def judge_reach(failed: Mapping[str, Mapping[str, str]], what: Callable[[str], str]) -> list[Finding]:
-    """``failed``: for each host the peers that it could not connect to, and why; ``what(peer)``: its address."""
+    """Check connections. ``failed``: for each host its unreachable peers, and why; ``what(peer)``: its address."""
     return [
         Finding(
             "network", "failure", host, f"cannot connect to {peer} ({what(peer)}): {reason}; see to firewall and routes"
@@ -228,7 +228,7 @@ def judge_reach(failed: Mapping[str, Mapping[str, str]], what: Callable[[str], s
 
 
 def judge_bandwidth(rates: Sequence[tuple[str, str, float]]) -> list[Finding]:
-    """``rates``: (from, to, bytes per second)."""
+    """Check the bandwidth. ``rates``: (from, to, bytes per second)."""
     usual = median(rate for _, _, rate in rates)
     found = []
     for start, end, rate in rates:

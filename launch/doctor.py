@@ -148,7 +148,7 @@ def _examine(case: Examination, patients: Patients) -> None:
 
 
 def _clocks(case: Examination, patients: Patients) -> dict[str, tuple[float, float]]:
-    """First contact, and how far each clock is ahead: the narrowest of a few round trips bounds the error."""
+    """Contact the hosts, and return each clock's offset and its error bound, half the shortest of a few round trips."""
     patients.ask("reach", lambda _: {"ask": "time"}, case.timeout)
     if patients.talks:
         patients.findings.append(Finding("reach", "ok", None, f"{', '.join(patients.names)} answered"))
@@ -185,7 +185,7 @@ def _facts_question(case: Examination) -> Question:
 
 
 def _storage(case: Examination, patients: Patients) -> None:
-    """A file that each host writes is seen by all."""
+    """Check that a file written by each host is visible on all."""
     if case.run is None:
         patients.findings.append(Finding("storage", "skipped", None, "no RECIPE or --run-dir was named"))
         return
@@ -248,7 +248,8 @@ def _all_reach(patients: Patients, places: Mapping[str, tuple[str, int]]) -> boo
 
 
 def _bandwidth(patients: Patients, places: Mapping[str, tuple[str, int]]) -> None:
-    """All hosts send at once, each to the next, then to the one after it: as the rings of a training step do."""
+    """Measure bandwidth while all hosts send at once, each to the next, then to the one after it, as ring collectives
+    do."""
     names, rates = list(places), []
     for distance in range(1, min(len(names) - 1, _MAX_DISTANCE) + 1):
         target = {host: names[(number + distance) % len(names)] for number, host in enumerate(names)}

@@ -31,8 +31,8 @@ def hear() -> None:
 
 
 def decide() -> None:
-    """The exit code is decided: signals change nothing any more, nor while Python ends. Where :func:`hear` was not
-    called, this is no command, and nothing changes."""
+    """Fix the exit code: signals are ignored from here to the end of Python. Does nothing unless :func:`hear` was
+    called, as this is then no command."""
     global _decided
     _decided = _heard
     if _heard:
@@ -41,7 +41,7 @@ def decide() -> None:
 
 
 def asked() -> int | None:
-    """The signal by which the command was asked to end; ``None``: by none."""
+    """Return the signal that asked the command to end; ``None``: none did."""
     return _asked
 
 

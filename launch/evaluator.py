@@ -98,7 +98,7 @@ class EvaluatorKeeper:
         self._start()
 
     def heard(self, message: dict[str, Any]) -> None:
-        """A sign of life. Evaluations show that it gets on."""
+        """Handle a heartbeat; evaluations count as progress."""
         if not self._role.heard(message["pid"]):
             return  # a predecessor's, late
         self._step = message["outstanding"]
@@ -131,7 +131,7 @@ class EvaluatorKeeper:
         self._ended = True
 
     def log_path(self) -> Path:
-        """RUN/logs/ROLE.HOST.ATTEMPT.log."""
+        """Return RUN/logs/ROLE.HOST.ATTEMPT.log."""
         return self._role.log_path()
 
     def _gone(self, reason: str) -> None:

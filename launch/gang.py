@@ -214,8 +214,8 @@ class HostGang:
             end_family(rank.process)
 
     def drain(self, *, drop_copy: bool, evaluate: bool) -> None:
-        """The ranks of all hosts have ended: let the checkpointer finish what they handed over, and the evaluator what
-        is committed."""
+        """Let the checkpointer finish the saves handed over, and the evaluator the committed checkpoints, after the
+        ranks of all hosts have ended."""
         self._draining = True
         if self._keeper is not None:
             self._keeper.drain(drop_copy=drop_copy)

@@ -82,7 +82,7 @@ def answer_to(question: Answer, probe: NetworkProbe) -> Answer:
 
 
 def clock() -> float:
-    """Seconds since 1970, by this host's clock."""
+    """Return the seconds since 1970, by this host's clock."""
     return time.time()
 
 
@@ -97,7 +97,7 @@ def enter(folder: str, environment: dict[str, str]) -> Answer:
 
 
 def facts(recipe: str | None = None, data: dict[str, str] | None = None, run: str | None = None) -> Answer:
-    """Everything about this host alone. ``data``: paths of packed data sets, by the recipe's key."""
+    """Return the facts of this host alone. ``data``: paths of packed data sets, by the recipe's key."""
     from vitgraft.launch.gpu_facts import read_gpus
 
     memory = _memory()
@@ -133,7 +133,7 @@ def package_versions() -> dict[str, str]:
 
 
 def code_hash() -> str:
-    """SHA-256 over vitgraft's own source files: a checkout of another day has the same version number."""
+    """Return the SHA-256 over vitgraft's own source files: different checkouts may have the same version number."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         spec = importlib.util.find_spec(f"vitgraft.{package}")
@@ -173,7 +173,7 @@ def _recipe(name: str) -> Answer:
 
 
 def _data(path: str) -> Answer:
-    """Fingerprint of a packed data set, and whether it can be read: all files' sizes, and a few samples of them."""
+    """Return the fingerprint of a packed data set, and whether all file sizes and a few samples are right."""
     from vitgraft.configs.errors import VitgraftError
     from vitgraft.data_shards.manifest import read_manifest
     from vitgraft.data_shards.sources import resolve_source

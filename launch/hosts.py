@@ -169,7 +169,7 @@ def ssh_arguments(of_recipe: Sequence[str], environment: Mapping[str, str]) -> l
 
 
 def _refuse_programs(words: Sequence[str]) -> None:
-    """A recipe may come from anybody, and must not run anything by itself; the user's own configuration may."""
+    """Refuse ssh options of an untrusted recipe that could run a program; the user's own configuration may."""
     left = list(words)
     while left:
         word = left.pop(0)

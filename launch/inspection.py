@@ -38,11 +38,11 @@ class Listed:
     best: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return dict(self.__dict__)
 
     def as_line(self) -> str:
-        """One line for people."""
+        """Return one line of text."""
         if self.problem is not None:
             return f"{self.name}  INVALID  {self.problem}"
         figures = "  ".join(f"{name} {self.metrics[name]:.3f}" for name in SHOWN if name in self.metrics)
@@ -98,7 +98,7 @@ def list_checkpoints(run: Path, *, hashes: bool = False, progress: Progress | No
 
 
 def verify_lines(target: Path, progress: Progress | None = None) -> Iterator[str]:
-    """One line for each checkpoint as its hashes are checked.
+    """Yield one line for each checkpoint as its hashes are checked.
 
     Raises:
         CheckpointError: at the end, when one is damaged.

@@ -178,7 +178,7 @@ def start_agent(
 
 
 def start_here(host: str, lock: int, logs: Path | None = None) -> AgentLink:
-    """An agent on this host, which dies with this process."""
+    """Start an agent on this host, which ends with this process."""
     environment = {**os.environ, LOCK_VARIABLE: str(lock), PARENT_VARIABLE: str(os.getpid())}
     # Blocked until it ignores them: what a scheduler sends to every process of a job must not end it meanwhile.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_JOB)
@@ -189,7 +189,7 @@ def start_here(host: str, lock: int, logs: Path | None = None) -> AgentLink:
 
 
 def start_over_ssh(host: str, ssh_args: Sequence[str], logs: Path | None = None) -> AgentLink:
-    """An agent on another host.
+    """Start an agent on another host.
 
     Raises:
         ConfigError: there is no ssh here.

@@ -21,14 +21,14 @@ _REDUCED = 1 << 20
 
 
 def login_address(environment: Mapping[str, str]) -> str | None:
-    """The address of this host that this login over ssh came in by; ``None``: there is none, or it is the loopback."""
+    """Return the address of this host in this ssh login; ``None``: there is none, or it is the loopback."""
     login = environment.get("SSH_CONNECTION", "").split()
     return login[2] if len(login) == 4 and not _is_loopback(login[2]) else None
 
 
 def own_address(environment: Mapping[str, str]) -> str | None:
-    """The address under which others reach this host: the one that this login came in by, else that of the default
-    route; ``None``: neither is there."""
+    """Return the address at which others reach this host: that of this login, else that of the default route;
+    ``None``: neither."""
     if (address := login_address(environment)) is not None:
         return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ class NetworkProbe:
         return {}
 
     def free_port(self) -> dict[str, Any]:
-        """A port that nobody uses now."""
+        """Return a free port."""
         with _server(0) as probe:
             return {"port": probe.getsockname()[1]}
 

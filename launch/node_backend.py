@@ -97,25 +97,25 @@ class NodeBackend:
             return self._came.pop(host.name)
 
     def waiting(self) -> Sequence[AgentLink]:
-        """Nodes that have connected, perhaps again, before they are wanted."""
+        """Return nodes that have connected, perhaps again, before they are needed."""
         with self._changed:
             return list(self._came.values())
 
     def meeting(self, first: AgentLink, port: int) -> Meeting:
-        """The leader's address where it takes part."""
+        """Return the rendezvous, at the leader's address where it takes part."""
         leads = first.host == name_of(self.place.rank)
         return Meeting(self.place.host if leads else str(first.facts["address"]), port)
 
     def used(self, host: str, count: int) -> Sequence[int]:
-        """The first ones."""
+        """Return the first GPUs."""
         return range(count)
 
     def environment(self, host: str, count: int, device: str, threads: int) -> dict[str, str]:
-        """Each node has its own."""
+        """Return no variables: each node uses its own environment."""
         return deepspeed_launch.rank_environment({}, device=device, threads=threads)
 
     def launcher(self) -> None:
-        """None is needed: whoever started this command has started it on every node."""
+        """Return ``None``: the command was started on every node, so no launcher is needed."""
 
     def close(self) -> None:
         """Listen no more, and let go who has come since."""
@@ -205,8 +205,8 @@ def name_of(node: int) -> str:
 
 
 def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEnd:
-    """A descriptor of the connection; or how the run has ended without this node, other than ``earlier``, which was
-    there when its command began."""
+    """Connect to the leader; return the descriptor, or the run's end where it ended without this node. ``earlier``: the
+    end recorded before this command began, which does not count."""
     deadline, reason = time.monotonic() + WAIT_S, "nobody listens there"
     while True:
         try:

@@ -99,7 +99,7 @@ def plan_attempt(
 def _threads(
     recipe: Recipe, ranks: Mapping[str, int], facts: Facts, asked: int | None
 ) -> tuple[int, str | None, str | None]:
-    """The number, why it is this one, and what should be said of it."""
+    """Return the number, the reason for it, and a note."""
     if recipe.launch.threads is not None:
         return recipe.launch.threads, "launch.threads", None
     if asked is not None:
@@ -118,8 +118,8 @@ def _threads(
 
 
 def difference_of(before: Mapping[str, Any], plan: Plan) -> str | None:
-    """In what an attempt differs from the one that wrote its checkpoint, where that changes the last bits of sums;
-    ``None``: in nothing. ``before``: that one's event ``start``."""
+    """Return how an attempt differs from the one that wrote its checkpoint, where that changes the last bits of sums;
+    ``None``: no difference. ``before``: the event ``start`` of that attempt."""
     now = {"world": plan.world, "device": plan.device, "threads": plan.threads}
     if any(before.get(key) is None for key in now):
         return None  # of another version, or torn

@@ -125,7 +125,7 @@ def _owned(run: Path) -> Iterator[None]:
 
 
 def _unreferenced(run: Path, gone: set[str]) -> list[Path]:
-    """Blobs that no checkpoint names but the ``gone`` ones; none while a manifest is missing or cannot be read.
+    """Return blobs referenced only by ``gone`` checkpoints; none while a manifest is missing or unreadable.
 
     Those set aside count: they may be put back.
     """

@@ -103,7 +103,7 @@ def decide(
 
 
 def restarts_in_vain(record: Sequence[Failure]) -> int:
-    """Restarts since the newest checkpoint was committed; the first failure follows no restart."""
+    """Return the number of restarts since the newest checkpoint was committed; the first failure follows no restart."""
     count = 0
     for earlier, later in zip(reversed(record[:-1]), reversed(record[1:]), strict=True):
         if later.checkpoint > earlier.checkpoint:
@@ -122,7 +122,7 @@ def non_finite_verdict(record: Sequence[Failure], earlier: Failure | None = None
 
 
 def open_fault(record: Sequence[Failure], earlier: Failure | None = None) -> Failure | None:
-    """The last loss that was not finite of which no attempt since has told what it was."""
+    """Return the last non-finite loss that still has no verdict."""
     fault = earlier
     for failure in record:
         verdict = _verdict(fault, failure)
@@ -134,7 +134,7 @@ def open_fault(record: Sequence[Failure], earlier: Failure | None = None) -> Fai
 
 
 def culprits_of(record: Sequence[Failure], earlier: Failure | None = None) -> frozenset[str]:
-    """The samples with which the last loss was not finite, and the one before: none, unless it is the data."""
+    """Return the samples common to the last two non-finite losses; none, unless the data is the cause."""
     fault = open_fault(record[:-1], earlier)
     if fault is None or _verdict(fault, record[-1]) != "data":
         return frozenset()
@@ -142,8 +142,8 @@ def culprits_of(record: Sequence[Failure], earlier: Failure | None = None) -> fr
 
 
 def left_out(record: Sequence[Failure], policy: Policy) -> set[str]:
-    """Hosts that stay out of the next attempt: those that failed too often, for one attempt at least. One that was out
-    and comes back is out again at its next failure."""
+    """Return the hosts to exclude from the next attempt: those that failed too often, for at least one attempt. A host
+    that was excluded before is excluded again at its next failure."""
     failures: dict[str, int] = {}
     out: set[str] = set()
     for failure in record:
@@ -160,8 +160,8 @@ def left_out(record: Sequence[Failure], policy: Policy) -> set[str]:
 
 
 def place(hosts: Sequence[Host], usable: Collection[str], worlds: Collection[int]) -> dict[str, int] | None:
-    """Ranks on each host for the next attempt: the largest world that the recipe can carry and the usable hosts hold,
-    no larger than the hostfile without its spares. Spares fill what others leave. ``None``: no world is possible."""
+    """Return the ranks on each host for the next attempt: the largest world size valid for the recipe and the usable
+    hosts, at most the hostfile's without its spares. Spares replace missing hosts. ``None``: no world is possible."""
     wanted = sum(host.slots for host in hosts if not host.spare)
     ordered = [host for spare in (False, True) for host in hosts if host.spare == spare and host.name in usable]
     room = min(wanted, sum(host.slots for host in ordered))
@@ -195,7 +195,7 @@ def _verdict(fault: Failure | None, later: Failure) -> Verdict | None:
 
 
 def _skipped(record: Sequence[Failure], policy: Policy, earlier: Failure | None) -> frozenset[str]:
-    """All samples that were found to be the data's fault so far."""
+    """Return all samples found faulty so far."""
     if policy.non_finite == "stop":
         return frozenset()
     ends = range(1, len(record) + 1)

@@ -26,7 +26,7 @@ class NoAnswer(Exception):
 
 
 def ssh_command(host: str, words: Sequence[str], ssh_args: Sequence[str], connect_s: float) -> list[str]:
-    """ssh to a host, never asking anybody anything. What ``ssh_args`` say wins over what is set here."""
+    """Return a non-interactive ssh command to a host. ``ssh_args`` take precedence over the options set here."""
     options = ["-a", "-x", "-oBatchMode=yes", f"-oConnectTimeout={max(1, round(connect_s))}"]
     # A host that vanishes is noticed after half a minute of silence.
     options += ["-oServerAliveInterval=10", "-oServerAliveCountMax=3"]

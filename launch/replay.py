@@ -21,7 +21,7 @@ VERDICT = "non_finite_verdict"
 
 
 def read_non_finite(run: Path, attempt: int) -> tuple[int, frozenset[str]] | None:
-    """The step at which an attempt found a loss that was not finite, and the entries it names.
+    """Return the step at which an attempt found a non-finite loss, and the entries; ``None``: there was none.
 
     ``None``: it found none, or could not say so (on a full disk). Rows that are none are passed over.
     """
@@ -29,8 +29,8 @@ def read_non_finite(run: Path, attempt: int) -> tuple[int, frozenset[str]] | Non
 
 
 def earlier_fault(run: Path, resumed: int) -> Failure | None:
-    """The last loss that was not finite under a supervisor before this one, if the checkpoint from which the run goes
-    on lies before it and no event tells what it was: the replay is still to come.
+    """Return the last non-finite loss under an earlier supervisor, if it comes after the checkpoint to resume from and
+    no event gives a verdict on it: the replay is still to come.
 
     Args:
         resumed: step of that checkpoint.
@@ -89,14 +89,14 @@ class Replay:
     _told: Failure | None = None
 
     def passed(self, step: float) -> Finding | None:
-        """Ranks are at this step."""
+        """Return the finding when ranks have passed the step; ``None``: not yet."""
         fault = open_fault(self.record, self.earlier)
         if fault is None or fault is self._told or fault.step is None or step <= fault.step:
             return None
         return self._found("passing", fault, fault.entries)
 
     def failed(self) -> Finding | None:
-        """The last failure of the record is new."""
+        """Return the finding of a new failure, the last of the record; ``None``: undecided."""
         fault, verdict = open_fault(self.record[:-1], self.earlier), non_finite_verdict(self.record, self.earlier)
         if fault is None or verdict is None or fault is self._told:
             return None
@@ -124,5 +124,5 @@ def leave_out(run: Path, entries: Iterable[str], step: int, attempt: int) -> Non
 
 
 def places(entries: Iterable[str]) -> set[tuple[int, int]]:
-    """Epoch and position of entries that are named EPOCH:POSITION."""
+    """Return epoch and position of entries that are named EPOCH:POSITION."""
     return {(int(epoch), int(position)) for epoch, position in (entry.split(":") for entry in entries)}

@@ -75,7 +75,7 @@ class RoleProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def heard(self, pid: int) -> bool:
-        """A sign of life came; returns whether it is of this process. The last words of one that has just ended are."""
+        """Note a heartbeat; return whether it is of this process, also if it has just ended."""
         if pid != self._pid:
             return False
         self._heard, self._beating = time.monotonic(), True
@@ -114,7 +114,7 @@ class RoleProcess:
             self._process = None
 
     def log_path(self) -> Path:
-        """RUN/logs/ROLE.HOST.ATTEMPT.log."""
+        """Return RUN/logs/ROLE.HOST.ATTEMPT.log."""
         return log_path(self.run, self.role, self.attempt)
 
 
@@ -141,7 +141,7 @@ def end_of(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """A log to append to. Somebody may have moved the folder away while the run goes on.
+    """Open a log to append to, and create its folder if it was moved away during the run.
 
     Raises:
         OSError: it cannot be written.
@@ -152,5 +152,5 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def log_path(run: Path, role: str, attempt: int, host: str | None = None) -> Path:
-    """RUN/logs/ROLE.HOST.ATTEMPT.log. ``host``: its node name; ``None``: this host."""
+    """Return RUN/logs/ROLE.HOST.ATTEMPT.log. ``host``: its node name; ``None``: this host."""
     return run / "logs" / f"{role}.{host or os.uname().nodename}.{attempt}.log"

@@ -185,7 +185,7 @@ def open_lock(path: Path) -> IO[str]:
 
 
 def _own(path: Path) -> IO[str]:
-    """An exclusive lock; ranks of a killed attempt may hold it for a moment while they die."""
+    """Take the exclusive lock; ranks of a killed attempt may hold it briefly until they end."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         lock = open_lock(path)
@@ -255,7 +255,7 @@ def _where_to_go_on(path: Path, resume: str, notes: list[str]) -> Checkpoint | N
 
 
 def _forget_another(path: Path, notes: list[str]) -> None:
-    """Nothing that a start with another recipe has left is part of this run."""
+    """Move aside the files that a start with another recipe has left."""
     left = [name for name in (*_OF_THE_OLD_START, *_OF_THE_OLD_ORDER) if (path / name).exists()]
     left = [name for name in left if name != "results" or any((path / name).iterdir())]
     if left:
@@ -270,8 +270,8 @@ def _remember(path: Path, found: Checkpoint) -> None:
 
 
 def _set_later_aside(path: Path, names: list[str], chosen: Checkpoint, reason: str, notes: list[str]) -> Checkpoint:
-    """Later checkpoints are moved away, not overwritten; so are later results, which say nothing about the checkpoints
-    that will be written under these names."""
+    """Move later checkpoints away, and their results, which do not apply to the checkpoints to be written under these
+    names."""
     later = [name for name in names if name > chosen.path.name]
     results = [f"results/{file.name}" for file in sorted(path.glob("results/step-*.*")) if _step(file) > chosen.step]
     if later or results:
@@ -287,7 +287,7 @@ def _step(result: Path) -> int:
 
 
 def _owner(path: Path) -> int | None:
-    """The attempt that owns the run; ``None``: none, or a damaged file does not tell."""
+    """Return the attempt that owns the run; ``None``: none, or a damaged file."""
     try:
         return owning_attempt(path)
     except CheckpointError:
@@ -295,7 +295,7 @@ def _owner(path: Path) -> int | None:
 
 
 def _next_attempt(path: Path) -> int:
-    """One more than any attempt that the run's files know of: each may lack what a full disk could not take."""
+    """Return the largest attempt number in the run's files plus one; each file may be incomplete after a full disk."""
     known = [_owner(path) or 0]
     events = path / "events.jsonl"
     drop_torn_line(events)

@@ -193,7 +193,7 @@ def _read(config: Path) -> Recipe:
 
 
 def _manifest(run: Path, resume: str) -> Manifest | None:
-    """Of the checkpoint from which the run would go on, as far as its manifest tells."""
+    """Return the manifest of the checkpoint that the run would resume from; ``None``: none, or unreadable."""
     if resume != "auto":
         try:
             return open_checkpoint(Path(resume)).manifest

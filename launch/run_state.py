@@ -57,7 +57,7 @@ def run_end(events: Iterable[dict[str, Any]]) -> RunEnd | None:
 def judge(
     end: RunEnd | None, started: bool, held: bool | None, claimed: float, attempt: int = 0
 ) -> tuple[State, str | None, int | None]:
-    """State, its reason and the exit code.
+    """Return state, its reason and the exit code.
 
     Args:
         started: whether it ever was.

@@ -94,7 +94,7 @@ class Status:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is not finite becomes null."""
+        """Return plain JSON values; non-finite numbers become null."""
         plain: dict[str, Any] = _finite(asdict(self))
         return plain
 
@@ -169,8 +169,8 @@ def _look_at(run: Path, now: float) -> Status:
 
 
 def pace_of(rows: list[dict[str, Any]]) -> Pace:
-    """``rows``: of one attempt, in order. The time between rows contains checkpoints and evaluations, as what is left
-    of the run will."""
+    """Return the pace of one attempt's ``rows``, in order. The time between rows includes checkpoints and evaluations,
+    as the remaining time will."""
     seconds = sum(_number(row, "seconds") or 0.0 for row in rows)
     timed = [(step, when) for row in rows if (step := _whole(row, "step")) and (when := _time(row, "time"))]
     passed = timed[-1][0] - timed[0][0] if timed else 0
@@ -199,7 +199,7 @@ def pace_of(rows: list[dict[str, Any]]) -> Pace:
 
 
 def eta(step: int, steps: float | None, pace: Pace, row_age: float | None) -> float | None:
-    """Seconds to the end at the pace of the last rows; the step that is under way since the last row counts."""
+    """Return the seconds to the end at the pace of the last rows; the step in progress since the last row counts."""
     if steps is None or pace.seconds_per_step is None:
         return None
     left = (steps - step) * pace.seconds_per_step
@@ -217,7 +217,7 @@ def _attempt(run: Path, start: Attempt | None) -> int:
 
 
 def _roles(run: Path, attempt: int) -> Iterator[Role]:
-    """From RUN/logs/ROLE.HOST.ATTEMPT.log, where a role's name may end with the number of its process."""
+    """Yield the roles in RUN/logs/ROLE.HOST.ATTEMPT.log; a role's name may end with its process number."""
     try:
         names = os.listdir(run / "logs")
     except OSError:
@@ -233,7 +233,7 @@ def _is_role_restart(event: dict[str, Any], attempt: int) -> bool:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    """RUN/config.yaml without the schema, which takes long to import: only a few keys are shown."""
+    """Read RUN/config.yaml without the schema, which is slow to import: only a few keys are shown."""
     from vitgraft.configs.yaml_text import parse_yaml
 
     try:
@@ -243,13 +243,13 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _epochs(train: dict[str, Any]) -> int | None:
-    """Of all stages of the run."""
+    """Return the epochs of all stages of the run."""
     first, more = _whole(train, "epochs"), train.get("extend")
     return first and first + sum(_whole(stage, "epochs") or 0 for stage in (more if isinstance(more, list) else []))
 
 
 def _newest_json(run: Path, pattern: str) -> dict[str, Any] | None:
-    """The last by name that can be read."""
+    """Return the last readable file by name."""
     for path in sorted(run.glob(pattern), reverse=True):
         try:
             tree = _tree(read_json(path, MAX_SMALL_BYTES, finite=False))
@@ -261,12 +261,12 @@ def _newest_json(run: Path, pattern: str) -> dict[str, Any] | None:
 
 
 def _tree(value: Any) -> dict[str, Any]:
-    """The same, or an empty one if it is something else."""
+    """Return ``value`` if it is a dictionary, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def _number(tree: Any, key: str) -> float | None:
-    """A number of a tree that somebody else wrote."""
+    """Return a number of an untrusted tree; ``None``: absent, no number, or an integer out of range."""
     value = tree.get(key) if isinstance(tree, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

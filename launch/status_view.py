@@ -23,7 +23,7 @@ _MOSTLY = 0.8
 
 
 def lines(status: Status) -> Iterator[str]:
-    """The run on one screen; what is not known has no line."""
+    """Yield the run's state in lines for one screen; unknown facts have no line."""
     yield _line("run", [status.run, status.name if status.name != Path(status.run).name else None])
     code = None if status.exit_code in (None, 0) else f"exit {status.exit_code}"
     yield _line("state", [status.state, code, status.reason])
@@ -78,7 +78,7 @@ def watch(run: Path) -> None:
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """One event in one line."""
+    """Return one event as one line."""
     try:
         clock = time.strftime("%m-%d %H:%M:%S", time.localtime(moment(event.get("time"))))
     except ValueError:

@@ -29,13 +29,12 @@ class StopWish:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Signals of this process are heard meanwhile; :meth:`raise_if_asked` in the middle of whatever it does unless
-        patient."""
+        """Handle signals of this process inside the block; unless patient, the handler calls :meth:`raise_if_asked`."""
         with _handled(self._on_signal):
             yield
 
     def ask(self, number: int, host: str = "") -> None:
-        """A signal has come on a host; empty: here. What a scheduler sends comes to all, and is one Ctrl-C.
+        """Note a signal received on a host (empty: this one). A scheduler's signal reaches all hosts and counts once.
 
         Raises:
             InterruptedRun: Ctrl-C where somebody has asked before; once, as a third must not disturb how the run ends.
@@ -74,7 +73,7 @@ class StopWish:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While nothing of the run is started yet, which may take minutes where a large checkpoint is checked.
+    """Stop at once on a signal inside the block, before the run starts; checks of a large checkpoint may take minutes.
 
     Raises:
         PreemptedRun, InterruptedRun: a signal came.

@@ -113,7 +113,7 @@ class Supervisor:
             ranks = self._go_on(cause)
 
     def _attempt(self, ranks: dict[str, int]) -> Cause | None:
-        """One attempt; why it ended before its time, or ``None``."""
+        """Run one attempt; return why it ended early, or ``None``."""
         handle, plan = self.handle, self._plan(ranks)
         if self.record and sum(self.record[-1].hosts.values()) != plan.world:
             self._deadlines.forget()
@@ -163,15 +163,14 @@ class Supervisor:
         return cause
 
     def _see_evaluated(self, plan: Plan) -> None:
-        """The run is done: tell where nobody was there to evaluate what is due."""
+        """Report checkpoints of a complete run that are left without evaluation, as the evaluator's host was lost."""
         host = evaluator_host(self.recipe, plan.ranks)
         if host is not None and self.roster.is_lost(host) and (text := left_undone(self.handle.path, host)) is not None:
             self.screen.note(f"WARNING {text}")
             self.handle.event("evaluator_gave_up", host=host, text=text)
 
     def _meanwhile(self, attempt: Attempt) -> None:
-        """While ranks train: see that the run is where it was, hear the hosts that take no part, and see whether the
-        replay gets past its step."""
+        """Monitor the run during training: its directory, the hosts without ranks, and the replay of a step."""
         self.handle.check_place()
         self._hear_idle(attempt.hosts)
         self._tell_verdict(self._replay.passed(attempt.step))
@@ -190,7 +189,7 @@ class Supervisor:
             self.handle.event(VERDICT, step=found.step, verdict=found.verdict, entries=found.entries)
 
     def _words(self, cause: Cause, attempt: Attempt) -> str:
-        """The cause, what to do, and where to read more."""
+        """Return the cause, the next action, and the logs to read."""
         text = cause.line
         own = cause.rank is not None and cause.rank >= 0 and cause.exit_code in (1, TrainingError.exit_code)
         return f"{text} (log: {attempt.log_of(cause.rank or 0)})" if own else text
@@ -209,7 +208,8 @@ class Supervisor:
         self._tell_verdict(self._replay.failed())
 
     def _go_on(self, cause: Cause) -> dict[str, int]:
-        """After a failure: wait, find out who answers, and claim the next attempt; returns the ranks of each host."""
+        """Wait after a failure, find the hosts that answer, and claim the next attempt; return the ranks of each
+        host."""
         if self._stop.asked is None:
             self._settle()
             self._seek_lost_hosts()
@@ -237,7 +237,7 @@ class Supervisor:
         return dict(decision.ranks)
 
     def _settle(self) -> None:
-        """Until each host was heard a moment ago or counts as lost: hosts that die together fall silent one by one."""
+        """Wait until each host has answered recently or counts as lost: hosts lost together are detected one by one."""
         self._hear_idle()
         while self.roster.quiet(FRESH_S):
             time.sleep(0.1)
@@ -327,7 +327,7 @@ class Supervisor:
         return [text for text in found if text is not None]
 
     def _pause(self, seconds: float) -> None:
-        """Back off; somebody on another node may want to stop meanwhile."""
+        """Wait before a restart, while a stop from another node is still handled."""
         until = time.monotonic() + seconds
         while True:
             self._hear_idle()

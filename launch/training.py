@@ -90,7 +90,7 @@ def train(recipe: Recipe, run: Path, screen: Screen, where: Where | None = None,
 
 
 def _backend(recipe: Recipe, where: Where, screen: Screen) -> Callable[[RunHandle], Backend]:
-    """Everything about the hosts that can be wrong before a process starts.
+    """Check everything about the hosts that can fail before a process starts, and return the backend's factory.
 
     Raises:
         ConfigError: hosts that are not there, or worlds that cannot carry the batch.
@@ -200,7 +200,7 @@ def check_model(recipe: Recipe, classes: int) -> None:
 
 
 def check_data(recipe: Recipe, screen: Screen) -> int:
-    """Everything about the data that can be wrong before a process starts; returns the number of classes.
+    """Check everything about the data that can fail before a process starts; return the number of classes.
 
     Raises:
         DataError, ConfigError: one line.

@@ -99,7 +99,7 @@ class Screen:
         return lambda done, total: self.progress(label, done, total)
 
     def _left(self, label: str, done: int, total: int) -> list[str]:
-        """``ETA`` and a duration, once two reports tell the pace."""
+        """Return ``ETA`` and a duration, after at least two reports."""
         now, reports = time.monotonic(), self._pace.setdefault(label, deque(maxlen=_PACE))
         if reports and done < reports[-1][1]:
             reports.clear()  # it begins anew

@@ -56,7 +56,8 @@ class GraftedModel(nn.Module):
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Targets | None = None, weights: Tensor | None = None
     ) -> Losses | Predictions:
-        """images: (B, 3, H, W), or clips (B, 3, T, H, W), float, normalised RGB; sizes: (B, 2) valid height and width.
+        """Run trunk, adapter and head on images: (B, 3, H, W), or clips (B, 3, T, H, W), float, normalised RGB; sizes:
+        (B, 2) valid height and width.
 
         With targets, losses by name as sums beside their normalisers, with per-sample weights (B,); else predictions.
         """
@@ -64,12 +65,12 @@ class GraftedModel(nn.Module):
         return cast(Losses | Predictions, result)
 
     def counts(self, targets: Targets, weights: Tensor) -> Counts:
-        """The normalisers of the head's losses that are known without a forward pass; targets and weights: as there."""
+        """Return the normalisers of the head's losses that are known without a forward pass; arguments as there."""
         head: Any = self.head
         return cast(Counts, head.counts(targets, weights))
 
     def evaluate(self, images: Tensor, sizes: Tensor, targets: Targets, weights: Tensor) -> tuple[Predictions, Losses]:
-        """Predictions and losses of the same maps, as :meth:`forward` gives one or the other."""
+        """Return predictions and losses of the same maps, of which :meth:`forward` returns one."""
         maps, canvas = self._maps(images), (images.shape[-2], images.shape[-1])
         predictions, losses = self.head(maps, sizes, canvas), self.head(maps, sizes, canvas, targets, weights)
         return cast(Predictions, predictions), cast(Losses, losses)

@@ -50,7 +50,7 @@ def resize_positions(
     *,
     antialias: bool = False,
 ) -> Tensor | None:
-    """Absolute positions (1, rows, C) → (1, prefix + h·w, C), bicubic; ``None`` if they do not fit.
+    """Resize absolute positions (1, rows, C) → (1, prefix + h·w, C), bicubic; ``None`` if they do not fit.
 
     The class token's row comes first, so of prefix rows that the file has too many the last are dropped; where it has
     too few, those of ``initial`` (the model's own table) stay. ``source``: the table's own prefix rows and grid, by
@@ -72,7 +72,7 @@ def resize_positions(
 def resize_patch_kernel(
     kernel: Tensor, size: tuple[int, ...], mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Tensor | None:
-    """A patch embedding's kernel (D, 3, p, p) → (D, 3, *size); ``None`` when it has neither 4 nor 5 dimensions.
+    """Resize a patch embedding's kernel (D, 3, p, p) → (D, 3, *size); ``None`` if it has neither 4 nor 5 dimensions.
 
     Bicubic as EVA resizes its patches of 14 pixels to 16, bilinear as ViT-Adapter does those of DINOv2. For a tubelet
     (t, p, p) an image's kernel is repeated over time and divided by t, so that a still clip is embedded as its frame.
@@ -89,7 +89,8 @@ def resize_patch_kernel(
 
 
 def resize_square_table(table: Tensor, target: Tensor) -> Tensor | None:
-    """A table of relative positions of a square grid, with or without the rows of a class token, like ``target``."""
+    """Resize relative positions of a square grid, with or without the class token's rows, to the shape of
+    ``target``."""
     (source, extra), (side, wanted) = (_square_table(len(t)) for t in (table, target))
     if not source or not side or table.shape[1] != target.shape[1]:
         return None

@@ -68,7 +68,7 @@ def chosen_state(content: Any, key: str | None, where: str) -> tuple[dict[str, A
 
 
 def _states(top: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary that holds a tensor, by its path; each once, however often the file refers to it."""
+    """Yield every dictionary that holds a tensor, with its path; each once, however often the file refers to it."""
     level: list[tuple[str, dict[Any, Any]]] = [("", top)]
     seen = {id(top)}
     for _ in range(_DEPTH):

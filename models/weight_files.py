@@ -62,7 +62,8 @@ def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> 
 
 
 def canvas_of(file: str | Path, where: str) -> tuple[int, int] | None:
-    """The canvas (height, width) for which a file's tables are laid out, where ``vitgraft export`` wrote it."""
+    """Return the canvas (height, width) of a file's position embeddings, as ``vitgraft export`` wrote it; else
+    ``None``."""
     found = numbers_of(metadata_of(str(file), where), "image_size", 2)
     return None if found is None or not 0 < min(found) <= max(found) < 1 << 20 else (int(found[0]), int(found[1]))
 

@@ -115,7 +115,8 @@ def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
 
 
 def _in_shape(name: str, value: Tensor) -> Tensor:
-    """Class tokens (C,) and positions (N, C) of CLIP, and positions (1, h, w, C) of SAM, in the shapes of others."""
+    """Reshape class tokens (C,) and positions (N, C) of CLIP, and positions (1, h, w, C) of SAM, to the usual
+    shapes."""
     last = name.rpartition(".")[2]
     if last == "pos_embed" and value.ndim == 4:
         return value.flatten(1, 2)
@@ -138,7 +139,7 @@ def prefixes(names: Iterable[str]) -> list[str]:
 def likely_prefixes(
     names: Iterable[str], targets: Iterable[str], renames: Iterable[tuple[str, str]], limit: int = 6
 ) -> list[str]:
-    """The prefixes, whatever they are, under which the most names are those of ``targets``; teachers before students.
+    """Return the prefixes under which the most names are those of ``targets``; teachers before students.
 
     For files whose prefixes are not made of the common wrappers. A prefix has at least a quarter of the targets.
     """
@@ -241,7 +242,8 @@ def _unscaled(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
 
 
 def _registers(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
-    """Registers under DINOv3's names; those of DINOv2 stand beside learned positions, which timm's converter knows."""
+    """Find registers under DINOv3's names; those of DINOv2 come with learned positions, which timm's converter
+    handles."""
     stem, _, last = name.rpartition("reg_token")
     if last or any(other.endswith("pos_embed") for other in tensors):
         return None

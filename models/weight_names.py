@@ -69,7 +69,7 @@ def check_kind(path: Path, where: str) -> None:
 
 
 def metadata_of(name: str, where: str) -> dict[str, str]:
-    """The texts that a local .safetensors file holds beside its tensors, such as those of ``vitgraft export``.
+    """Return the metadata of a local .safetensors file, such as that of ``vitgraft export``.
 
     Empty for every other file, and for one that cannot be read, of which whoever loads it says more.
     """
@@ -87,7 +87,7 @@ def metadata_of(name: str, where: str) -> dict[str, str]:
 
 
 def shown(value: object, limit: int = 160) -> str:
-    """A text for a message: one line of at most ``limit`` characters, what cannot be printed as question marks."""
+    """Return a text for a message: one line of at most ``limit`` characters, unprintable ones as question marks."""
     return printable(" ".join(str(value)[: 4 * limit].split())[:limit])
 
 

@@ -162,7 +162,7 @@ class _Match:
 
 
 def _match(part: str, module: nn.Module, state: Mapping[str, Tensor]) -> _Match:
-    """Under the prefix of which most of the part is found; with timm's converter where names alone do not suffice."""
+    """Match a part under the prefix with the most of its tensors, with timm's converter where names do not suffice."""
     layout: Layout = getattr(module, "layout", Layout())
     targets = module.state_dict()
 
@@ -183,7 +183,7 @@ def _match(part: str, module: nn.Module, state: Mapping[str, Tensor]) -> _Match:
 
 
 def _best(matches: Iterable[_Match]) -> _Match:
-    """The match that finds the most; those that find as many under other prefixes are noted in it."""
+    """Return the match with the most tensors; prefixes with equally many are noted in it."""
     best, *others = sorted(matches, key=lambda match: -len(match.found))
     best.rivals = [o.prefix for o in others if o.found and len(o.found) == len(best.found) and o.taken != best.taken]
     return best
@@ -342,7 +342,7 @@ def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
 
 
 def _resized(match: _Match, name: str, value: Tensor, target: Tensor) -> Tensor | None:
-    """``value`` in the shape of ``target``, where it is a tensor that can be resized; otherwise ``None``."""
+    """Return ``value`` in the shape of ``target``, if it can be resized; otherwise ``None``."""
     last = name.rpartition(".")[2]
     if last in ("rel_pos_h", "rel_pos_w") and value.ndim == 2:
         return resize_rel_pos_linear(value, len(target))
@@ -367,7 +367,7 @@ def _grid(match: _Match, name: str) -> tuple[nn.Module, tuple[int, int] | None]:
 
 
 def _positions(match: _Match, name: str, value: Tensor, where: str) -> Tensor | None:
-    """A file's table of positions (1, rows, C) for the grid of ours; ``None`` where it does not fit.
+    """Return a file's positions (1, rows, C) resized to our grid; ``None`` where they do not fit.
 
     Raises ``CheckpointError`` for a table whose grid cannot be told from the file's class token and our grid.
     """

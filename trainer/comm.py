@@ -21,7 +21,7 @@ def active() -> bool:
 
 
 def rank() -> int:
-    """This process's rank; 0 without a group."""
+    """Return this process's rank; 0 without a group."""
     return dist.get_rank() if active() else 0
 
 
@@ -31,7 +31,7 @@ def world() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Everyone's value, by rank, on every rank.
+    """Gather the values of all ranks, by rank, on every rank.
 
     Args:
         value: of JSON's types, and small; tuples come back as lists.
@@ -45,7 +45,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_to_first(value: Any) -> list[Any] | None:
-    """Everyone's value, by rank, on rank 0; ``None`` on the others, which neither get nor hold what is not theirs.
+    """Gather the values of all ranks, by rank, on rank 0; return ``None`` on the others, which receive nothing.
 
     Args:
         value: of JSON's types; tuples come back as lists.
@@ -59,7 +59,7 @@ def gather_to_first(value: Any) -> list[Any] | None:
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value on every rank.
+    """Return rank 0's value on every rank.
 
     Args:
         value: of JSON's types; what other ranks give does not matter. Tuples come back as lists.
@@ -90,7 +90,7 @@ def _value(data: Tensor, size: int) -> Any:
 
 
 def _padded(value: Any) -> tuple[Tensor, list[int]]:
-    """The value's bytes, as many as the longest of all ranks has, and how many each rank's has."""
+    """Return the value's bytes, padded to the longest of all ranks, and the length of each rank's."""
     data = _bytes_of(value)
     sizes = [torch.empty(1, dtype=torch.int64, device=_device()) for _ in range(world())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=_device()))
@@ -101,14 +101,14 @@ def _padded(value: Any) -> tuple[Tensor, list[int]]:
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
-    """The tensor summed over the ranks, in place."""
+    """Sum the tensor over the ranks, in place."""
     if active() and world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(tensors: list[Tensor]) -> None:
-    """Rank 0's values for everyone, in place."""
+    """Broadcast rank 0's values, in place."""
     if active() and world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -27,12 +27,12 @@ def enlarge(image: Tensor) -> tuple[Tensor, int]:
 
 
 def repeat(image: Tensor, factor: int) -> Tensor:
-    """Each pixel of (…, H, W) as factor × factor pixels."""
+    """Enlarge each pixel of (…, H, W) to factor × factor pixels."""
     return image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def titled(image: Tensor, text: str) -> Tensor:
-    """The image (3, H, W) uint8 under one line of text."""
+    """Draw one line of text above an image (3, H, W) uint8."""
     bar = Image.new("RGB", (image.shape[2], _TITLE_HEIGHT))
     font, shown = written(text, _FONT_SIZE)
     ImageDraw.Draw(bar).text((4, 1), shown, fill=(255, 255, 255), font=font)
@@ -40,7 +40,7 @@ def titled(image: Tensor, text: str) -> Tensor:
 
 
 def remarked(image: Tensor, text: str | None) -> Tensor:
-    """The image (3, H, W) uint8 with a line of text at its bottom, if there is one."""
+    """Draw a line of text, if there is one, at the bottom of an image (3, H, W) uint8."""
     if text is None:
         return image
     picture = F.to_pil_image(image)
@@ -53,7 +53,7 @@ def remarked(image: Tensor, text: str | None) -> Tensor:
 
 
 def beside(left: Tensor, right: Tensor, gap: int = 6) -> Tensor:
-    """Two images side by side, or one above the other when they are wide; differing sides are padded."""
+    """Join two images side by side, or one above the other when they are wide; differing sides are padded."""
     wide = left.shape[2] > 2 * left.shape[1]
     across, along = (2, 1) if wide else (1, 2)
     size = max(left.shape[across], right.shape[across])
@@ -69,7 +69,7 @@ def _padded(image: Tensor, dimension: int, size: int) -> Tensor:
 
 
 def png(image: Tensor) -> bytes:
-    """(3, H, W) uint8 as a PNG file, which says that vitgraft made it."""
+    """Encode (3, H, W) uint8 as a PNG file, whose metadata names vitgraft."""
     return encoded(F.to_pil_image(image))
 
 
@@ -81,7 +81,7 @@ def save_png(image: Tensor, path: Path) -> None:
 
 
 def load_picture(path: Path) -> Tensor:
-    """A picture file → (3, H, W) uint8."""
+    """Load a picture file as (3, H, W) uint8."""
     with Image.open(path) as image:
         loaded: Tensor = F.pil_to_tensor(image.convert("RGB"))
     return loaded

@@ -24,7 +24,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int | None = None) -> None:
-        """average ← decay × average + (1 - decay) × weights; call once after each optimizer step.
+        """Update: average ← decay × average + (1 - decay) × weights; call once after each optimizer step.
 
         Args:
             step: steps of the run before this one, for the ramp; ``None``: long past it.
@@ -34,7 +34,7 @@ class Ema:
             average.lerp_(flat, 1 - decay)
 
     def of(self, flat: Tensor) -> Tensor:
-        """The average laid out like ``flat``."""
+        """Return the average with the layout of ``flat``."""
         return self._of[id(flat)]
 
 

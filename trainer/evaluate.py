@@ -58,12 +58,12 @@ class Evaluation:
     confusion: NDArray[np.int64] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {name: value for name, value in self.__dict__.items() if name not in ("losses", "confusion")}
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision that the recipe trains in."""
+    """Return the autocast context of the recipe's precision."""
     if recipe.train.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
@@ -206,7 +206,7 @@ class Evaluator:
         return names
 
     def _predict(self, batch: Batch, losses: dict[str, list[float]]) -> Predictions:
-        """Predictions of a batch; adds total and count of its losses where it has targets."""
+        """Return the predictions of a batch; add total and count of its losses where it has targets."""
         on_device = batch.to(self.device)
         with torch.no_grad(), autocast(self.recipe, self.device):
             if on_device.targets is None:
@@ -256,7 +256,7 @@ class Evaluator:
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> LossTerm:
-    """Of all labelled pixels, images or clips: no smoothing, no auxiliary classifier, no second pass of the head.
+    """Return the cross-entropy of all labelled pixels, images or clips: no label smoothing, no auxiliary head.
 
     Args:
         logits: (B, K) or (B, K, H, W). targets: (B,) class ids, or (B, H, W) with 255 ignored. weights: (B,).
@@ -268,14 +268,14 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 
 
 def _mean_losses(parts: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Sums over the ranks and batches, divided by what they are normalised by."""
+    """Return the losses' sums over ranks and batches, divided by their normalisers."""
     names = sorted({name for part in parts for name in part})
     sums = {name: [math.fsum(part[name][i] for part in parts if name in part) for i in (0, 1)] for name in names}
     return {name: total / max(count, 1.0) for name, (total, count) in sums.items()}
 
 
 def denormalise(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Normalised (3, …) float → uint8."""
+    """Convert normalised (3, …) float to uint8."""
     shape = (3, *([1] * (images.dim() - 1)))
     mean = torch.tensor(recipe.data.mean).view(shape)
     std = torch.tensor(recipe.data.std).view(shape)
@@ -303,7 +303,7 @@ def evaluate_into_run(
 
 
 def _part(progress: Callable[[int, int], None], number: int, both: bool) -> Callable[[int, int], None]:
-    """Progress of one of the two passes."""
+    """Return a progress callback for one of the two passes."""
     return (lambda done, total: progress(number * total + done, 2 * total)) if both else progress
 
 
@@ -317,13 +317,13 @@ def evaluated_already(evaluator: Evaluator, run: Path, checkpoint: Checkpoint) -
 
 
 def evaluation_id(evaluator: Evaluator, checkpoint: Checkpoint) -> str:
-    """Names one (checkpoint, protocol): an evaluation with the same id need not be done again."""
+    """Return the id of (checkpoint, protocol): an evaluation with the same id need not be repeated."""
     files = [record.sha256 for record in checkpoint.manifest.files]
     return sha256_of({"files": files, "protocol": evaluator.protocol()})
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON text."""
+    """Return indented JSON text."""
     return json.dumps(value, indent=1) + "\n"
 
 

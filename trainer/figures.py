@@ -16,13 +16,13 @@ NO_TRUTH = "no ground truth"
 
 
 def in_words(value: float | None, digits: int = 3) -> str:
-    """A figure for people."""
+    """Return a metric's value as text."""
     return NO_TRUTH if value is None else f"{value:.{digits}f}"
 
 
 def headline(evaluator: Evaluator, evaluation: Evaluation, checkpoint: Checkpoint) -> str:
-    """The primary figures in one line, of the weights themselves too where both were evaluated, and what must be known
-    of the average."""
+    """Return the primary metrics in one line, also of the raw weights where both were evaluated, and the warning about
+    the average."""
     names = [name for name in evaluator.task.primary if name in evaluation.metrics]
     line = f"step {evaluation.step}: {_listed(evaluation.metrics, names)} on {evaluation.samples} samples"
     if evaluation.losses:

@@ -142,7 +142,7 @@ class Follower:
         return False
 
     def _evaluator_of(self, checkpoint: Checkpoint) -> Evaluator:
-        """Made when first needed: it holds a model."""
+        """Return the evaluator, created when first needed, as it holds a model."""
         if self._evaluator is None:
             assert self.recipe.data.val is not None  # else nothing is due
             classes, data = checkpoint.manifest.classes, self.recipe.data.val.path
@@ -162,7 +162,7 @@ class Follower:
             self.pulse.reporter.note(f"WARNING step {evaluation.step} has no curves: {error}")
 
     def _open_board(self) -> SummaryWriter:
-        """In a folder of its own: of several files in one, TensorBoard follows the newest only."""
+        """Open a TensorBoard writer in its own folder: of several files in one, TensorBoard follows only the newest."""
         from torch.utils.tensorboard import SummaryWriter
 
         # What came of later checkpoints was of those that a resume has set aside.
@@ -174,7 +174,7 @@ class Follower:
 
 
 def _last_step(recipe: Recipe) -> int:
-    """The step that the run ends with, as the trainer's session has it."""
+    """Return the run's last step, as in the trainer's session."""
     train = recipe.train
     if train.steps is not None:
         return stage_ends(train, 0)[-1]
@@ -183,7 +183,7 @@ def _last_step(recipe: Recipe) -> int:
 
 
 def _why(error: Exception) -> str:
-    """One line on a failure of the data, a checkpoint or the machine.
+    """Return one line on a failure of the data, a checkpoint or the machine.
 
     Raises:
         Exception: it is none of those; a successor may fare better.

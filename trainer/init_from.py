@@ -62,7 +62,7 @@ def start_from(
 
 
 def _agree_on(source: Path) -> Checkpoint:
-    """The checkpoint that the first rank finds and verifies: the other run may go on while ranks start."""
+    """Return the checkpoint found and verified by rank 0, on all ranks: the other run may commit while ranks start."""
     found: tuple[str | None, str | None] = (None, None)
     if comm.rank() == 0:
         try:

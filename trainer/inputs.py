@@ -43,7 +43,7 @@ class Inputs:
 
 
 def find_inputs(given: list[Path], out: Path, task: Task) -> Inputs:
-    """The files that are given, and those of the wanted kind in folders and the folders below; ``out`` is not entered.
+    """Return the given files, and those of the wanted kind in folders, recursively; ``out`` is not entered.
 
     A file of a folder is of the wanted kind by its name or by its content. One that is named itself is taken as it is.
     What is written of them is called as they are, below their folder; files that would share a name keep their suffix
@@ -82,7 +82,7 @@ def find_inputs(given: list[Path], out: Path, task: Task) -> Inputs:
 
 
 def outputs_of(name: str, out: Path) -> tuple[Path, Path, Path]:
-    """JSON, picture and label map that belong to a name."""
+    """Return the paths of the JSON, picture and label map of a name."""
     return out / f"{name}.json", out / f"{name}.png", out / f"{name}.labels.png"
 
 
@@ -117,7 +117,7 @@ def _check_file(path: Path) -> None:
 
 
 def _listed(folder: Path, out: Path, kind: str) -> tuple[list[Path], list[Path]]:
-    """Files of the kind, and all others."""
+    """Return the files of the kind, and all others."""
     listing = list_files(folder, VIDEO_SUFFIXES if kind == "video" else IMAGE_SUFFIXES)
     files, others = listing.files, [path for paths in listing.passed_over.values() for path in paths]
     inside = out.resolve()
@@ -153,7 +153,7 @@ def _is_video(path: Path) -> bool:
 
 
 def _names(below: list[Path]) -> list[str]:
-    """A name for each path: without its suffix where no other's outputs would meet its own, else with it."""
+    """Return a name for each path: without its suffix where output names stay unique, else with it."""
     names = [str(path.with_suffix("")) for path in below]
     while True:
         made = Counter(str(path) for name in names for path in outputs_of(name, Path()))

@@ -84,7 +84,7 @@ class StepRow:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of the GPU's allocator, or of this process's resident set."""
+    """Return the peak bytes of the GPU's allocator, or of this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -119,8 +119,8 @@ def _recipe_text(run: Path) -> str:
 
 
 def draw_evaluation(board: SummaryWriter, evaluation: Evaluation, folder: Path, classes: list[str]) -> None:
-    """One evaluation's figures, losses, confusion and pictures as TensorBoard shows them. A figure without ground truth
-    has no point.
+    """Write one evaluation's metrics, losses, confusion matrix and pictures to TensorBoard. A metric without ground
+    truth has no point.
 
     Args:
         folder: of its pictures.

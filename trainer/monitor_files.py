@@ -35,7 +35,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def audited_history(path: Path) -> dict[int, dict[str, Any]]:
-    """The last attempt's row for each step: what the run that counts did."""
+    """Return the last attempt's row for each step, the valid history of the run."""
     rows: dict[int, dict[str, Any]] = {}
     for row in read_rows(path):
         step, attempt = row.get("step"), row.get("attempt")
@@ -47,7 +47,7 @@ def audited_history(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_rows(path: Path, last_bytes: int = MAX_SMALL_BYTES) -> list[dict[str, Any]]:
-    """The whole rows of a file that somebody may be writing to; of a missing one, and of what is no file, none.
+    """Return the complete rows of a file, which may still be written to; none if it is missing or not a file.
 
     Args:
         last_bytes: read so much from the end only; the row that this cuts is left out.
@@ -66,7 +66,7 @@ def read_rows(path: Path, last_bytes: int = MAX_SMALL_BYTES) -> list[dict[str, A
 
 
 def whole(value: Any) -> int:
-    """A whole number of a row that somebody else wrote.
+    """Return an integer of an untrusted row.
 
     Raises:
         ValueError: it is none, or larger than any that a run counts up to.
@@ -77,7 +77,7 @@ def whole(value: Any) -> int:
 
 
 def moment(value: Any) -> float:
-    """A time of a row, in seconds since 1970.
+    """Return a time of a row, in seconds since 1970.
 
     Raises:
         ValueError: it is none that a calendar has.
@@ -101,7 +101,7 @@ class Attempt:
 
 
 def attempts(events: list[dict[str, Any]]) -> list[Attempt]:
-    """The starts in RUN/events.jsonl, in order, each with its end. What is no proper event is passed over."""
+    """Return the starts in RUN/events.jsonl, in order, each with its end. Invalid events are skipped."""
     found: dict[int, Attempt] = {}
     for event in events:
         try:

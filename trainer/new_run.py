@@ -60,7 +60,7 @@ def _command(run: Path, folder: Path, changes: Mapping[str, Any], command: Seque
 
 
 def _as_yaml(value: Any) -> str:
-    """Text that a recipe reads as the value, quoted only where it must be."""
+    """Return the value as YAML text, quoted only where necessary."""
     if isinstance(value, str):
         try:
             if parse_yaml(value, "value") == value:

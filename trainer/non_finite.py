@@ -44,7 +44,7 @@ def record_non_finite(
 
 
 def read_left_out(run: Path) -> frozenset[tuple[int, int]]:
-    """The entries (epoch, position) that are left out.
+    """Return the entries (epoch, position) that are left out.
 
     Raises:
         DataError: a row is none.

@@ -46,12 +46,12 @@ class HostClock:
         self._since: float | None = None
 
     def start(self) -> None:
-        """Work on a micro-step begins; does nothing while the clock runs."""
+        """Start the clock at the beginning of a micro-step; do nothing while it runs."""
         if self._since is None:
             self._since = time.perf_counter() - _waited
 
     def meet(self) -> float:
-        """The others are to be met now: own seconds since the last meeting."""
+        """Return the own seconds since the last call, before a collective."""
         self.stop()
         spent, self._spent = self._spent, 0.0
         self.start()
@@ -72,13 +72,13 @@ class DeviceClock:
         self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
-        """Work on a micro-step begins; does nothing while the clock runs."""
+        """Start the clock at the beginning of a micro-step; do nothing while it runs."""
         if self._started is None:
             self._started = _mark()
 
     def meet(self) -> float:
-        """The others are to be met now: own seconds of all earlier micro-steps that the device has done and that were
-        not told yet."""
+        """Return the own seconds of all earlier micro-steps that the device has completed and that were not returned
+        yet, before a collective."""
         seconds = 0.0
         while self._spans and self._spans[0][1].query():  # type: ignore[no-untyped-call]
             started, ended = self._spans.popleft()
@@ -89,7 +89,7 @@ class DeviceClock:
         return seconds
 
     def stop(self) -> None:
-        """Nothing is measured between a meeting and the next start anyway."""
+        """Do nothing: no time is measured between :meth:`meet` and the next start."""
 
 
 def _mark() -> torch.cuda.Event:
@@ -112,6 +112,7 @@ class Spread(NamedTuple):
 
 
 def spread(seconds: list[float]) -> Spread:
-    """``seconds``: of each rank, by rank. The lower median, so that of two ranks the slow one stands out."""
+    """Return the spread of ``seconds``, by rank, with the lower median, so that of two ranks the slow one stands
+    out."""
     slowest = max(seconds)
     return Spread(median_low(seconds), slowest, seconds.index(slowest))

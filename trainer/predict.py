@@ -95,8 +95,8 @@ class Predictor:
         return result
 
     def _prepare(self, path: Path) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int], tuple[int, int], int]:
-        """Model input, uint8 image or frames to draw on, valid size on the canvas, own size as displayed, and the EXIF
-        orientation that was applied (1: none)."""
+        """Return model input, uint8 image or frames to draw on, valid size on the canvas, original size as displayed,
+        and the applied EXIF orientation (1: none)."""
         if self.recipe.task == "video":
             clip, valid, scale = prepare_clip(path, self.recipe.data)
             frames = denormalise(clip, self.recipe)[..., : valid[0], : valid[1]].transpose(0, 1)
@@ -107,7 +107,7 @@ class Predictor:
 
 
 def _listing_from(config: ModelConfig, threshold: float) -> ModelConfig:
-    """The same model, whose head gives detections from this score on."""
+    """Return the same model with this score threshold."""
     if not isinstance(config.head, MaskRCNNConfig):
         return config
     head = config.head.model_copy(update={"score_threshold": threshold})

@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def as_known(error: Exception) -> VitgraftError:
-    """Failures of the machine are the run's (exit 5); anything else is a defect of ours (exit 1)."""
+    """Return an error with exit code 5 for a failure of the machine, and with 1, a defect of vitgraft, for any
+    other."""
     import torch
 
     if isinstance(error, VitgraftError):

@@ -22,7 +22,7 @@ class Reporter:
 
     @classmethod
     def from_environment(cls) -> Reporter:
-        """The launcher's pipe, if there is one."""
+        """Return a reporter on the launcher's pipe, if there is one."""
         value = os.environ.get(PIPE_VARIABLE)
         return cls(int(value) if value else None)
 
@@ -31,19 +31,19 @@ class Reporter:
         self._send({"kind": "progress", "label": label, "done": done, "total": total, "facts": facts})
 
     def note(self, text: str) -> None:
-        """One line that the user should see."""
+        """Send one line for the user."""
         self._send({"kind": "note", "text": text}, fallback=text)
 
     def beat(self, role: str, done: int, outstanding: int | None = None) -> None:
-        """A sign of life of a role, how much it has done since it started, and the step it is at work on."""
+        """Send the heartbeat of a role, its work done since the start, and its current step."""
         self._send({"kind": "beat", "role": role, "pid": os.getpid(), "done": done, "outstanding": outstanding})
 
     def state(self, facts: dict[str, object]) -> None:
-        """A rank's sign of life (:mod:`vitgraft.trainer.heartbeat`)."""
+        """Send a rank's heartbeat (:mod:`vitgraft.trainer.heartbeat`)."""
         self._send({"kind": "state", **facts})
 
     def event(self, name: str, text: str) -> None:
-        """Something for RUN/events.jsonl that the user should see too."""
+        """Send an event for RUN/events.jsonl and the user."""
         self._send({"kind": "event", "name": name, "text": text}, fallback=text)
 
     def error(self, error: VitgraftError) -> None:
@@ -65,6 +65,6 @@ class Reporter:
 
 
 def error_message(error: VitgraftError) -> dict[str, Any]:
-    """An error as the launcher hears it."""
+    """Return the message of an error to the launcher."""
     facts = {"code": error.exit_code, "text": str(error), "cause": error.cause, "step": error.step}
     return {"kind": "error", **facts}

@@ -12,7 +12,7 @@ from vitgraft.data_shards.plan import steps_per_epoch
 
 
 def lr_factor(schedule: ScheduleConfig, samples: int, total: int) -> float:
-    """The factor on the learning rate for the step that starts after ``samples`` of ``total`` samples.
+    """Return the factor on the learning rate for the step that starts after ``samples`` of ``total`` samples.
 
     During the warm-up share it rises linearly; then it follows the schedule over the rest of the run. A step counts the
     samples that end it in its warm-up (``samples`` + 1 at least), so that the first step is never wasted at rate zero.
@@ -29,7 +29,7 @@ def lr_factor(schedule: ScheduleConfig, samples: int, total: int) -> float:
 
 
 def stage_ends(train: TrainConfig, epoch_size: int) -> list[int]:
-    """The steps that are done when each stage of a run ends; the last is the run's end.
+    """Return the number of steps at the end of each stage; the last is the run's end.
 
     Args:
         epoch_size: entries of an epoch.

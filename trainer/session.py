@@ -72,7 +72,7 @@ class Session:
         return learning_rate(self.recipe.train, self.stage_ends, step, self.samples_at)
 
     def samples_at(self, step: int) -> int:
-        """Samples consumed before ``step``."""
+        """Return the number of samples consumed before ``step``."""
         return samples_before(step, self.dataset.epoch_size, self.recipe.train.global_batch)
 
     def entries_of(self, step: int) -> list[Entry]:

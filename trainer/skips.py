@@ -42,7 +42,7 @@ class SkipLog:
         }
 
     def record(self, step: int, skipped: list[Skipped]) -> None:
-        """Collective: write what all ranks skipped in a step, and stop when there is too much of it.
+        """Write the entries that all ranks skipped in a step, and raise if the budget is exceeded. Collective.
 
         Args:
             step: as in the metrics, from 1.
@@ -71,6 +71,6 @@ class SkipLog:
 
 
 def read_skipped(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run, in the order of writing; what is no such row, e.g. because a kill cut it off, is left out."""
+    """Return the rows of a run, in the order of writing; invalid rows, e.g. cut off by a kill, are left out."""
     rows = read_rows(run / NAME)
     return [row for row in rows if all(type(row.get(key)) is int for key in ("sample", "step", "attempt"))]

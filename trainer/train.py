@@ -170,7 +170,7 @@ class TrainLoop:
             self._evaluate(checkpoint)
 
     def _step(self, step: int, batches: Iterator[tuple[MicroBatch, Batch]]) -> StepFacts:
-        """One optimizer step: its micro-steps, the check that all is finite, the update."""
+        """Run one optimizer step: its micro-steps, the check that all is finite, the update."""
         session, train = self.session, self.recipe.train
         facts = StepFacts(lr=session.lr_at(step))
         for group, settings in zip(session.engine.optimizer.param_groups, session.groups, strict=True):
@@ -204,7 +204,7 @@ class TrainLoop:
     def _micro_batches(
         self, batches: Iterator[tuple[MicroBatch, Batch]], facts: StepFacts
     ) -> Iterator[tuple[MicroBatch, Batch, Counts]]:
-        """A step's micro-batches, and the counts over the whole step and all ranks that their targets alone decide.
+        """Yield a step's micro-batches, and the counts over the step and all ranks that depend on the targets alone.
 
         Where there are any, all are read before the first is used. A single micro-step's are known from its losses.
         """
@@ -231,19 +231,19 @@ class TrainLoop:
         return counts
 
     def _counts_of_step(self, batches: Sequence[Batch]) -> Counts:
-        """Collective: the counts of a step, of which this rank has these batches."""
+        """Return the counts of a step from all ranks' batches. Collective."""
         parts = [self._counts(batch) for batch in batches]
         # In float64 sums of pixels are exact, in whatever order they are added up.
         sums = torch.stack([torch.stack([part[name].double() for part in parts]).sum() for name in parts[0]])
         return dict(zip(parts[0], comm.sum_tensor(sums.to(self.session.device)), strict=True))
 
     def _batchnorm(self, short: bool) -> AbstractContextManager[Any]:
-        """In a short micro-step BatchNorm uses its running statistics, at every world size alike: there may be ranks
-        that run a filler, whose pixels must not enter the statistics."""
+        """Return a context in which BatchNorm uses its running statistics if the micro-step is short, at every world
+        size: filler batches of some ranks must not enter the statistics."""
         return frozen_batchnorm(self.session.engine.module) if short else nullcontext()
 
     def _micro_step(self, part: MicroBatch, batch: Batch, known: Counts, facts: StepFacts) -> None:
-        """Forward, loss over the ranks' common normaliser, backward.
+        """Run forward, loss over the ranks' common normaliser, and backward.
 
         Args:
             known: counts of losses over the whole step, of which this is a part.
@@ -299,7 +299,8 @@ class TrainLoop:
         )
 
     def _record_non_finite(self, step: int, names: list[str], entries: list[Entry]) -> None:
-        """Collective: note the entries in RUN/non_finite.jsonl; all of the step where none stand out."""
+        """Note the non-finite entries in RUN/non_finite.jsonl, or all of the step where none is identified.
+        Collective."""
         if comm.rank() == 0:
             key = self.session.dataset.reader.key
             found = [(entry, key(entry.sample)) for entry in entries or self.session.entries_of(step)]
@@ -393,7 +394,7 @@ class TrainLoop:
                 session.reporter.note(missing)
 
     def _evaluator_of_run(self) -> Evaluator:
-        """Made when first needed: it holds a second model."""
+        """Return the evaluator, created when first needed, as it holds a second model."""
         if self._evaluator is None:
             assert self.recipe.data.val is not None
             classes, data = self.session.facts.classes, self.recipe.data.val.path

@@ -29,11 +29,11 @@ class AdapterSection(Section):
     """graft: changes the trunk's blocks; adapter: makes the maps; neck: makes maps of maps."""
 
     def map_strides(self) -> list[int] | None:
-        """The strides of the maps that come out, ascending; ``None`` where the trunk decides them."""
+        """Return the strides of the output maps, ascending; ``None`` where the trunk decides them."""
         return None
 
     def strides_over(self, below: list[int] | None) -> list[int] | None:
-        """The strides of the maps that come out when maps of strides ``below`` come in."""
+        """Return the strides of the output maps for input maps of strides ``below``."""
         return self.map_strides() or below
 
 

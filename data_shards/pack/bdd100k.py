@@ -106,7 +106,7 @@ def _files(folder: Path, suffixes: Collection[str], report: LabelReport) -> list
 
 
 def _matched(images: dict[str, Path], labelled: Iterable[str], report: LabelReport) -> list[str]:
-    """The stems that have a label and an image, sorted; notes the others."""
+    """Return the stems that have a label and an image, sorted; report the others."""
     stems = set(labelled)
     for stem in sorted(images.keys() - stems):
         report.leave_out("images without label", images[stem])
@@ -209,7 +209,7 @@ def _masks(
 
 
 def mask_ids(path: Path, task: Task, numbers: Sequence[int]) -> Labels:
-    """A mask as packed, whatever its release; drivable areas: 0 direct, 1 alternative, 2 background, 255 ignored.
+    """Return the packed form of a mask; drivable areas: 0 direct, 1 alternative, 2 background, 255 ignored.
 
     Args:
         numbers: class id, 255 for what does not count or -1 for no class, by official id.

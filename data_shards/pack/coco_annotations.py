@@ -131,7 +131,7 @@ class AnnotationReader:
         report.doubt(message, NOTHING_TO_LEARN)
 
     def _class_of(self, annotation: dict[str, Any], where: str) -> int | None:
-        """The class, or ``None`` where the category is none."""
+        """Return the class; ``None``: the category is not a class."""
         numbers, outside = self.categories.numbers, self.categories.outside
         category = key_of(annotation, "category_id", where, self.report)
         if category in outside:

@@ -60,7 +60,7 @@ class OpenedImage:
         return oriented_size(self.header.size, self.orientation)
 
     def __str__(self) -> str:
-        """Its size for people."""
+        """Return the size as text."""
         height, width = self.size
         turned = f" under its EXIF orientation {self.orientation}" if self.orientation > 1 else ""
         return f"{width}x{height} pixels{turned}"

@@ -151,7 +151,7 @@ def pack_items(
 def checked(
     function: Callable[[Given], Value], items: Sequence[Given], report: LabelReport, options: PackOptions
 ) -> list[Value | None]:
-    """``function(item)`` for each item in several processes; faults go to the report, and ``None`` in their place."""
+    """Return ``function(item)`` of each item, computed in several processes; faults are reported and give ``None``."""
     found: list[Value | None] = []
     progress = options.get("checked")
     with contextlib.closing(outcomes(function, items, options.get("jobs", 1), CHECKED_AT_ONCE)) as results:

@@ -57,7 +57,7 @@ def missing_class(
 
 
 def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False) -> Labels:
-    """Of ids that are the classes', but for those that do not count.
+    """Return the labels for ids that are class ids, except the ignored ones.
 
     Args:
         ignore: ids that do not count, besides 255.
@@ -83,7 +83,7 @@ def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero
 
 
 def chosen_ids(path: Path, chosen: Sequence[int]) -> Labels:
-    """Of ids of which ``chosen[n]`` is class n and all others do not count.
+    """Return the labels for ids of which ``chosen[n]`` is class n and all others are ignored.
 
     Raises:
         DataError: not a label map.
@@ -96,7 +96,7 @@ def chosen_ids(path: Path, chosen: Sequence[int]) -> Labels:
 
 
 def coloured_ids(path: Path, colours: Sequence[tuple[int, int]]) -> Labels:
-    """Of a colour image.
+    """Return the labels of a colour image.
 
     Args:
         colours: see :func:`read_colours`.

@@ -57,7 +57,7 @@ def _is_empty(segmentation: Any) -> bool:
 
 
 def _polygons(parts: list[Any], note: Note) -> list[list[float]]:
-    """Each as x, y, x, y, …; those of fewer than three points are left out."""
+    """Return each polygon as x, y, x, y, …; those of fewer than three points are left out."""
     if not any(isinstance(part, list) for part in parts):
         parts = [parts]
         note(OTHER_FORM)

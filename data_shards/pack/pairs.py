@@ -33,7 +33,7 @@ class Pairing(NamedTuple):
 
 
 def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) -> list[tuple[Path, Path]]:
-    """(image, label map) of the folders and those below, in order of their names.
+    """Return the pairs (image, label map) in the folders, recursively, in order of their names.
 
     A label map without image is a fault. So is an image without label map; it is left out where ``how`` gives a suffix,
     as data sets that need one come with images that nobody labelled. With a list both must be there for each line, and
@@ -121,7 +121,7 @@ def _lossy(listing: Listing) -> Path | None:
 def _listed(
     path: Path, images: Path, found: dict[str, Path], suffix: str | None, report: LabelReport
 ) -> dict[str, str]:
-    """The file and line where each pair is listed."""
+    """Return file and line of each listed pair."""
     ends = sorted(IMAGE_SUFFIXES) if suffix is None else [suffix]
     wanted: dict[str, str] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):

@@ -58,7 +58,7 @@ class Reencode:
             raise ConfigError("--reencode gop: PyAV was built without libx264; pass --reencode frames")
 
     def as_source(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the settings for the manifest."""
         return {**asdict(self), "gop": self._gop if self.form == "gop" else None, "quality": self._quality}
 
     @property
@@ -70,7 +70,7 @@ class Reencode:
         return DEFAULT_QUALITY[self.form] if self.quality is None else self.quality
 
     def encode(self, data: bytes, where: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """Members and facts (frames, fps, height, width) of the same clip, frame for frame, upright.
+        """Re-encode a clip, frame by frame, upright; return its members and facts (frames, fps, height, width).
 
         Raises:
             DataError: it cannot be decoded or encoded, or its frames differ in size.
@@ -113,7 +113,7 @@ class Reencode:
 
 
 def encode_mp4(frames: Iterable[Pixels], rate: Fraction | int, *, crf: int, gop: int | None = None) -> bytes:
-    """An mp4 of frames (H, W, 3) uint8 of one even size, by x264; the same frames always give the same bytes.
+    """Encode frames (H, W, 3) uint8 of one even size as mp4, by x264; the same frames always give the same bytes.
 
     Args:
         gop: a key frame every so many frames, and none that needs a later one; ``None``: x264's own choice.
@@ -141,12 +141,12 @@ def encode_mp4(frames: Iterable[Pixels], rate: Fraction | int, *, crf: int, gop:
 
 
 def _usual(rate: Fraction) -> Fraction:
-    """A rate that an mp4 can have: containers claim anything."""
+    """Return the rate limited to those valid in mp4, as containers state arbitrary ones."""
     return rate.limit_denominator(1001) if 1 <= rate <= 1000 else DEFAULT_RATE
 
 
 def _scaled(frames: Iterable[Pixels], short_side: int | None, even: bool, where: str) -> Iterator[Pixels]:
-    """The frames, none larger than asked for, all of one size."""
+    """Yield the frames, all of one size, at most ``short_side``."""
     first: tuple[int, ...] | None = None
     for frame in frames:
         if first is None:

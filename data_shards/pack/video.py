@@ -37,7 +37,7 @@ class Clip:
         return (self.path,)
 
     def prepare(self) -> Prepared:
-        """The file as it is or encoded anew, and what was counted."""
+        """Return the file, unchanged or re-encoded, and its counted facts."""
         where = str(self.path)
         data = read_bytes(self.path)
         if self.reencode is None:
@@ -94,7 +94,7 @@ def pack_video(
 
 
 def _member_of(path: Path) -> str:
-    """The extension of the member that holds a file; under another name than the usual ones, decoders find out."""
+    """Return the extension of a file's member; for an unusual one decoders detect the format."""
     extension = path.suffix.lower().removeprefix(".")
     return extension if extension in VIDEO_EXTENSIONS else VIDEO_EXTENSIONS[0]
 

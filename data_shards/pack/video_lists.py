@@ -100,8 +100,8 @@ def detect(path: Path) -> ListFormat:
 
 
 def plain(text: str, where: str) -> VideoList:
-    """Lines ``PATH LABEL``, separated by the last comma, or without one the last white space; empty lines and lines
-    that start with ``#`` are passed over.
+    """Parse lines ``PATH LABEL``, separated by the last comma, or without one the last white space; empty lines and
+    lines that start with ``#`` are skipped.
 
     Raises:
         DataError: a line without two parts.
@@ -119,7 +119,7 @@ def plain(text: str, where: str) -> VideoList:
 
 
 def kinetics(text: str, where: str, split: str | None = None) -> VideoList:
-    """CSV with the columns label, youtube_id, time_start, time_end and split, as the data set publishes it.
+    """Parse a CSV with the columns label, youtube_id, time_start, time_end and split, as the data set publishes it.
 
     A clip is the file ``ID_START_END`` with six digits each (as the usual downloaders write it), else ``ID``: cut to
     its seconds already. Classes are the sorted labels of the whole file, whatever split is kept.
@@ -166,7 +166,7 @@ def _seconds(text: str | None, where: str) -> int:
 
 
 def ssv2(tree: Any, where: str) -> VideoList:
-    """Something-Something v2's JSON: a list of {id, template}; a clip is the file ``ID`` of any type.
+    """Parse Something-Something v2's JSON: a list of {id, template}; a clip is the file ``ID`` of any type.
 
     Classes are the templates without their brackets, as the labels JSON has them; that file gives their order.
 
@@ -186,7 +186,7 @@ def ssv2(tree: Any, where: str) -> VideoList:
 
 
 def ucf101(text: str, where: str) -> VideoList:
-    """Lines ``CLASS/v_CLASS_gNN_cNN.avi``, with or without the number of the class behind; the folder is the class.
+    """Parse lines ``CLASS/v_CLASS_gNN_cNN.avi``, optionally followed by the class number; the folder is the class.
 
     Raises:
         DataError: a line without folder.
@@ -204,7 +204,7 @@ def ucf101(text: str, where: str) -> VideoList:
 
 
 def hmdb51(texts: Mapping[str, str], where: str, split: str = "train") -> VideoList:
-    """Lines ``VIDEO.avi N`` of one text for each class, by its name: N is 1 for training, 2 for testing, 0 for neither.
+    """Parse lines ``VIDEO.avi N`` of one file for each class, by its name: N is 1 for train, 2 for test, 0 for neither.
 
     Raises:
         DataError: a line of another form.
@@ -227,7 +227,7 @@ def hmdb51(texts: Mapping[str, str], where: str, split: str = "train") -> VideoL
 
 
 def sort_labels(labels: Collection[str]) -> list[str]:
-    """By number when all are integers, else by name."""
+    """Sort labels by number if all are integers, else by name."""
     return sorted(labels, key=int) if all_ids(labels) else sorted(labels)
 
 
@@ -250,7 +250,7 @@ def _hmdb51_folder(folder: Path, split: str, fold: int) -> VideoList:
 
 
 def _folders(folder: Path) -> VideoList:
-    """Folders of one class each, named after it; videos may lie deeper. Classes are the sorted names."""
+    """List folders of one class each, named after it, recursively. Classes are the sorted names."""
     names = {path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
     listing = list_files(folder, VIDEO_SUFFIXES)
     videos = []

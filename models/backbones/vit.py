@@ -133,14 +133,14 @@ class WindowedBlock(GraftableBlock, Block):  # type: ignore[misc]
     window_size: int
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Patch tokens (B, h · w, C) of ``grid`` → the same shape."""
+        """Transform patch tokens (B, h · w, C) of ``grid``; the shape is kept."""
         block: Any = self  # timm's modules are not typed
         x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), grid, self.window_size)))
         return self.add_ffn(x, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
 
 def _attend(attention: Any, tokens: Tensor, grid: Grid, size: int) -> Tensor:
-    """``attention``, a timm Attention, in each window: padded after the projection to queries, keys and values.
+    """Apply ``attention``, a timm Attention, in each window, padded after the projection to queries, keys and values.
 
     A padded key is zero, not the projection's bias: it has logit 0 and no value. Padding before the projection, as
     BEiT does, would give other numbers.

@@ -70,9 +70,9 @@ class Classifier(nn.Module):
             return {self.task: LossTerm((wrong * weights).sum(), weights.sum())}
 
     def counts(self, targets: Tensor, weights: Tensor) -> Counts:
-        """The samples that count."""
+        """Return the number of samples, weighted."""
         return {self.task: weights.sum()}
 
     def recompute_units(self) -> list[nn.Module]:
-        """Modules whose activations are worth recomputing: none."""
+        """Return the units of activation checkpointing: none."""
         return []

@@ -120,11 +120,11 @@ class MaskRCNN(nn.Module):
         return losses
 
     def counts(self, targets: list[DetectionTarget], weights: Tensor) -> Counts:
-        """None: which anchors and RoIs are counted is drawn, and RoIs come from proposals."""
+        """Return no counts: anchors and RoIs are sampled at random, and RoIs depend on the proposals."""
         return {}
 
     def recompute_units(self) -> list[nn.Module]:
-        """Modules whose activations are worth recomputing: the box and the mask branch."""
+        """Return the units of activation checkpointing: the box and the mask branch."""
         return [self.box_head, self.mask_head] if self.has_masks else [self.box_head]
 
     def _align(self, bins: int) -> MultiScaleRoIAlign:
@@ -141,7 +141,7 @@ class MaskRCNN(nn.Module):
             return features.to(levels[0].dtype)
 
     def _boxes(self, levels: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class logits (N, K + 1) and encoded boxes (N, K + 1, 4), float32."""
+        """Return class logits (N, K + 1) and box deltas (N, K + 1, 4), float32."""
         logits, shifts = self.box_predictor(self.box_head(self._roi_features(self._box_align, levels, boxes)))
         return logits.float(), shifts.float().unflatten(1, (-1, 4))
 
@@ -209,7 +209,8 @@ class MaskRCNN(nn.Module):
     def _mask_loss(
         self, levels: list[Tensor], sampled: Sampled, targets: list[DetectionTarget], weights: Tensor
     ) -> LossTerm:
-        """Binary cross-entropy of the target's class, averaged over a RoI's places, summed over the positive RoIs."""
+        """Return the binary cross-entropy of the target's class, averaged over a RoI's pixels, summed over positive
+        RoIs."""
         positive = sampled.labels > 0
         boxes, wanted, start = [], [], 0
         for number, image_boxes in enumerate(sampled.boxes):
@@ -245,7 +246,7 @@ class MaskRCNN(nn.Module):
         return predictions
 
     def _detections(self, boxes: Tensor, scores: Tensor, size: Tensor) -> DetectionPrediction:
-        """One image: (P, K, 4) boxes and (P, K) scores of every class → the detections by falling score."""
+        """Return an image's detections by descending score, from boxes (P, K, 4) and scores (P, K) of every class."""
         boxes = clip_boxes(boxes.reshape(1, -1, 4), size[None])[0]
         big = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST_DETECTION).all(1)
         index = torch.where(big & (scores.flatten() > self.score_threshold))[0]
@@ -255,7 +256,7 @@ class MaskRCNN(nn.Module):
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks inside boxes on an image: probabilities (n, M, M) and boxes (n, 4) xyxy → (n, height, width) uint8.
+    """Paste mask probabilities (n, M, M) of boxes (n, 4) xyxy into an image: (n, height, width) uint8.
 
     1 where the probability exceeds one half. Works on so many masks at a time that memory stays bounded.
     """
@@ -270,7 +271,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor) -> Tensor:
-    """The targets' masks (N, H, W) inside RoIs (n, 4), matched (n,): (n, M, M) float32 in 0..1."""
+    """Crop and resize the targets' masks (N, H, W) to RoIs (n, 4), matched (n,): (n, M, M) float32 in 0..1."""
     bins = 2 * MASK_BINS
     if len(boxes) == 0:
         return boxes.new_zeros((0, bins, bins))

@@ -101,16 +101,16 @@ class UperNet(nn.Module):
         return losses
 
     def counts(self, targets: Tensor, weights: Tensor) -> Counts:
-        """The pixels that are not ignored: (B, H, W) int64 targets with weights (B,)."""
+        """Return the number of valid pixels, from targets (B, H, W) int64 and weights (B,)."""
         pixels = count_pixels(targets, weights)
         return {"semantic": pixels} | ({"auxiliary": pixels} if self.auxiliary_weight > 0 else {})
 
     def recompute_units(self) -> list[nn.Module]:
-        """Modules whose activations are worth recomputing: those with 3 × 3 convolutions."""
+        """Return the units of activation checkpointing: those with 3 × 3 convolutions."""
         return [self.pooling, *self.smooth, self.fuse]
 
     def _logits(self, maps: dict[int, Tensor]) -> Tensor:
-        """(B, K, h, w) at the finest stride."""
+        """Return logits (B, K, h, w) at the finest stride."""
         deepest = self.pooling(maps[self.strides[-1]])
         levels = [lateral(maps[stride]) for lateral, stride in zip(self.laterals, self.strides[:-1], strict=True)]
         above = deepest
@@ -122,7 +122,7 @@ class UperNet(nn.Module):
         return logits
 
     def _upsample(self, logits: Tensor, stride: int, canvas: tuple[int, int]) -> Tensor:
-        """To pixels; a map may reach beyond a canvas that is no multiple of its stride."""
+        """Upsample to pixels; a map may exceed a canvas that is not a multiple of its stride."""
         whole = (logits.shape[-2] * stride, logits.shape[-1] * stride)
         with torch.autocast(logits.device.type, enabled=False):
             pixels = F.interpolate(logits.float(), whole, mode="bilinear", align_corners=False)
@@ -130,7 +130,8 @@ class UperNet(nn.Module):
 
 
 def pixel_loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> LossTerm:
-    """Cross-entropy summed over pixels: logits (B, K, H, W) float32, targets (B, H, W) int64 with 255 ignored."""
+    """Return the cross-entropy summed over pixels: logits (B, K, H, W) float32, targets (B, H, W) int64 with 255
+    ignored."""
     with torch.autocast(logits.device.type, enabled=False):
         wrong = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").sum((1, 2))
         if weights is None:

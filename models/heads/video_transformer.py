@@ -71,11 +71,11 @@ class VideoTransformer(nn.Module):
             return {"video": LossTerm((wrong * weights).sum(), weights.sum())}
 
     def counts(self, targets: Tensor, weights: Tensor) -> Counts:
-        """The clips that count."""
+        """Return the number of clips, weighted."""
         return {"video": weights.sum()}
 
     def recompute_units(self) -> list[nn.Module]:
-        """Modules whose activations are worth recomputing: the blocks."""
+        """Return the units of activation checkpointing: the blocks."""
         return list(self.blocks)
 
     def _logits(self, maps: dict[int, Tensor]) -> Tensor:
@@ -92,20 +92,20 @@ class VideoTransformer(nn.Module):
 
 
 def _with_change(frames: Tensor) -> Tensor:
-    """(B, T, C, h, w) → (B, T, h, w, 2 C): each place and its change in time; first and last frame count twice."""
+    """Append temporal differences: (B, T, C, h, w) → (B, T, h, w, 2 C); first and last frame are repeated."""
     padded = torch.cat([frames[:, :1], frames, frames[:, -1:]], 1)
     return torch.cat([frames, padded[:, 2:] - padded[:, :-2]], 2).permute(0, 1, 3, 4, 2)
 
 
 def _pool(places: Tensor, grid: int) -> Tensor:
-    """(B, T, h, w, C) → (B, T, grid², C)."""
+    """Pool (B, T, h, w, C) → (B, T, grid², C)."""
     batch, length = places.shape[:2]
     pooled = average_to_grid(places.flatten(0, 1).permute(0, 3, 1, 2), grid, grid)
     return pooled.flatten(2).transpose(1, 2).reshape(batch, length, grid * grid, -1)
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Sines (even channels) and cosines (odd ones) of positions 0..length-1: (length, width) float32."""
+    """Return sines (even channels) and cosines (odd ones) of positions 0..length-1: (length, width) float32."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
     angle = torch.arange(length, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :width]

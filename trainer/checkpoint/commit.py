@@ -150,7 +150,7 @@ def commit(run: Path, manifest: Manifest) -> Path:
 
 
 def publish(run: Path, manifest: Manifest) -> Path:
-    """The commit from the manifest on: what the ranks' writers left beside it goes, then the folder gets its name.
+    """Publish a commit with a manifest: delete the writers' records, then rename the folder.
 
     Raises:
         CheckpointError: a newer attempt owns the run, or there is a checkpoint of this step.

@@ -134,12 +134,12 @@ def shard_name(rank: int) -> str:
 
 
 def record_name(rank: int) -> str:
-    """File name of what one rank's writer reports to the one who commits; gone when the checkpoint is there."""
+    """Return the file name of one rank's record for the commit, which deletes it."""
     return f"rank-{rank:05d}.written.json"
 
 
 def expected_files(world: int) -> list[str]:
-    """The files that a checkpoint of this world consists of: computed, never listed from a directory."""
+    """Return the files of a checkpoint of this world size: computed, never listed from a directory."""
     return [BUFFERS, *(shard_name(rank) for rank in range(world))]
 
 

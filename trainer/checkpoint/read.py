@@ -172,7 +172,7 @@ def _hash(file: Path) -> str:
 
 
 def _bytes_of(file: Path) -> int | None:
-    """A file's size; ``None``: no such file, or not any more, as retention may be at work."""
+    """Return a file's size; ``None``: absent, or deleted meanwhile by retention."""
     try:
         found = file.stat()
     except OSError:
@@ -193,7 +193,7 @@ def blob_path(run: Path, digest: str) -> Path:
 
 
 def scan(run: Path) -> list[tuple[Path, Checkpoint | CheckpointError]]:
-    """Every checkpoint folder of a run, oldest first, opened or with what is wrong with it."""
+    """Return every checkpoint folder of a run, oldest first, with the opened checkpoint or its error."""
     folder = run / "checkpoints"
     found: list[tuple[int, Path]] = []
     if folder.is_dir():
@@ -236,7 +236,7 @@ def newest_valid(run: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
 
 
 def resolve_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that RUN or CHECKPOINT on the command line means: of a run, the newest valid one.
+    """Return the checkpoint of RUN or CHECKPOINT on the command line: of a run, the newest valid one.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -291,7 +291,7 @@ class VectorReader:
                     raise CheckpointError(f"{self.path}: two shards hold element {start} of {kind} of {name}")
 
     def read(self, kind: str, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Elements [start, stop) of a vector, float32.
+        """Return the elements [start, stop) of a vector, float32.
 
         Raises:
             CheckpointError, TrainingError: as in :meth:`fill`.

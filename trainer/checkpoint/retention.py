@@ -40,7 +40,7 @@ class Policy:
 def plan(
     steps: Collection[int], policy: Policy, figures: Mapping[int, Mapping[str, float]], spared: Collection[int] = ()
 ) -> list[int]:
-    """The steps whose checkpoints go, oldest first.
+    """Return the steps whose checkpoints are to be deleted, oldest first.
 
     Args:
         steps: of all valid checkpoints; an invalid one must not be among them, or it would count as kept.
@@ -57,7 +57,7 @@ def plan(
 
 
 def best_step(steps: Collection[int], figures: Mapping[int, Mapping[str, float]], metric: str) -> int | None:
-    """The step with the largest figure, the newest of equal ones; ``None`` when none was evaluated."""
+    """Return the step with the largest metric, the newest of equal ones; ``None`` when none was evaluated."""
     found = {step: figures.get(step, {}).get(metric, math.nan) for step in steps}
     return max((step for step, value in found.items() if value == value), key=lambda s: (found[s], s), default=None)
 
@@ -74,7 +74,7 @@ def evaluation_due(recipe: Recipe, step: int, last_step: int | None) -> bool:
 
 
 def awaiting(due: Collection[int], settled: Collection[int], backlog: Backlog) -> list[int]:
-    """The steps that are still to be evaluated, in the order in which they will be.
+    """Return the steps still to be evaluated, in order of evaluation.
 
     Args:
         due: steps of complete checkpoints that are to be evaluated.
@@ -95,7 +95,7 @@ def spared_for_evaluation(run: Path, recipe: Recipe, steps: Collection[int], eva
 
 
 def given_up_path(run: Path, step: int) -> Path:
-    """RUN/results/step-N.given-up: why a checkpoint that was due was not evaluated."""
+    """Return RUN/results/step-N.given-up, the reason why a checkpoint that was due was not evaluated."""
     return result_path(run, step).with_suffix(".given-up")
 
 

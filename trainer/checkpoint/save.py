@@ -58,15 +58,15 @@ class TrainerState:
         self.ema = None if ema_decay is None else Ema(self.flats, ema_decay)
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers, e.g. BatchNorm statistics; the loop keeps them the same on all ranks."""
+        """Return the persistent buffers, e.g. BatchNorm statistics; the loop keeps them the same on all ranks."""
         module: nn.Module = self.engine.module
         parameters = {name for name, _ in module.named_parameters()}
         return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's ranges by safetensors key: views, nothing is copied. What the optimizer has not made yet is zero,
-        as it will be made. One kind after the other, each in the order of the memory it lies in, so that neighbours in
-        the file are neighbours in memory.
+        """Return this rank's ranges by safetensors key, as views. States that the optimizer has not created yet are
+        zero, their initial value. Ordered by kind, then by memory address, so that neighbours in the file are
+        neighbours in memory.
 
         Raises:
             TrainingError: the optimizer keeps other states than its class is known for.
@@ -89,7 +89,7 @@ class TrainerState:
         return [source.data_ptr() for flat in self.flats for source in self._sources(flat).values()]
 
     def _sources(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat tensor's kinds, laid out like it."""
+        """Return a flat tensor's vectors by kind, with its layout."""
         states = tensor_states(self.engine, flat, self.states)
         if states and sorted(states) != self.states:
             raise TrainingError(
@@ -149,7 +149,7 @@ class TrainerState:
         return groups
 
     def manifest(self, facts: RunFacts, step: int, samples: int, data: DataState) -> Manifest:
-        """The manifest, but for its files."""
+        """Return the manifest without its files."""
         return Manifest(
             run=facts.run.name,
             attempt=facts.attempt,

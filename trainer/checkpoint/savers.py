@@ -71,7 +71,7 @@ class Saver(Protocol):
 
 
 def make_saver(recipe: Recipe, state: TrainerState, facts: RunFacts, last_step: int, reporter: Reporter) -> Saver:
-    """The saver that ``train.roles`` asks for. A rank that was started without a hand-over buffer saves inline.
+    """Return the saver of ``train.roles``. A rank that was started without a hand-over buffer saves inline.
 
     Raises:
         TrainingError: not enough memory for the buffer.
@@ -104,7 +104,7 @@ def _not_written(step: int, reason: str) -> TrainingError:
 
 
 def _stored_type(file: str, tensor: Tensor) -> str:
-    """The type, by safetensors's name, in which a file holds a tensor: vectors are float32, buffers what they are."""
+    """Return the stored dtype of a tensor, by safetensors's name: vectors are float32, buffers keep theirs."""
     return _DTYPES[tensor.dtype] if file == BUFFERS else "F32"
 
 
@@ -153,12 +153,12 @@ class InlineSaver:
             self._reporter.progress("commit", step, self._last_step)
 
     def finish(self) -> Checkpoint:
-        """It is committed already."""
+        """Return the checkpoint, which is committed already."""
         assert self._checkpoint is not None
         return self._checkpoint
 
     def failed(self) -> bool:
-        """A failure ends :meth:`begin`."""
+        """Return ``False``: a failure is raised by :meth:`begin`."""
         return False
 
     def tidy(self) -> None:
@@ -172,7 +172,8 @@ class InlineSaver:
                 self._reporter.note(f"WARNING an old checkpoint could not be deleted: {error}")
 
     def _attempt_write(self, folder: Path) -> list[dict[str, Any]] | str:
-        """The records of this rank's files, or why they could not be written: all ranks must learn of it, not hang."""
+        """Write this rank's files; return their records, or the reason of a failure, for all ranks to raise
+        together."""
         try:
             records = []
             for name, tensors in _files(self._state).items():
@@ -254,7 +255,7 @@ class HandoverSaver:
         return answer is not None and answer.error is not None
 
     def tidy(self) -> None:
-        """The checkpointer does it."""
+        """Do nothing: the checkpointer deletes old files."""
 
     def _wait(self) -> None:
         answer = self._buffer.wait(self._sequence)
@@ -301,8 +302,8 @@ class HandoverSaver:
 
 
 def join_neighbours(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """(place, source) pairs of vectors: those that follow one another in both memories become one, as one large copy is
-    as fast as memory and many small ones are not."""
+    """Merge (destination, source) pairs of vectors that are adjacent in both memories, as one large copy is faster than
+    many small ones."""
     joined: list[tuple[Tensor, Tensor]] = []
     for pair in pairs:
         if joined and all(_follows(last, next_) for last, next_ in zip(joined[-1], pair, strict=True)):

@@ -62,10 +62,10 @@ class Task(Protocol):
         """
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """A prediction on its image or frames: uint8 (3, H, W) or (T, 3, H, W) in, uint8 (3, H', W') out."""
+        """Draw a prediction on its image or frames: uint8 (3, H, W) or (T, 3, H, W) in, uint8 (3, H', W') out."""
 
     def remark(self, result: Result) -> str | None:
         """Return the note on a picture without any drawn prediction; ``None``: there are predictions."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
-        """The ground truth, drawn the same way."""
+        """Draw the ground truth in the same way."""

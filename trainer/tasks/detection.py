@@ -41,7 +41,8 @@ class DetectionTask:
         return CocoMetric(self)
 
     def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
-        """Detections by falling score: class, score, box xyxy and RLE mask in pixels of the image itself."""
+        """Return detections by descending score: class, score, box xyxy and RLE mask in pixels of the original
+        image."""
         prediction: DetectionPrediction = predictions[index]  # type: ignore[assignment]
         height, width = size
         scale = torch.tensor([width / valid[1], height / valid[0]] * 2)
@@ -63,7 +64,7 @@ class DetectionTask:
         }
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """Detections of score ``threshold`` and more."""
+        """Draw detections of score ``threshold`` or more."""
         threshold = self.threshold or 0.0
         shown = [d for d in result["detections"] if d["score"] >= threshold]
         captions = [f"{d['name']} {d['score']:.2f}" for d in shown]
@@ -81,7 +82,7 @@ class DetectionTask:
         return f"nothing of score {threshold:g} or more{nearest}"
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
-        """All annotations but crowds."""
+        """Draw all annotations except crowds."""
         shown = [a for a in truth.value if not a["iscrowd"]]
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in shown)]
         labels = [a["class"] for a in shown]
@@ -114,7 +115,7 @@ class CocoMetric:
         return [[truth.key, list(truth.size), truth.value, result] for truth, result in self._records]
 
     def merge(self, states: list[list[list[Any]]]) -> None:
-        """Union of the records, in the order of their keys."""
+        """Merge the records, in the order of their keys."""
         records = [
             (Truth(key, (height, width), value), result)
             for state in states
@@ -123,7 +124,7 @@ class CocoMetric:
         self._records = sorted(records, key=lambda record: record[0].key)
 
     def compute(self) -> dict[str, float | None]:
-        """box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them.
+        """Return box_AP … box_APl, and mask_AP … where the truth has masks and the head makes them.
 
         As in training, the box of an annotation without mask stands for its mask where others have masks.
         """
@@ -136,7 +137,7 @@ class CocoMetric:
         return figures
 
     def confusion(self) -> None:
-        """None: a detection is compared with many objects."""
+        """Return ``None``: detection has no confusion matrix."""
 
     def _average_precision(self, kind: str) -> dict[str, float | None]:
         truth, detections = self._coco_truth(kind), self._coco_detections(kind)
@@ -179,8 +180,8 @@ class CocoMetric:
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     def _coco_detections(self, kind: str) -> list[dict[str, Any]]:
-        """Masks go without boxes: pycocotools would take a detection's area from its box, and sort it into small,
-        medium and large by that."""
+        """Return detections for pycocotools, masks without boxes: it would use the box's area to assign a mask to
+        small, medium or large."""
         detections = []
         for image_id, (_, result) in enumerate(self._records, start=1):
             for d in result["detections"]:
@@ -195,7 +196,7 @@ class CocoMetric:
 
 
 def _filled(annotations: list[dict[str, Any]], truth: Truth) -> list[dict[str, Any]]:
-    """The masks of a sample's annotations as run lengths; the filled box of one that has none."""
+    """Return the masks of a sample's annotations as run lengths; the filled box of one that has none."""
     return [
         a["segmentation"] or _encode(decode_masks([{**a, "segmentation": None}], truth.size, truth.key)[0])
         for a in annotations

@@ -17,11 +17,11 @@ class ImageTask(VideoTask):
     protocol = {"metric": "top-1 and top-5 accuracy, one view per image"}
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """The image over its three best classes."""
+        """Draw the three best classes below the image."""
         return _captioned(image, self.caption(result))
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
-        """The image over its true class."""
+        """Draw the true class below the image."""
         return _captioned(image, self.classes[truth.value])
 
 

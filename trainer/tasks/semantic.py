@@ -34,7 +34,8 @@ class SemanticTask:
         return ConfusionMetric(self)
 
     def label_map(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-        """(H, W) int64 at the image's own resolution: logits are resized before the decision, as the field does."""
+        """Return the label map (H, W) int64 at the original resolution: logits are resized before the argmax, as
+        usual."""
         assert isinstance(predictions, Tensor)
         logits = predictions[index, :, : valid[0], : valid[1]].detach().float().cpu()
         return interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
@@ -47,14 +48,14 @@ class SemanticTask:
         return {"height": size[0], "width": size[1], "shares": shares, "labels": labels.to(torch.uint8)}
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """The label map over the image."""
+        """Draw the label map over the image."""
         return self._draw(image, result["labels"])
 
     def remark(self, result: Result) -> None:
-        """None: all is drawn."""
+        """Return ``None``: every prediction is drawn."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
-        """The true label map over the image."""
+        """Draw the true label map over the image."""
         return self._draw(image, torch.as_tensor(truth.value))
 
     def _draw(self, image: Tensor, labels: Tensor) -> Tensor:
@@ -100,11 +101,12 @@ class ConfusionMetric:
         self.matrix = np.sum(np.array(states, np.int64), axis=0)
 
     def confusion(self) -> NDArray[np.int64]:
-        """Pixels."""
+        """Return the confusion matrix of pixels."""
         return self.matrix
 
     def compute(self) -> Figures:
-        """mIoU, mAcc (mean recall), aAcc, and IoU_CLASS; ``None`` for a class in neither truth nor prediction."""
+        """Return mIoU, mAcc (mean recall), aAcc, and IoU_CLASS; ``None`` for a class in neither truth nor
+        prediction."""
         classes = len(self._task.classes)
         hits = np.diag(self.matrix[:, :classes]).astype(float)
         truth, predicted = self.matrix.sum(1), self.matrix[:, :classes].sum(0)

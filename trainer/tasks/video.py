@@ -45,7 +45,7 @@ class VideoTask:
         }
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """A strip of frames under the three best classes."""
+        """Draw the three best classes above a strip of frames."""
         return _strip(image, self.caption(result))
 
     def caption(self, result: Result) -> str:
@@ -54,15 +54,15 @@ class VideoTask:
         return best or f"nothing of score {self.threshold or 0:g} or more"
 
     def remark(self, result: Result) -> None:
-        """None: the caption says it."""
+        """Return ``None``: the caption lists the classes."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
-        """A strip of frames under the true class."""
+        """Draw the true class above a strip of frames."""
         return _strip(image, self.classes[truth.value])
 
 
 def average_views(logits: Tensor, views: int) -> Tensor:
-    """One prediction for each video: the mean of its views' probabilities.
+    """Return one prediction for each video: the mean of its views' probabilities.
 
     Args:
         logits: (B x views, K), all views of the first video, then all of the second, and so on.
@@ -76,7 +76,7 @@ def average_views(logits: Tensor, views: int) -> Tensor:
 
 
 def _strip(frames: Tensor, caption: str) -> Tensor:
-    """At most six evenly spaced frames (T, 3, H, W) side by side, doubled when they are small."""
+    """Draw at most six evenly spaced frames (T, 3, H, W) side by side, doubled when they are small."""
     count = min(6, len(frames))
     picks = [round(i * (len(frames) - 1) / max(count - 1, 1)) for i in range(count)]
     return draw_clip(repeat(frames[picks], 2 if frames.shape[-1] < 128 else 1), caption)
@@ -114,10 +114,10 @@ class AccuracyMetric:
         self._counts, self._matrix = counts[:3], np.array(counts[3:], np.int64).reshape(self._matrix.shape)
 
     def compute(self) -> dict[str, float]:
-        """top1 and top5 as shares."""
+        """Return top1 and top5 as fractions."""
         top1, top5, total = self._counts
         return {"top1": top1 / max(total, 1), "top5": top5 / max(total, 1)}
 
     def confusion(self) -> NDArray[np.int64] | None:
-        """Clips or images; the last column: unreadable ones."""
+        """Return the confusion matrix of clips or images; the last column: unreadable ones."""
         return self._matrix if len(self._matrix) else None
