@@ -18,7 +18,7 @@ def usable_cores() -> int:
 
 
 def deciding_quota() -> float | None:
-    """The CPU quota, in cores, where it allows less than the affinity; else ``None``."""
+    """Return the CPU quota, in cores, where it allows less than the affinity; else ``None``."""
     quota = cpu_quota()
     return quota if quota is not None and quota < _affinity() else None
 
@@ -65,7 +65,7 @@ def _hierarchies(mounts: list[list[str]]) -> Iterator[tuple[int, str, Path]]:
 
 
 def _folders(point: Path, root: str, path: str) -> list[Path]:
-    """The group's folder and those above it, up to the mount point.
+    """Return the group's folder and those above it, up to the mount point.
 
     A container may see its own group at the mount point, whatever its name is outside.
     """

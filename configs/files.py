@@ -88,7 +88,8 @@ def lock_within(descriptor: int, seconds: float, *, shared: bool = False) -> boo
 
 
 def lock_holder(descriptor: int) -> str:
-    """Name who holds a lock on an open file, for people: the process as far as this host and container know it."""
+    """Describe the holder of a lock on an open file: the process, as far as it is visible to this host and
+    container."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         inode = str(os.fstat(descriptor).st_ino)
         for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():

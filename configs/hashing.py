@@ -16,7 +16,7 @@ from vitgraft.configs.files import open_regular
 
 
 def canonical_json(value: Any) -> str:
-    """JSON text with sorted keys and no spaces: the same value always gives the same text."""
+    """Return JSON text with sorted keys and no spaces: the same value always gives the same text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -26,7 +26,7 @@ def sha256_of(value: Any) -> str:
 
 
 def seed_of(*parts: str | int) -> int:
-    """A 63-bit seed from the parts: the only source of randomness in vitgraft."""
+    """Return a 63-bit seed from the parts: the only source of randomness in vitgraft."""
     digest = hashlib.sha256(canonical_json(list(parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -71,7 +71,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def validate_recipe(tree: Any, where: str) -> Recipe:
-    """The typed recipe, or a ConfigError that names ``where``, key, value and remedy."""
+    """Return the typed recipe, or a ConfigError that names ``where``, key, value and remedy."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -79,7 +79,7 @@ def validate_recipe(tree: Any, where: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every default written out."""
+    """Return the recipe as YAML, every default written out."""
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
@@ -135,7 +135,7 @@ def _index(node: list[Any], key: str, path: str, override: str) -> int:
 
 
 def _explain(error: ValidationError, where: str) -> str:
-    """The first error as one line; the number of further ones is appended."""
+    """Return the first error as one line; the number of further ones is appended."""
     details = error.errors(include_url=False)
     first = details[0]
     loc = _recipe_path(first["loc"])
@@ -172,13 +172,13 @@ def _short(value: Any) -> str:
 
 
 def _short_of(text: str, length: int = 100) -> str:
-    """The text, without its middle where it is long."""
+    """Return the text, without its middle where it is long."""
     half = length // 2
     return text if len(text) <= length else f"{text[:half]} … {text[-half:]}"
 
 
 def _recipe_path(loc: tuple[int | str, ...]) -> list[int | str]:
-    """A pydantic location without the tags of unions, i.e. as the user wrote the keys."""
+    """Return a pydantic location without the tags of unions, i.e. as the user wrote the keys."""
     path: list[int | str] = []
     for model, part in _walk(loc):
         if model is not None or isinstance(part, int):
@@ -187,7 +187,7 @@ def _recipe_path(loc: tuple[int | str, ...]) -> list[int | str]:
 
 
 def _walk(loc: tuple[int | str, ...]) -> list[tuple[type[BaseModel] | None, int | str]]:
-    """Each part of a location with the section it is a key of; ``None`` for a union's tag."""
+    """Return each part of a location with the section it is a key of; ``None`` for a union's tag."""
     steps: list[tuple[type[BaseModel] | None, int | str]] = []
     candidates: list[type[BaseModel]] = [Recipe]
     for part in loc:
@@ -207,7 +207,7 @@ def _walk(loc: tuple[int | str, ...]) -> list[tuple[type[BaseModel] | None, int 
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
-    """The valid keys of the section at a location."""
+    """Return the valid keys of the section at a location."""
     candidates: list[type[BaseModel]] = [Recipe]
     for part in loc:
         tagged = [m for m in candidates if m.model_fields.get("name") and m.model_fields["name"].default == part]
@@ -219,7 +219,7 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """All section classes that an annotation can hold."""
+    """Return all section classes that an annotation can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType, list, dict):

@@ -129,7 +129,7 @@ class FileCache:
         return f"{self.folder}/{file.sha256}.{file.name.rpartition('.')[2]}"
 
     def _present(self, file: RemoteFile) -> int | None:
-        """A descriptor with a shared lock if the whole file is here."""
+        """Return a descriptor with a shared lock if the whole file is here."""
         name = self._name(file)
         descriptor = _open_ours(name, os.O_RDONLY)
         if descriptor is None:
@@ -174,7 +174,8 @@ class FileCache:
             time.sleep(_POLL)
 
     def _own(self, file: RemoteFile) -> int | None:
-        """The .part file of ``file``, locked for this process; ``None``: another one has it, or the file is here."""
+        """Return the .part file of ``file``, locked for this process; ``None``: another one has it, or the file is
+        here."""
         self._refuse_bad(file)
         # Only this user writes in it, whatever the umask.
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -140,7 +140,7 @@ class PackedDataset:
         return mixture_fingerprint([reader.manifest.fingerprint for reader in self.readers])
 
     def plan(self, epoch: int) -> Plan:
-        """The order of one epoch of training."""
+        """Return the order of one epoch of training."""
         return plan_epoch(self.parts, self.seed, epoch)
 
     @property
@@ -192,7 +192,7 @@ class PackedDataset:
         return Batch(images, torch.tensor(sizes), torch.tensor(weights), targets, list(entries), skipped=skipped)
 
     def _finished(self, entry: Entry, made: dict[Entry, Sample], place: Tensor) -> tuple[Sample, tuple[int, int]]:
-        """An entry on the canvas, mixed with its partner where the recipe says so, and its valid size.
+        """Return an entry on the canvas, mixed with its partner where the recipe says so, and its valid size.
 
         Args:
             made: the batch's samples so far, before they met their partners.
@@ -251,12 +251,12 @@ class PackedDataset:
         return partner_of(entry.position, self._plan)
 
     def _filler(self, images: Tensor) -> Batch:
-        """One image (or clip) of zeros at weight zero, with empty targets, for a rank without entries."""
+        """Return one image (or clip) of zeros at weight zero, with empty targets, for a rank without entries."""
         sizes = torch.tensor([self.transforms.canvas])
         return Batch(images.zero_(), sizes, torch.zeros(1), self._targets([self._nothing()]))
 
     def _nothing(self) -> Sample:
-        """Zeros with empty targets on the canvas, to be given weight zero."""
+        """Return zeros with empty targets on the canvas, to be given weight zero."""
         height, width = self.transforms.canvas
         sample = Sample(self._blank())
         if self.kind == "detection":
@@ -271,7 +271,7 @@ class PackedDataset:
         return sample
 
     def eval_batch(self, samples: Sequence[int], images: Tensor | None = None) -> EvalItem:
-        """The batch of these samples with truths, and with targets where they were asked for.
+        """Return the batch of these samples with truths, and with targets where they were asked for.
 
         A sample that cannot be read keeps its place: zero image, weight 0, and its truth where the label can be read
         (``value`` is ``None`` where not). With views, ``images`` and ``sizes`` hold all those of the first video, then
@@ -346,7 +346,8 @@ class PackedDataset:
         return metadata
 
     def _pixels(self, raw: RawSample, metadata: dict[str, Any]) -> Tensor:
-        """The image (3, H, W), turned as its metadata says, or the clip (T, 3, H, W) with the frames of its purpose."""
+        """Return the image (3, H, W), turned as its metadata says, or the clip (T, 3, H, W) with the frames of its
+        purpose."""
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
         if self.kind == "video":
             count = stated_frames(metadata, where)
@@ -355,7 +356,7 @@ class PackedDataset:
         return decode_image(raw.first(IMAGE_EXTENSIONS), where, orientation_of(metadata, where))
 
     def _prepared(self, raw: RawSample, metadata: dict[str, Any]) -> list[Prepared]:
-        """The views of a sample: one of an image; of a video, clip by clip, the crops of each."""
+        """Return the views of a sample: one of an image; of a video, clip by clip, the crops of each."""
         if self.kind != "video":
             return [self.transforms.prepare(self._pixels(raw, metadata))]
         where = f"{raw.where} ({shown(metadata.get('file_name'))})"
@@ -377,7 +378,7 @@ class PackedDataset:
         ]
 
     def _prepared_with_target(self, raw: RawSample, metadata: dict[str, Any]) -> tuple[list[Prepared], Sample]:
-        """The views of a sample, and the sample with its labels on the canvas."""
+        """Return the views of a sample, and the sample with its labels on the canvas."""
         if self.kind in CLASSED:
             views = self._prepared(raw, metadata)
             return views, Sample(views[0].canvas, labels=torch.tensor(metadata["label"]))
@@ -439,12 +440,12 @@ class PackedDataset:
 
 
 def prepare_image(image: Tensor, config: DataConfig) -> Prepared:
-    """The evaluation transform of an image (3, h, w) uint8."""
+    """Apply the evaluation transform to an image (3, h, w) uint8."""
     return Transforms(config).prepare(image)
 
 
 def prepare_clip(path: Path | str, config: DataConfig) -> Prepared:
-    """The evaluation transform of a loose video file: the clip that evaluation would take, on the canvas.
+    """Apply the evaluation transform to a video file: the clip that evaluation would take, on the canvas.
 
     Raises:
         DataError: missing, broken or too large.

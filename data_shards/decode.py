@@ -46,7 +46,7 @@ def check_lossless(path: Path) -> None:
 
 
 def decode_label(data: bytes | Path, where: str) -> Tensor:
-    """A label map as class ids: (H, W) int32; palette images give their indices, 16-bit ones their values.
+    """Decode a label map as class ids: (H, W) int32; palette images give their indices, 16-bit ones their values.
 
     Colour images whose channels are equal are taken for the grey ones that they are, as is opaque transparency.
 
@@ -68,7 +68,7 @@ def decode_label(data: bytes | Path, where: str) -> Tensor:
 
 
 def _grey(pixels: np.ndarray, mode: str, where: str) -> np.ndarray:
-    """The one channel (H, W) that an image (H, W, channels) of several holds."""
+    """Return the one channel (H, W) that an image (H, W, channels) of several holds."""
     if mode.endswith("A") and not (pixels[..., -1] == 255).all():
         raise DataError(f"{where}: label map with transparent pixels; save it with one channel of class ids")
     colours = pixels[..., :-1] if mode.endswith("A") else pixels
@@ -82,7 +82,7 @@ def _grey(pixels: np.ndarray, mode: str, where: str) -> np.ndarray:
 
 
 def decode_json(data: bytes, where: str) -> dict[str, Any]:
-    """A sample's metadata: a JSON object of bounded size.
+    """Return a sample's metadata: a JSON object of bounded size.
 
     Raises:
         DataError: not a JSON object, or too large.
@@ -104,7 +104,7 @@ def shown(value: Any) -> str:
 
 
 def stated_size(metadata: dict[str, Any], where: str) -> tuple[int, int]:
-    """(height, width) that a sample's metadata states.
+    """Return (height, width) that a sample's metadata states.
 
     Raises:
         DataError: absent, not positive integers, or of more than ``MAX_PIXELS``.
@@ -134,7 +134,7 @@ def stated_frames(metadata: dict[str, Any], where: str) -> int:
 
 
 def stated_label(metadata: dict[str, Any], classes: int, where: str) -> int:
-    """The class of a sample that has one, as its metadata states.
+    """Return the class of a sample that has one, as its metadata states.
 
     Raises:
         DataError: absent, or no class id.
@@ -146,7 +146,7 @@ def stated_label(metadata: dict[str, Any], classes: int, where: str) -> int:
 
 
 def check_annotations(metadata: dict[str, Any], classes: int, where: str) -> list[dict[str, Any]]:
-    """A detection sample's annotations after a check of everything that decoding and evaluation rely on.
+    """Return a detection sample's annotations after a check of everything that decoding and evaluation rely on.
 
     Raises:
         DataError: a size that is none, a box that is not four finite numbers, a class outside 0..classes-1, an area
@@ -202,7 +202,7 @@ def covered(counts: bytes) -> int:
 
 
 def decode_masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int], where: str) -> Tensor:
-    """Instance masks (N, H, W) uint8 of checked annotations; one without segmentation gets its box, filled.
+    """Decode instance masks (N, H, W) uint8 of checked annotations; one without segmentation gets its box, filled.
 
     Raises:
         DataError: run lengths that do not describe a mask of this size.
@@ -277,7 +277,8 @@ def decode_frames(
     decoder: Decoder | None = None,
     length: int | None = None,
 ) -> Tensor:
-    """The frames with these ascending numbers (repetitions allowed): (T, 3, H, W) uint8 RGB, rotation tags applied.
+    """Decode the frames with these ascending numbers (repetitions allowed): (T, 3, H, W) uint8 RGB, rotation tags
+    applied.
 
     Args:
         decoder, length: see :func:`~vitgraft.data_shards.video.open_video`.

@@ -40,7 +40,7 @@ _WHITE = (255, 255, 255)
 
 
 def class_colour(number: int) -> Colour:
-    """A colour for a class id; neighbouring ids get colours far apart."""
+    """Return a colour for a class id; neighbouring ids get colours far apart."""
     hue = (number * 0.61803398875) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.65 + 0.35 * (number % 2), 1.0 - 0.25 * (number // 2 % 2))
     return round(red * 255), round(green * 255), round(blue * 255)

@@ -32,7 +32,7 @@ class Place(Protocol):
         """Return the file's name for messages."""
 
     def read(self, file: FileFacts, start: int, length: int) -> bytes:
-        """At most ``length`` bytes from ``start``, fewer at the end. Raises OSError or DataError."""
+        """Return at most ``length`` bytes from ``start``, fewer at the end. Raises OSError or DataError."""
 
     def prefetch(self, file: FileFacts) -> None:
         """Have the file at hand before it is read."""
@@ -45,7 +45,7 @@ class Place(Protocol):
 
 
 def place_of(folder: Path | str, cache: FileCache | None) -> Place:
-    """The files of a folder, or of a URL (``str``), which needs a cache."""
+    """Return the files of a folder, or of a URL (``str``), which needs a cache."""
     if isinstance(folder, Path):
         return LocalFolder(folder)
     if cache is None:
@@ -63,7 +63,7 @@ class LocalFolder:
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def where(self, name: str) -> str:
-        """The path."""
+        """Return the path."""
         return str(self.folder / name)
 
     def read(self, file: FileFacts, start: int, length: int) -> bytes:
@@ -113,7 +113,7 @@ class CachedFolder:
         self._checked: set[str] = set()
 
     def where(self, name: str) -> str:
-        """The URL, without secrets."""
+        """Return the URL, without secrets."""
         return shown(join(self.url, name))
 
     def read(self, file: FileFacts, start: int, length: int) -> bytes:

@@ -164,12 +164,12 @@ class _Local:
             self.path.unlink(missing_ok=True)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the tar."""
+        """Return the SHA-256 (hex) of the tar."""
         return self.sha256 or sha256_file(self.path)
 
 
 def _target(source: Path | str, out: Path | None) -> Path:
-    """The folder to write into."""
+    """Return the folder to write into."""
     if is_url(source) and out is None:
         raise ConfigError(f"{_shown(source)}: indices of tars behind a URL are written to a local folder; give --out")
     target = Path(source) if out is None else out

@@ -67,7 +67,7 @@ class ForeignBoxes:
             self.report.doubt(message, NOTHING_TO_LEARN)
 
     def _annotation(self, item: Any, number: int, size: tuple[int, int], where: str) -> dict[str, Any] | None:
-        """One annotation; ``None``: its box has no area."""
+        """Return one annotation; ``None``: its box has no area."""
         if not isinstance(item, dict):
             raise LabelFault(f"{where}: {item!r:.80}; expected an object with bbox and class")
         mask = read_mask(item.get("segmentation"), size, where, lambda what: self.report.repair(what, where))
@@ -109,7 +109,7 @@ class ForeignBoxes:
 
 
 def _area(box: list[float], mask: Mask | None) -> float:
-    """Pixels of an annotation's mask, or of its box where it has none: evaluation tells small from large by them."""
+    """Return the area, in pixels, of an annotation's mask, or of its box where it has none, for evaluation by size."""
     from pycocotools import mask as coco_mask
 
     return box[2] * box[3] if mask is None else float(coco_mask.area(mask.rle))

@@ -72,7 +72,7 @@ class FrameStack:
         self._frames = torch.empty((self._count, 3, height, width), dtype=torch.uint8)
 
     def frames(self) -> Tensor:
-        """The clip (T, 3, h, w), uint8.
+        """Return the clip (T, 3, h, w), uint8.
 
         Raises:
             DataError: a frame did not come.

@@ -12,7 +12,7 @@ from vitgraft.data_shards.stream import RawSample
 
 
 def frame_name(number: int) -> str:
-    """The member that holds a frame."""
+    """Return the member that holds a frame."""
     return f"{number:06d}.jpg"
 
 
@@ -48,7 +48,7 @@ class ImageFrames:
 
 
 def clip_of(raw: RawSample, metadata: dict[str, Any]) -> bytes | ImageFrames:
-    """A packed sample's clip: a video file's bytes, or images.
+    """Return a packed sample's clip: a video file's bytes, or images.
 
     Raises:
         DataError: it has neither.

@@ -45,7 +45,7 @@ class Sample:
 
 
 def fitted(size: tuple[int, int], canvas: tuple[int, int], factor: float = 1.0) -> tuple[int, int]:
-    """(height, width) after a resize that makes ``size`` fit ``canvas``, times ``factor``."""
+    """Return (height, width) after a resize that makes ``size`` fit ``canvas``, times ``factor``."""
     ratio = min(canvas[0] / size[0], canvas[1] / size[1]) * factor
     limits = (math.ceil(canvas[0] * factor), math.ceil(canvas[1] * factor))
     height, width = (min(max(1, round(side * ratio)), limit) for side, limit in zip(size, limits, strict=True))
@@ -53,13 +53,14 @@ def fitted(size: tuple[int, int], canvas: tuple[int, int], factor: float = 1.0) 
 
 
 def shortest(size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
-    """(height, width) after a resize of ``size`` to the short side ``short``, or less where it would pass ``long``."""
+    """Return (height, width) of ``size`` resized to short side ``short``, or less where its long side would pass
+    ``long``."""
     factor = min(short / min(size), long / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def covering(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) after the smallest resize of ``size`` that leaves no part of ``canvas`` empty."""
+    """Return (height, width) after the smallest resize of ``size`` that leaves no part of ``canvas`` empty."""
     ratio = max(canvas[0] / size[0], canvas[1] / size[1])
     return max(canvas[0], round(size[0] * ratio)), max(canvas[1], round(size[1] * ratio))
 
@@ -144,7 +145,7 @@ def extend(sample: Sample, size: tuple[int, int], colour: Sequence[int]) -> Samp
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
-    """Boxes (N, 4) float32 xyxy tight around masks (N, H, W); an empty mask gives zeros."""
+    """Return boxes (N, 4) float32 xyxy tight around masks (N, H, W); an empty mask gives zeros."""
 
     def edges(line: Tensor) -> tuple[Tensor, Tensor]:
         first = line.to(torch.int8).argmax(1)

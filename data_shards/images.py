@@ -134,12 +134,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """(height, width) after an orientation."""
+    """Return (height, width) after an orientation."""
     return (size[1], size[0]) if orientation >= 5 else size
 
 
 def turned(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
-    """A view of stored pixels (H, W, …) as they are displayed under an EXIF orientation (1 to 8)."""
+    """Return a view of stored pixels (H, W, …) as they are displayed under an EXIF orientation (1 to 8)."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
@@ -160,7 +160,7 @@ def orientation_of(metadata: dict[str, Any], where: str) -> int:
 
 
 def image_size(data: bytes | Path, where: str) -> tuple[int, int]:
-    """(height, width) of the stored pixels from the header, without decoding.
+    """Return (height, width) of the stored pixels from the header, without decoding.
 
     Raises:
         DataError: no such file, not an image, or more than ``MAX_PIXELS``.
@@ -169,7 +169,7 @@ def image_size(data: bytes | Path, where: str) -> tuple[int, int]:
 
 
 def image_format(data: bytes | Path, where: str) -> str:
-    """The member extension of an image by its content: jpg, png or webp.
+    """Return the member extension of an image by its content: jpg, png or webp.
 
     Raises:
         DataError: no image, or one of another format.
@@ -181,7 +181,7 @@ def image_format(data: bytes | Path, where: str) -> str:
 
 
 def decode_image(data: bytes | Path, where: str, orientation: int = 1, values: Values | None = None) -> Tensor:
-    """Pixels (3, H, W) uint8 RGB, in memory with the channels last, as torch resizes them twice as fast.
+    """Return pixels (3, H, W) uint8 RGB, in memory with the channels last, as torch resizes them twice as fast.
 
     16-bit grey is scaled to 8 bits, transparency dropped.
 
@@ -202,7 +202,7 @@ def decode_image(data: bytes | Path, where: str, orientation: int = 1, values: V
 
 
 def encode_png(data: bytes | Path, where: str, values: Values | None = None) -> bytes:
-    """A PNG of the stored pixels, without loss: 8-bit or 16-bit grey, or RGB; transparency dropped.
+    """Return a PNG of the stored pixels, without loss: 8-bit or 16-bit grey, or RGB; transparency dropped.
 
     Args:
         values: as of :func:`decode_image`; grey of more than 8 bits is scaled to 8, and stays 16-bit without.
@@ -228,7 +228,7 @@ def range_for(high: float) -> str:
 
 
 def parse_range(text: str) -> Values | None:
-    """The values of black and white that ``--range`` gives; ``None`` for an empty text.
+    """Return the values of black and white that ``--range`` gives; ``None`` for an empty text.
 
     Raises:
         ConfigError: not two numbers, the larger one last.
@@ -245,7 +245,7 @@ def parse_range(text: str) -> Values | None:
 
 
 def value_range(data: bytes | Path, where: str) -> Values:
-    """The smallest and the largest value of all channels, decoded at the depth that Pillow gives.
+    """Return the smallest and the largest value of all channels, decoded at the depth that Pillow gives.
 
     Raises:
         DataError: broken or too large.
@@ -259,7 +259,7 @@ def value_range(data: bytes | Path, where: str) -> Values:
 
 
 def _stored(image: Image.Image, where: str, values: Values | None, keep: bool = False) -> npt.NDArray[Any]:
-    """Pixels as they are stored: (H, W, 3), or of grey alone (H, W), uint8; with ``keep`` 16-bit grey stays uint16."""
+    """Return pixels as stored: (H, W, 3), or (H, W) of grey alone, uint8; with ``keep`` 16-bit grey stays uint16."""
     # Of TIFF alone Pillow applies the orientation when it decodes, after which it is forgotten.
     own = _orientation(image) if image.format == "TIFF" else 1
     depth, grey = _depth(image), image.mode.startswith(("I", "F"))
@@ -298,7 +298,7 @@ def _by_rows(
 
 
 def load_image(path: Path | str, values: Values | None = None) -> tuple[Tensor, int]:
-    """A loose image file as it is displayed: pixels (3, H, W) uint8 RGB, and the EXIF orientation that was applied.
+    """Load an image file as displayed: pixels (3, H, W) uint8 RGB, and the EXIF orientation that was applied.
 
     Args:
         values: as of :func:`decode_image`.

@@ -298,7 +298,7 @@ def _prepared(
 
 
 def train_batches(dataset: PackedDataset, micro_batches: Iterable[MicroBatch]) -> TrainBatches:
-    """Batches of training in the order of ``micro_batches``, in pinned memory where there is CUDA.
+    """Return batches of training in the order of ``micro_batches``, in pinned memory where there is CUDA.
 
     ``close()`` ends the loader's processes.
 

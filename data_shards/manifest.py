@@ -94,7 +94,7 @@ class Manifest(Section):
         return sizes
 
     def tars(self, folder: Path | str) -> Path | str:
-        """The folder (or URL, a ``str``) of the tars of a data set whose manifest is in ``folder``."""
+        """Return the folder (or URL, a ``str``) of the tars of a data set whose manifest is in ``folder``."""
         if self.foreign is None or self.foreign.root is None:
             return folder
         return self.foreign.root if is_url(self.foreign.root) else Path(self.foreign.root)
@@ -107,7 +107,7 @@ def fingerprint_of(
     shards: Shards,
     foreign: Foreign | None = None,
 ) -> str:
-    """SHA-256 (hex) over everything that decides what a training run reads."""
+    """Return the SHA-256 (hex) over everything that decides what a training run reads."""
     tree: dict[str, Any] = {"kind": kind, "classes": classes, "category_ids": category_ids}
     if foreign is not None:
         # Here the labels are in the index.
@@ -127,7 +127,7 @@ def make_manifest(
     source: dict[str, Any],
     foreign: Foreign | None = None,
 ) -> Manifest:
-    """The manifest of these shards, with totals and fingerprint filled in."""
+    """Return the manifest of these shards, with totals and fingerprint filled in."""
     columns = Shards(shards)
     return Manifest(
         kind=kind,
@@ -142,7 +142,7 @@ def make_manifest(
 
 
 def dump_manifest(manifest: Manifest) -> str:
-    """The manifest as JSON text."""
+    """Return the manifest as JSON text."""
     tree = manifest.model_dump(mode="json", by_alias=True)
     if manifest.foreign is None:
         # Our own shards are described as ever.

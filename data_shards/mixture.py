@@ -73,12 +73,12 @@ def check_mixture(paths: Sequence[str], manifests: Sequence[Manifest], visits: S
 
 
 def mixture_fingerprint(fingerprints: Sequence[str]) -> str:
-    """The fingerprint of these sources in this order (SHA-256, hex); one source keeps its own."""
+    """Return the fingerprint of these sources in this order (SHA-256, hex); one source keeps its own."""
     return fingerprints[0] if len(fingerprints) == 1 else sha256_of({"mixture": list(fingerprints)})
 
 
 def mixture_entries(parts: Sequence[Part]) -> int:
-    """Entries of an epoch: the sum over the sources of samples times repeats, each rounded."""
+    """Return the number of entries of an epoch: the sum over the sources of samples times repeats, each rounded."""
     return sum(epoch_entries(part.samples, part.repeats) for part in parts)
 
 
@@ -110,11 +110,11 @@ class MixturePlan:
         return sum(self._lengths)
 
     def entries(self, start: int, stop: int) -> list[Entry]:
-        """The entries at positions start..stop-1 (IndexError when any lies outside)."""
+        """Return the entries at positions start..stop-1 (IndexError when any lies outside)."""
         return entries_of(self.epoch, range(start, stop), *self.numbers(start, stop))
 
     def numbers(self, start: int, stop: int) -> tuple[Integers, Integers]:
-        """The samples and the repetitions at positions start..stop-1 (IndexError when any lies outside)."""
+        """Return the samples and the repetitions at positions start..stop-1 (IndexError when any lies outside)."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"positions {start}..{stop} outside the epoch of {len(self)} entries")
         found = np.empty((2, stop - start), dtype=np.int64)
@@ -141,7 +141,7 @@ class MixturePlan:
         return stretch
 
     def _stretch(self, stretch: int) -> tuple[Integers, Integers]:
-        """The samples and repetitions of one stretch, in order."""
+        """Return the samples and repetitions of one stretch, in order."""
         if stretch in self._cache:
             self._cache.move_to_end(stretch)
             return self._cache[stretch]
@@ -181,7 +181,7 @@ class MixtureReader:
         return f"{reader.folder}:{reader.key(local)}"
 
     def read(self, sample: int) -> RawSample:
-        """The bytes of one sample.
+        """Return the bytes of one sample.
 
         Raises:
             IndexError: no such sample.

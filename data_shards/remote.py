@@ -58,20 +58,20 @@ def _is_http(url: str) -> bool:
 
 
 def join(url: str, name: str) -> str:
-    """The URL of a file in a folder; a query (a signature, say) stays at the end."""
+    """Return the URL of a file in a folder; a query (a signature, say) stays at the end."""
     base, mark, query = url.partition("?") if _is_http(url) else (url, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
 def shown(url: str) -> str:
-    """The URL without user, password and query, which may be secrets: for messages."""
+    """Return the URL without user, password and query, which may be secrets: for messages."""
     scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
 
 
 def read_small(url: str, limit: int) -> bytes:
-    """A whole file of at most ``limit`` bytes.
+    """Return a whole file of at most ``limit`` bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,7 +108,8 @@ def download(url: str, descriptor: int, limit: int) -> tuple[int, str]:
 
 
 def list_names(url: str) -> list[str]:
-    """Names of the files in a folder, sorted. Over http the server must show its folders as pages with links.
+    """Return the names of the files in a folder, sorted. Over http the server must show its folders as pages with
+    links.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -144,7 +145,7 @@ def _write(descriptor: int, chunk: bytes) -> None:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL (it keeps one for each kind and process) and the path in it."""
+    """Return fsspec's file system for a URL (it keeps one for each kind and process) and the path in it."""
     if "::" in url:
         raise ConfigError(f"{shown(url)}: chained URLs are not supported; name one file system")
     scheme = url.partition("://")[0].lower()
@@ -178,7 +179,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def _stream(url: str, limit: int) -> Iterator[bytes]:
-    """The bytes of a file until its end or until there are more than ``limit``."""
+    """Yield the bytes of a file until its end or until there are more than ``limit``."""
     system, path = file_system(url)
     deadline = time.monotonic() + STALL_SECONDS + limit / SLOWEST
     # Over http one plain request and a stream: what fsspec does for ranges trusts the server to send no more.

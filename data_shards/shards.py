@@ -46,7 +46,7 @@ class Shard(Section):
 
 
 def index_name(name: str) -> str:
-    """File name of the index of a tar."""
+    """Return the file name of the index of a tar."""
     return name.removesuffix(".tar") + ".idx"
 
 

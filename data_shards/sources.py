@@ -51,7 +51,7 @@ def open_cache(config: CacheConfig) -> FileCache:
 
 
 def ensure_digits(uri: str, progress: Progress | None = None) -> Path:
-    """The folder of ``digits:KIND/SPLIT``, packed if it is not there yet; safe in many processes at once.
+    """Return the folder of ``digits:KIND/SPLIT``, packed if it is not there yet; safe in many processes at once.
 
     Raises:
         ConfigError: unknown KIND or SPLIT (lists the valid ones), or scikit-learn is missing.

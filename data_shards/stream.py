@@ -45,7 +45,7 @@ class RawSample(NamedTuple):
         return f"{self.shard}:{self.key}"
 
     def first(self, extensions: tuple[str, ...]) -> bytes:
-        """The member with the first of these extensions that is there.
+        """Return the member with the first of these extensions that is there.
 
         Raises:
             DataError: none is there.
@@ -101,7 +101,7 @@ class ShardReader:
         return self._tars.remote
 
     def shard_of(self, sample: int) -> int:
-        """The number of the shard that holds the sample."""
+        """Return the number of the shard that holds the sample."""
         return bisect_right(self._ends, sample)
 
     def prefetch(self, shard: int) -> None:
@@ -119,7 +119,7 @@ class ShardReader:
         return f"{sample:09d}"
 
     def read(self, sample: int) -> RawSample:
-        """The bytes of one sample.
+        """Return the bytes of one sample.
 
         Raises:
             IndexError: no such sample.
@@ -209,7 +209,7 @@ class ShardReader:
         self._checked = found
 
     def _metadata(self, shard: _OpenShard, local: int) -> bytes:
-        """A foreign sample's metadata, from the index."""
+        """Return a foreign sample's metadata, from the index."""
         start, end = shard.offsets[2 * shard.samples + local], shard.offsets[2 * shard.samples + local + 1]
         path = self._index_files.where(shard.index_file.name)
         if not 0 <= start < end <= shard.index_file.bytes:
@@ -290,7 +290,7 @@ def _foreign_members(data: bytes, wanted: Mapping[str, str]) -> dict[str, bytes]
 
 
 def _members(data: bytes, key: str | None, where: str, wanted: Mapping[str, str] | None = None) -> dict[str, bytes]:
-    """The members of one sample, by extension.
+    """Return the members of one sample, by extension.
 
     Args:
         key: what their names must start with; ``None``: whatever the first one's does.

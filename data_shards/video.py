@@ -340,7 +340,7 @@ def _decodable(decoder: Any) -> int:
 
 @functools.cache
 def _torchcodec() -> Any:
-    """torchcodec's decoders where they can be imported and turn frames upright (from 0.11), else ``None``."""
+    """Return torchcodec's decoders where they can be imported and turn frames upright (from 0.11), else ``None``."""
     try:
         decoders = importlib.import_module("torchcodec.decoders")
     except (ImportError, OSError, RuntimeError):

@@ -298,7 +298,7 @@ def _say(error: VitgraftError) -> int:
 
 
 def _broken_pipe(error: BrokenPipeError) -> int:
-    """The reader of our output, e.g. head, has seen enough; training, whose output nobody waits for, has not."""
+    """Return 0 if the reader of our output, e.g. head, has closed it; for training, the exit code of an error."""
     return 0 if stdout.has_lost_its_reader() and sys.argv[1:2] != ["train"] else _usage_error(error)
 
 

@@ -54,7 +54,7 @@ def deepspeed_hostfile(slots: Slots) -> str:
 
 
 def slot_filter(slots: Slots) -> str:
-    """The ``--include`` of DeepSpeed that means exactly these slots."""
+    """Return the ``--include`` of DeepSpeed that means exactly these slots."""
     return "@".join(f"{name}:{','.join(map(str, used))}" for name, used in slots.items())
 
 
@@ -102,7 +102,7 @@ def rank_environment(environment: Mapping[str, str], *, device: str, threads: in
 
 
 def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the starting node that matter on all hosts (NCCL_*, GLOO_*, …; see ``FORWARDED``)."""
+    """Return the variables of the starting node that matter on all hosts (NCCL_*, GLOO_*, …; see ``FORWARDED``)."""
     return {
         name: value
         for name, value in sorted(environment.items())

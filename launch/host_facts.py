@@ -119,7 +119,7 @@ def facts(recipe: str | None = None, data: dict[str, str] | None = None, run: st
 
 
 def package_versions() -> dict[str, str]:
-    """The version of every package that vitgraft needs, as installed here; ``missing`` where it is not."""
+    """Return the version of every package that vitgraft needs, as installed here; ``missing`` where it is not."""
     found = {}
     for requirement in importlib.metadata.requires("vitgraft") or []:
         if "extra ==" not in requirement:
@@ -158,7 +158,7 @@ def _free(path: str) -> int | None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the folder above it that exists."""
+    """Return the path, or the folder above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 

@@ -44,7 +44,7 @@ class Host:
 
 
 def parse_hostfile(text: str, where: str) -> list[Host]:
-    """The hosts of a hostfile: lines ``NAME slots=N [spare=true|false]``, ``#`` starts a comment.
+    """Return the hosts of a hostfile: lines ``NAME slots=N [spare=true|false]``, ``#`` starts a comment.
 
     Raises:
         ConfigError: names ``where`` and the line: what is wrong with it, and the remedy.
@@ -94,7 +94,7 @@ def _parse_line(words: Sequence[str], where: str) -> Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file.
+    """Return the hosts of a file.
 
     Raises:
         ConfigError: it cannot be read, or as :func:`parse_hostfile`.
@@ -103,12 +103,14 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def write_hostfile(hosts: Iterable[Host]) -> str:
-    """The text of a hostfile; :func:`parse_hostfile` reads it back, and without spares DeepSpeed reads it too."""
+    """Return the text of a hostfile; :func:`parse_hostfile` reads it back, and without spares DeepSpeed reads it
+    too."""
     return "".join(f"{host.name} slots={host.slots}{' spare=true' if host.spare else ''}\n" for host in hosts)
 
 
 def choose_slots(hosts: Sequence[Host], include: str = "", exclude: str = "") -> Slots:
-    """The slots that ``--include`` or ``--exclude`` leaves, e.g. ``node-1@node-2:0,2``; DeepSpeed reads them alike.
+    """Return the slots that ``--include`` or ``--exclude`` leaves, e.g. ``node-1@node-2:0,2``; DeepSpeed reads them
+    alike.
 
     Without ``include`` spares stay out; one that it names takes part.
 

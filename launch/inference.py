@@ -31,7 +31,7 @@ def evaluate(
     screen: Screen,
     weights: Weights | None = None,
 ) -> Evaluation:
-    """Evaluate; the figures are written with their protocol to ``out``."""
+    """Evaluate, and write the metrics with their protocol to ``out``."""
     recipe, checkpoint = _open(target)
     source = data or (recipe.data.val.path if recipe.data.val is not None else None)
     if source is None:

@@ -56,7 +56,7 @@ class Listed:
 
 
 def list_checkpoints(run: Path, *, hashes: bool = False, progress: Progress | None = None) -> list[Listed]:
-    """Every checkpoint of a run, oldest first.
+    """Return every checkpoint of a run, oldest first.
 
     Args:
         hashes: check them, not only that the files are there.
@@ -137,7 +137,7 @@ def damaged(
 
 
 def scan_run(run: Path) -> list[tuple[Path, Checkpoint | CheckpointError]]:
-    """Every checkpoint folder of a run, opened or with what is wrong with it.
+    """Return every checkpoint folder of a run, opened or with what is wrong with it.
 
     Raises:
         CheckpointError: no such run, or it has none.
@@ -151,7 +151,7 @@ def scan_run(run: Path) -> list[tuple[Path, Checkpoint | CheckpointError]]:
 
 
 def _best(run: Path, figures: dict[int, dict[str, float]]) -> int | None:
-    """The best by the recipe's ``keep_best``, else by its task's first figure that was evaluated."""
+    """Return the best by the recipe's ``keep_best``, else by its task's first figure that was evaluated."""
     from vitgraft.configs.load import load_recipe
 
     config = run / "config.yaml"

@@ -45,7 +45,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address."""
+    """Return the network interface with this IPv4 address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):

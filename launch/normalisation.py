@@ -19,7 +19,7 @@ _KEYS = ("mean", "std")
 
 
 def with_normalisation(recipe: Recipe, run: Path, resume: str, note: Callable[[str], None]) -> Recipe:
-    """The recipe with ``data.mean`` and ``data.std`` of its weights, unless it gives them or the run has others.
+    """Return the recipe with ``data.mean`` and ``data.std`` of its weights, unless it gives them or the run has others.
 
     Args:
         resume: as for :func:`vitgraft.launch.run_dir.open_run`.

@@ -33,7 +33,7 @@ class Plan:
     note: str | None = None
 
     def numbers(self) -> dict[str, list[int]]:
-        """The ranks of each host."""
+        """Return the ranks of each host."""
         found, first = {}, 0
         for host, count in self.ranks.items():
             found[host] = list(range(first, first + count))
@@ -59,7 +59,7 @@ def plan_attempt(
     evaluator: str | None,
     asked: int | None = None,
 ) -> Plan:
-    """The plan of an attempt with so many ``ranks`` on each host.
+    """Return the plan of an attempt with so many ``ranks`` on each host.
 
     Args:
         gpus: those that so many ranks of a host would use.

@@ -53,7 +53,7 @@ class Conversation:
             ) from None
 
     def ask(self, question: Question, timeout: float) -> dict[str, Any]:
-        """The answer to one question.
+        """Return the answer to one question.
 
         Raises:
             NoAnswer: the program ended or is silent for ``timeout`` seconds; nothing more can be asked then.

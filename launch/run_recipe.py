@@ -154,7 +154,7 @@ def _check_stages(run: Path, old: TrainConfig, recipe: Recipe, newest: Manifest,
 
 
 def _done(train: TrainConfig, newest: Manifest) -> tuple[int, bool]:
-    """Whole units (steps or epochs) that are done, and whether the next has begun."""
+    """Return whole units (steps or epochs) that are done, and whether the next has begun."""
     return (newest.step, False) if train.epochs is None else (newest.data.epoch, newest.data.cursor > 0)
 
 
@@ -178,7 +178,7 @@ def _unit(train: TrainConfig) -> str:
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key in which two trees differ, with both values."""
+    """Return the first key in which two trees differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:
             found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)

@@ -207,7 +207,7 @@ def eta(step: int, steps: float | None, pace: Pace, row_age: float | None) -> fl
 
 
 def _attempt(run: Path, start: Attempt | None) -> int:
-    """The attempt that owns the run: RUN/attempt is written before the event of its start."""
+    """Return the attempt that owns the run: RUN/attempt is written before the event of its start."""
     try:
         text = read_text(run / "attempt", MAX_SMALL_BYTES).strip()
     except DataError:

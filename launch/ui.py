@@ -95,7 +95,7 @@ class Screen:
                 stream.write(line.encode(errors="backslashreplace"))
 
     def callback(self, label: str) -> Callable[[int, int], None]:
-        """A progress callback with a fixed label."""
+        """Return a progress callback with a fixed label."""
         return lambda done, total: self.progress(label, done, total)
 
     def _left(self, label: str, done: int, total: int) -> list[str]:

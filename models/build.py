@@ -86,7 +86,7 @@ class GraftedModel(nn.Module):
 
 
 def build_model(config: ModelConfig, *, num_classes: int, image_size: tuple[int, int]) -> GraftedModel:
-    """The model of a recipe for a data set of ``num_classes`` (foreground) classes on a canvas (height, width).
+    """Return the model of a recipe for a data set of ``num_classes`` (foreground) classes on a canvas (height, width).
 
     Random weights come from torch's global generator. Raises ``ConfigError`` when the recipe's number of classes is
     another, or when trunk, adapter, head and canvas do not fit; ``CheckpointError`` for weights that do not fit.

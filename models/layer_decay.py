@@ -13,7 +13,7 @@ _UNTRAINED = re.compile(r"\.(adaptmlp|lora|prompts|residual)\.")
 
 
 def layer_of(parameter_name: str, depth: int) -> int:
-    """The layer of a model's parameter for layer-wise learning-rate decay (BEiT, arXiv 2106.08254).
+    """Return the layer of a model's parameter for layer-wise learning-rate decay (BEiT, arXiv 2106.08254).
 
     0: what comes before the trunk's blocks (patch embedding, positions, prefix tokens). i + 1: block i. depth + 1:
     everything else, with it grafts and residual convolutions inside the blocks, because they start untrained (ViTDet's

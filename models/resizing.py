@@ -19,14 +19,14 @@ PREFIXES = (0, 1, 2, 5)
 
 
 def square_grid(rows: int) -> tuple[int, int] | None:
-    """(prefix rows, side of the square grid) of a table of ``rows`` positions; ``None`` when no square fits."""
+    """Return (prefix rows, side of the square grid) of a table of ``rows`` positions; ``None`` when no square fits."""
     return next(
         ((p, math.isqrt(rows - p)) for p in PREFIXES if rows > p and math.isqrt(rows - p) ** 2 == rows - p), None
     )
 
 
 def table_layout(rows: int, tokens: tuple[int, ...], grid: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
-    """(prefix rows, grid) of a file's table of ``rows`` positions; ``None`` when it cannot be told.
+    """Return (prefix rows, grid) of a file's table of ``rows`` positions; ``None`` when it cannot be told.
 
     ``tokens``: how many prefix rows it may have, the likeliest first. Published tables are of square grids; one that is
     not can only be of ``grid``, the model's own.
@@ -100,7 +100,7 @@ def resize_square_table(table: Tensor, target: Tensor) -> Tensor | None:
 
 
 def _square_table(rows: int) -> tuple[int, int]:
-    """(side of the grid, extra rows) of a table; a side of 0 where no square grid has so many rows."""
+    """Return (side of the grid, extra rows) of a table; a side of 0 where no square grid has so many rows."""
     for extra in (0, CLASS_ROWS):
         width = math.isqrt(max(0, rows - extra))
         if width % 2 and width**2 == rows - extra:

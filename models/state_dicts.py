@@ -27,7 +27,7 @@ def kind_of(value: Any) -> str:
 
 
 def chosen_state(content: Any, key: str | None, where: str) -> tuple[dict[str, Any], str | None]:
-    """The state dict in a file's content: names and values, tensors or their records among them.
+    """Return the state dict in a file's content: names and values, tensors or their records among them.
 
     Args:
         content: what the file holds.
@@ -86,7 +86,7 @@ def _states(top: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _items(value: Any) -> dict[Any, Any] | None:
-    """The items of a dictionary, or of an object of a class derived from it."""
+    """Return the items of a dictionary, or of an object of a class derived from it."""
     if isinstance(value, Record):
         return value.items or None
     return value if isinstance(value, dict) else None
@@ -98,7 +98,7 @@ def _is_state(state: dict[str, Any]) -> bool:
 
 
 def _usual(states: dict[str, dict[str, Any]]) -> str | None:
-    """The path of the state dict to take; ``None`` when that is not clear."""
+    """Return the path of the state dict to take; ``None`` when that is not clear."""
     proper = [path for path in states if _is_state(states[path])]
     usual = [path for name in _USUAL for path in proper if path == name or path.startswith(f"{name}.")]
     if usual:

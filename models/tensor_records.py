@@ -52,7 +52,7 @@ class TensorError(ValueError):
 
 
 def storage_dtype(name: Any) -> torch.dtype:
-    """The type of the elements of a storage class that a pickle names.
+    """Return the type of the elements of a storage class that a pickle names.
 
     Raises ``TensorError`` for any but the plain numeric ones.
     """
@@ -68,7 +68,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def tensor_of(value: Any, storages: Storages) -> Tensor:
-    """The tensor that a record describes; torch's share the memory of their storage.
+    """Return the tensor that a record describes; torch's share the memory of their storage.
 
     Raises ``TensorError`` where :func:`is_tensor` is false, or where sizes and bytes do not fit each other.
     """
@@ -138,7 +138,7 @@ def _array(raw: Any, dtype: Any, shape: Any, fortran: bool) -> Tensor:
 
 
 def _numpy_dtype(record: Any) -> np.dtype[Any]:
-    """A plain numeric type from numpy's ``dtype(code, False, True)`` with the state ``(3, order, None, …)``."""
+    """Return a plain numeric type from numpy's ``dtype(code, False, True)`` with the state ``(3, order, None, …)``."""
     if isinstance(record, Record) and record.function == _DTYPE and record.args and record.args[0] in _CODES:
         order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "|"
         if order in ("<", ">", "|", "="):

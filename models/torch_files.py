@@ -161,7 +161,8 @@ def _elements(data: bytearray, dtype: torch.dtype) -> Tensor:
 
 
 def _storage(reference: Any) -> tuple[torch.dtype, str, int, tuple[int, int] | None]:
-    """(type, key, number of elements, part) of a reference ``("storage", class, key, device, number[, part])``."""
+    """Return (type, key, number of elements, part) of a reference ``("storage", class, key, device, number[,
+    part])``."""
     if not isinstance(reference, tuple) or len(reference) not in (5, 6) or reference[0] != "storage":
         raise TensorError("a tensor in a storage of another kind than torch's")
     _, kind, key, _, count, *rest = reference

@@ -61,7 +61,7 @@ def official_name(name: str) -> str:
 
 
 def _first(name: str, renames: tuple[tuple[re.Pattern[str], str], ...]) -> str:
-    """``name`` renamed by the first expression that matches it from its beginning."""
+    """Return ``name`` renamed by the first expression that matches it from its beginning."""
     for pattern, replacement in renames:
         if pattern.match(name):
             return pattern.sub(replacement, name, count=1)

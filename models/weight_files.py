@@ -29,7 +29,7 @@ MAX_NAME = 200
 
 
 def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> dict[str, Tensor]:
-    """The tensors of a file by name, out of the state dict that :func:`chosen_state` chooses.
+    """Return the tensors of a file by name, out of the state dict that :func:`chosen_state` chooses.
 
     ``where``: the key of the recipe that names the file, for errors. Raises ``CheckpointError`` when the file is
     missing, truncated, of another kind, or holds something else than tensors under a tensor's name; ``ConfigError``
@@ -95,7 +95,7 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 
 def _tensors(state: dict[str, Any], content: Content, where: str) -> dict[str, Tensor]:
-    """The tensors among the values of a state dict; raises ``CheckpointError`` for something else under their names."""
+    """Return the tensors of a state dict; raise ``CheckpointError`` for another value under a tensor's name."""
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if len(name) > MAX_NAME or not name.isprintable():

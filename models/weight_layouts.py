@@ -99,7 +99,7 @@ class Found(NamedTuple):
 
 
 def view_of(state: Mapping[str, Tensor], prefix: str, renames: Iterable[tuple[str, str]]) -> View:
-    """The tensors of ``state`` under ``prefix``, without it and renamed."""
+    """Return the tensors of ``state`` under ``prefix``, without it and renamed."""
     originals = {}
     for name in state:
         if name.startswith(prefix):
@@ -126,7 +126,7 @@ def _in_shape(name: str, value: Tensor) -> Tensor:
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
-    """Every prefix in ``names`` made of the common wrappers, the shortest first; the empty one is among them."""
+    """Return every prefix in ``names`` made of the common wrappers, the shortest first; the empty one is among them."""
     found = {""}
     for name in names:
         prefix = ""
@@ -156,7 +156,7 @@ def likely_prefixes(
 
 
 def without_wrappers(name: str) -> str:
-    """``name`` without the common wrappers at its beginning."""
+    """Return ``name`` without the common wrappers at its beginning."""
     return name.removeprefix(prefixes([name])[-1])
 
 
@@ -182,7 +182,7 @@ def has_layer_scales(names: Iterable[str]) -> bool:
 
 
 def reason_for(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
-    """The reason of the first rule (expression, reason) that matches ``name`` from its beginning."""
+    """Return the reason of the first rule (expression, reason) that matches ``name`` from its beginning."""
     return next((reason for pattern, reason in rules if re.match(pattern, name)), None)
 
 
@@ -198,7 +198,7 @@ def _spelt(name: str, tensors: Mapping[str, Tensor]) -> Found | None:
 
 
 def _third(stem: str, letter: str, kind: str, tensors: Mapping[str, Tensor]) -> Found | None:
-    """Weight or bias of queries, keys or values (``letter``) alone."""
+    """Return weight or bias of queries, keys or values (``letter``) alone."""
     spellings = [f"{stem}{letter}_proj.{kind}", *([f"{stem}{letter}_bias"] if kind == "bias" else [])]
     for name in spellings:
         if name in tensors:

@@ -43,7 +43,8 @@ def check_file(name: str, where: str) -> None:
 
 
 def locate(file: str | Path, where: str) -> tuple[Path, str | None]:
-    """The local path of a file, fetched from the Hugging Face hub (or its cache) if it is named so, and its ``#KEY``.
+    """Return the local path of a file, fetched from the Hugging Face hub (or its cache) if it is named so, and its
+    ``#KEY``.
 
     Raises ``ConfigError`` for an address, or a name on the hub that is malformed or cannot be fetched;
     ``CheckpointError`` when there is no such local file.
@@ -92,7 +93,7 @@ def shown(value: object, limit: int = 160) -> str:
 
 
 def numbers_of(metadata: dict[str, str], key: str, count: int) -> list[float] | None:
-    """A list of ``count`` numbers in a file's metadata; ``None`` for anything else."""
+    """Return a list of ``count`` numbers in a file's metadata; ``None`` for anything else."""
     try:
         value = parse_json(metadata.get(key, ""), key)
     except DataError:
@@ -102,7 +103,7 @@ def numbers_of(metadata: dict[str, str], key: str, count: int) -> list[float] | 
 
 
 def _parsed(name: str, where: str, missing: type[VitgraftError]) -> tuple[Path | str, str | None]:
-    """(path or name on the hub, key); raises ``ConfigError`` for an address, ``missing`` for no local file."""
+    """Return (path or name on the hub, key); raise ``ConfigError`` for an address, ``missing`` for no local file."""
     if _URL.match(name):
         raise ConfigError(
             f"{where}: {name} is an address; download the file and name it, or give hf:OWNER/REPO/FILE for one on "

@@ -356,7 +356,7 @@ def _resized(match: _Match, name: str, value: Tensor, target: Tensor) -> Tensor 
 
 
 def _grid(match: _Match, name: str) -> tuple[nn.Module, tuple[int, int] | None]:
-    """The module that owns a table of positions, and the grid that the table is laid out for."""
+    """Return the module that owns a table of positions, and the grid that the table is laid out for."""
     owner = match.module.get_submodule(name.rpartition(".")[0])
     rows = match.targets[name].shape[1]
     grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
@@ -399,7 +399,8 @@ def _positions(match: _Match, name: str, value: Tensor, where: str) -> Tensor | 
 
 
 def _known_layout(match: _Match, source: str, rows: int, owner: nn.Module) -> tuple[int, tuple[int, int]] | None:
-    """(prefix rows, grid) of a file's table whose canvas is known; ``None`` where it is not laid out for a canvas."""
+    """Return (prefix rows, grid) of a file's table whose canvas is known; ``None`` where it is not laid out for a
+    canvas."""
     if match.canvas is None or match.timm or not hasattr(getattr(owner, "patch_embed", None), "grid_size"):
         return None
     kernel = match.view.tensors.get(source.removesuffix("pos_embed") + "patch_embed.proj.weight")

@@ -21,7 +21,7 @@ _NAMED_SHARE = 0.01
 
 
 def draw_batch(batch: Batch, recipe: Recipe, classes: list[str]) -> Tensor:
-    """The first samples of a batch, augmented, resized and mixed, with their targets: (3, H, W) uint8."""
+    """Return the first samples of a batch, augmented, resized and mixed, with their targets: (3, H, W) uint8."""
     pictures = [_draw(batch, number, recipe, classes) for number in range(min(MAX_SAMPLES, len(batch.images)))]
     height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
     sheet = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
@@ -53,7 +53,7 @@ def _draw(batch: Batch, number: int, recipe: Recipe, classes: list[str]) -> Tens
 
 
 def _class(target: Tensor, classes: list[str]) -> str:
-    """The class, or those of a mixture with their shares."""
+    """Return the class, or those of a mixture with their shares."""
     if target.dim() == 0:
         return classes[int(target)]
     shares = sorted(((share, name) for share, name in zip(target.tolist(), classes, strict=True)), reverse=True)

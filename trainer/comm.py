@@ -26,7 +26,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """The number of ranks; 1 without a group."""
+    """Return the number of ranks; 1 without a group."""
     return dist.get_world_size() if active() else 1
 
 

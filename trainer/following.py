@@ -85,7 +85,7 @@ class Follower:
             self._board.close()
 
     def pending(self) -> list[int]:
-        """Steps that are to be evaluated now, in this order."""
+        """Return the steps that are to be evaluated now, in this order."""
         steps = [step for name in all_step_names(self.run) if (step := parse_step(name)) is not None]
         due = [step for step in steps if evaluation_due(self.recipe, step, self._last_step)]
         return awaiting(due, self._settled, self.backlog)

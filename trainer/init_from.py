@@ -111,7 +111,7 @@ def _load_head(
 
 
 def _bound_to_classes(model: nn.Module, config: ModelConfig, classes: int, image_size: tuple[int, int]) -> set[str]:
-    """Names in the head whose shapes depend on the number of classes."""
+    """Return the names in the head whose shapes depend on the number of classes."""
     free = config.model_copy(update={"head": config.head.model_copy(update={"num_classes": None})}).without_weights()
     with torch.device("meta"):
         other = build_model(free, num_classes=classes + 1, image_size=image_size).head.state_dict()

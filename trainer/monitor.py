@@ -58,7 +58,8 @@ class StepRow:
     attempt: int
 
     def as_json(self) -> dict[str, Any]:
-        """The row with the loss's exact bits as hexadecimal text, and when it was written (seconds since 1970)."""
+        """Return the row with the loss's exact bits as hexadecimal text, and when it was written (seconds since
+        1970)."""
         return {**asdict(self), "loss_hex": self.loss.hex(), "time": time.time()}
 
     def curves(self) -> dict[str, float]:
@@ -91,7 +92,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def attempts_table(events: list[dict[str, Any]]) -> str:
-    """The starts of a run and how they ended, as a table in Markdown."""
+    """Return the starts of a run and how they ended, as a table in Markdown."""
     lines = ["| attempt | started | from step | ranks | ended |", "|---|---|---|---|---|"]
     for attempt in attempts(events):
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt.started))
@@ -101,7 +102,7 @@ def attempts_table(events: list[dict[str, Any]]) -> str:
 
 
 def groups_table(groups: Sequence[Group]) -> str:
-    """The optimizer's parameter groups, as a table in Markdown: the numbers of their curves."""
+    """Return the optimizer's parameter groups, as a table in Markdown: the numbers of their curves."""
     lines = ["| group | learning rate × | weight decay | tensors | e.g. |", "|---|---|---|---|---|"]
     for number, group in enumerate(groups):
         facts = f"{group.lr_multiplier:.4g} | {group.weight_decay:g} | {len(group.names)} | `{group.names[0]}`"
@@ -110,7 +111,7 @@ def groups_table(groups: Sequence[Group]) -> str:
 
 
 def _recipe_text(run: Path) -> str:
-    """The resolved recipe, as TensorBoard shows code."""
+    """Return the resolved recipe, as TensorBoard shows code."""
     try:
         text = read_text(run / "config.yaml", MAX_SMALL_BYTES)
     except DataError:

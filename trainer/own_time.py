@@ -99,7 +99,7 @@ def _mark() -> torch.cuda.Event:
 
 
 def clock_for(device: torch.device) -> HostClock | DeviceClock:
-    """The clock for the device that trains."""
+    """Return the clock for the device that trains."""
     return DeviceClock() if device.type == "cuda" else HostClock()
 
 

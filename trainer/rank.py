@@ -46,7 +46,7 @@ def hear_stops() -> threading.Event:
 
 
 def make_deterministic() -> None:
-    """Deterministic kernels on CUDA."""
+    """Select deterministic kernels on CUDA."""
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -55,7 +55,7 @@ def make_deterministic() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns the exit code."""
+    """Train; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m vitgraft.trainer.rank", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory with its config.yaml")
     parser.add_argument("--attempt", type=int, default=1, help="number of this start of the run")

@@ -39,7 +39,7 @@ def stage_ends(train: TrainConfig, epoch_size: int) -> list[int]:
 
 
 def learning_rate(train: TrainConfig, ends: list[int], step: int, samples_at: Callable[[int], int]) -> float:
-    """The rate of the step that starts after ``step`` steps, for parameters whose multiplier is one.
+    """Return the rate of the step that starts after ``step`` steps, for parameters whose multiplier is one.
 
     It depends on the stages up to its own alone, so that a stage which is added changes nothing of those before it.
 

@@ -68,7 +68,7 @@ class Session:
         return self.stage_ends[-1]
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of the step that starts after ``step`` steps."""
+        """Return the learning rate of the step that starts after ``step`` steps."""
         return learning_rate(self.recipe.train, self.stage_ends, step, self.samples_at)
 
     def samples_at(self, step: int) -> int:
@@ -76,13 +76,13 @@ class Session:
         return samples_before(step, self.dataset.epoch_size, self.recipe.train.global_batch)
 
     def entries_of(self, step: int) -> list[Entry]:
-        """All entries of a step, over all ranks and micro-steps; ``step``: from 1, as in the metrics."""
+        """Return all entries of a step, over all ranks and micro-steps; ``step``: from 1, as in the metrics."""
         start, size = self.samples_at(step - 1), self.dataset.epoch_size
         epoch, first = divmod(start, size)
         return self.dataset.plan(epoch).entries(first, first + self.samples_at(step) - start)
 
     def data_state(self, step: int) -> DataState:
-        """The global cursor before ``step``."""
+        """Return the global cursor before ``step``."""
         train = self.recipe.train
         state = data_state(
             step,
@@ -94,7 +94,7 @@ class Session:
         return DataState(**state)
 
     def batches(self) -> TrainBatches:
-        """This rank's micro-batches from the first step to the last."""
+        """Return this rank's micro-batches from the first step to the last."""
         train = self.recipe.train
         cut = micro_batches(
             self.dataset.plan,

@@ -63,7 +63,7 @@ class StepFacts:
     lr: float = 0.0
 
     def losses(self) -> dict[str, float]:
-        """The step's losses by name: sums over ranks divided by counts over ranks, weighted over micro-steps."""
+        """Return the step's losses by name: sums over ranks divided by counts over ranks, weighted over micro-steps."""
         sums, counts = torch.stack(self.reduced).tolist(), torch.stack(self.normalisers).tolist()
         out = dict.fromkeys(self.names, 0.0)
         for total, count, weights in zip(sums, counts, self.weights, strict=True):

@@ -26,7 +26,7 @@ class BackboneSection(Section):
     """Whether the trunk reads clips as a whole."""
 
     def map_strides(self) -> list[int] | None:
-        """The strides of the maps of a trunk that makes several; ``None`` for a plain one."""
+        """Return the strides of a hierarchical trunk's feature maps; ``None`` for a plain one."""
         return None
 
 
@@ -307,7 +307,7 @@ class PerBlockWindowsSection(BackboneSection):
     frozen: bool = False
 
     def window_sizes(self) -> list[int]:
-        """The size of each block's windows, 0 for a global one."""
+        """Return the size of each block's windows, 0 for a global one."""
         return [self.window_size] * self.depth if isinstance(self.window_size, int) else self.window_size
 
     @model_validator(mode="after")

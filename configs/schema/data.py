@@ -124,7 +124,7 @@ class DataConfig(Section):
         return tree[0] if len(tree) == 1 else tree
 
     def paths(self) -> dict[str, str]:
-        """The path of each data set, by its key in the recipe."""
+        """Return the path of each data set, by its key in the recipe."""
         keys = ["data.train.path"] if len(self.train) == 1 else [f"data.train.{i}.path" for i in range(len(self.train))]
         paths = {key: source.path for key, source in zip(keys, self.train, strict=True)}
         return paths if self.val is None else paths | {"data.val.path": self.val.path}

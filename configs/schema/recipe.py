@@ -108,7 +108,7 @@ class DeadlinesConfig(Section):
     """A rank that gives no sign of life for so long stands still, whatever its phase may take."""
 
     def by_phase(self) -> dict[Literal["start", "first_step", "step", "save", "evaluate"], float | None]:
-        """The limits of the phases."""
+        """Return the limits of the phases."""
         return {
             "start": self.start,
             "first_step": self.first_step,

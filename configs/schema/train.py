@@ -234,5 +234,5 @@ class TrainConfig(Section):
                 )
 
     def stage_lengths(self) -> list[int]:
-        """Lengths of the run's stages, that of ``epochs`` or ``steps`` first, in the unit of that."""
+        """Return the lengths of the run's stages, first that of ``epochs`` or ``steps``, in its unit."""
         return [self.epochs or self.steps or 0, *(stage.epochs or stage.steps or 0 for stage in self.extend)]

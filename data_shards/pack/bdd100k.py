@@ -85,7 +85,7 @@ def stem_of(name: str) -> str:
 
 
 def _images(folders: Sequence[Path], report: LabelReport) -> dict[str, Path]:
-    """Images by stem; of several the first, in the order of folders and names."""
+    """Return the images by stem; of several the first, in the order of folders and names."""
     found: dict[str, Path] = {}
     for folder in folders:
         for path in _files(folder, IMAGE_SUFFIXES, report):
@@ -156,7 +156,8 @@ def _boxes(
 
 
 def _frames(tree: Any, where: str) -> list[Any]:
-    """Images with name and labels: a list of frames, ``{"frames": [...]}``, or the first release's one file each."""
+    """Return the images with name and labels: a list of frames, ``{"frames": [...]}``, or the first release's one file
+    each."""
     if isinstance(tree, dict) and isinstance(tree.get("frames"), list):
         frames: list[Any] = tree["frames"]
         if isinstance(tree.get("name"), str) and len(frames) == 1 and isinstance(frames[0], dict):

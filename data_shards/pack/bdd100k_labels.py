@@ -51,7 +51,7 @@ class LabelReader:
         refuse_outside(self.categories, self.outside, "labels", where, self.report)
 
     def _annotation(self, label: Any, size: tuple[int, int], where: str) -> dict[str, Any] | None:
-        """One label in the form that is packed; ``None`` for one without box, or whose box has no area."""
+        """Return one label in the form that is packed; ``None`` for one without box, or whose box has no area."""
         if not isinstance(label, dict):
             raise LabelFault(f"{where}: label {str(label)[:80]}; expected an object with category and box2d")
         where, category = f"{where}: label {str(label.get('id'))[:40]}", label.get("category")
@@ -81,7 +81,7 @@ class LabelReader:
         }
 
     def _box(self, given: Any, size: tuple[int, int], where: str) -> list[float] | None:
-        """The part of a box in the image as [x, y, width, height]; ``None``: it has no area."""
+        """Return the part of a box in the image as [x, y, width, height]; ``None``: it has no area."""
         keys = ("x1", "y1", "x2", "y2")
         values = [as_number(given.get(key)) for key in keys] if isinstance(given, dict) else [None]
         if None in values:

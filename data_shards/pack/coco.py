@@ -35,7 +35,7 @@ class CocoImage:
         return (self.opened.path,)
 
     def prepare(self) -> Prepared:
-        """The image, as it is where its format is a packed one."""
+        """Return the image, as it is where its format is a packed one."""
         return Prepared(self.opened.member(), self.metadata)
 
 

@@ -138,7 +138,8 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _ids(count: int, numbers: Mapping[Key, int]) -> list[int]:
-    """The file's ids of the classes; where it has none, or one that is no integer, an id that it does not use."""
+    """Return the file's ids of the classes; where it has none, or one that is no integer, an id that it does not
+    use."""
     found = {number: key for key, number in numbers.items() if isinstance(key, int)}
     used = set(found.values())
     free = (number for number in itertools.count(1) if number not in used)

@@ -63,7 +63,7 @@ class ClassedImage:
         return (self.opened.path,)
 
     def prepare(self) -> Prepared:
-        """The image, as it is where its format is a packed one."""
+        """Return the image, as it is where its format is a packed one."""
         return Prepared(self.opened.member(), self.metadata)
 
 
@@ -76,7 +76,7 @@ class ClassedPixels:
     files: tuple[Path, ...]
 
     def prepare(self) -> Prepared:
-        """The pixels as a PNG."""
+        """Return the pixels as a PNG."""
         stream = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(self.pixels)).save(stream, "PNG")
         return Prepared({"png": stream.getvalue()}, self.metadata)
@@ -273,7 +273,7 @@ def _check_header(stream: Any, size: int, where: str) -> None:
 
 
 def _as_images(pixels: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
-    """(N, H, W, 3) or grey (N, H, W) uint8, as a view."""
+    """Return (N, H, W, 3) or grey (N, H, W) uint8, as a view."""
     shape = pixels.shape
     if pixels.dtype != np.uint8:
         raise DataError(f"{where}: images of {pixels.dtype}; expected uint8, 0 to 255")

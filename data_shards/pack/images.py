@@ -71,7 +71,7 @@ class OpenedImage:
         return self.header.extension is None or (self.header.grey and self.reading.values is not None)
 
     def member(self) -> dict[str, bytes]:
-        """The packed member by extension: the file as it is, or a PNG of the same pixels.
+        """Return the packed member by extension: the file as it is, or a PNG of the same pixels.
 
         Raises:
             DataError: it cannot be read, or not be converted.
@@ -107,7 +107,7 @@ def open_image(path: Path, reading: Reading, stated: tuple[Any, Any] | None = No
 
 
 def which_way_up(header: Header, exif: Exif, stated: tuple[Any, Any] | None) -> tuple[int, bool]:
-    """The orientation to apply, and whether the sizes leave open which one.
+    """Return the orientation to apply, and whether the sizes leave open which one.
 
     Args:
         stated: as of :func:`open_image`.

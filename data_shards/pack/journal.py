@@ -63,7 +63,7 @@ class Identity:
         self._digest = hashlib.sha256(canonical_json([VERSION, *settings]).encode())
 
     def advance(self, items: int) -> str:
-        """The hash up to the end of so many items, at least as many as before."""
+        """Return the hash up to the end of so many items, at least as many as before."""
         for number in range(self.items, items):
             self._digest.update(self.item(number).encode() + b"\n")
         self.items = items
@@ -198,7 +198,7 @@ class Workplace:
             path.unlink(missing_ok=True)
 
     def _read(self) -> list[Finished]:
-        """The lines of the journal up to the first that is damaged: the last one may have been cut short."""
+        """Return the lines of the journal up to the first that is damaged: the last one may have been cut short."""
         found: list[Finished] = []
         # ValidationError is a ValueError: what stands before the damage is good.
         with contextlib.suppress(OSError, ValueError, DataError):

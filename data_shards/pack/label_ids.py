@@ -124,7 +124,7 @@ def coloured_ids(path: Path, colours: Sequence[tuple[int, int]]) -> Labels:
 
 
 def read_colours(path: Path, classes: list[str]) -> tuple[tuple[int, int], ...]:
-    """(65536 R + 256 G + B, class id) of each line ``R G B NAME``; 255 for names that are no class.
+    """Return (65536 R + 256 G + B, class id) of each line ``R G B NAME``; 255 for names that are no class.
 
     Several colours may have one name.
 

@@ -113,7 +113,7 @@ def note_passed_over(listing: Listing, report: LabelReport) -> None:
 
 
 def _lossy(listing: Listing) -> Path | None:
-    """The first file that may be a label map in a format that changes pixels."""
+    """Return the first file that may be a label map in a format that changes pixels."""
     paths = (path for paths in listing.passed_over.values() for path in paths)
     return next((path for path in paths if path.suffix.lower() in _LOSSY and not is_hidden(path.name)), None)
 

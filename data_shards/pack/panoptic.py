@@ -103,7 +103,7 @@ def pack_panoptic(
 def _by_image(
     annotations: list[Any], entries: Mapping[Key, Any], where: str, report: LabelReport
 ) -> dict[Key, dict[str, Any]]:
-    """The annotations by the images' ids; faults go to the report."""
+    """Return the annotations by the images' ids; faults go to the report."""
     given: dict[Key, dict[str, Any]] = {}
     for place, annotation in enumerate(annotations):
         with report.collect():
@@ -157,7 +157,7 @@ def _item(
 
 
 def segment_ids(path: Path) -> npt.NDArray[np.int32]:
-    """The ids of a panoptic PNG: (H, W), 0 void.
+    """Return the ids of a panoptic PNG: (H, W), 0 void.
 
     Raises:
         DataError: broken or too large.
@@ -169,7 +169,7 @@ def segment_ids(path: Path) -> npt.NDArray[np.int32]:
 
 
 def panoptic_ids(path: Path, classes: dict[int, int]) -> npt.NDArray[np.uint8]:
-    """The label map as packed: class ids, 255 where the PNG is void.
+    """Return the label map as packed: class ids, 255 where the PNG is void.
 
     Args:
         classes: class id by segment id, as the JSON has it; 255 for what does not count.

@@ -53,7 +53,7 @@ class LabelledImage:
         return self.image, self.label, *self.more.values()
 
     def prepare(self) -> Prepared:
-        """The image, as it is where its format is a packed one, and the class ids as a PNG."""
+        """Return the image, as it is where its format is a packed one, and the class ids as a PNG."""
         assert self.opened is not None
         ids, stream = self.ids(), io.BytesIO()
         Image.fromarray(ids).save(stream, "PNG")
@@ -169,7 +169,7 @@ def pack_label_maps(
 
 
 def _pixels(reading: Reading, item: LabelledImage) -> tuple[dict[int, int], OpenedImage]:
-    """Pixels by class id of a label map that fits its image, and that image."""
+    """Return pixels by class id of a label map that fits its image, and that image."""
     ids = item.ids()
     opened = open_image(item.image, reading, ids.shape)
     if ids.shape != opened.size:

@@ -102,7 +102,7 @@ def _member_of(path: Path) -> str:
 def _checked(
     listed: VideoList, classes: list[str], finder: VideoFinder, report: LabelReport
 ) -> list[tuple[Named, Path, int]]:
-    """Each video with its file and class id."""
+    """Return each video with its file and class id."""
     by_name = {name: number for number, name in enumerate(classes)}
     numeric = all_ids({video.label for video in listed.videos})
     found = []

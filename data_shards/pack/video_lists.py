@@ -87,7 +87,7 @@ def read_video_list(
 
 
 def detect(path: Path) -> ListFormat:
-    """The format of a list by its name and first line."""
+    """Return the format of a list by its name and first line."""
     if path.is_dir():
         return "hmdb51" if _hmdb51_files(path) else "folders"
     if path.suffix == ".json":
@@ -270,7 +270,7 @@ class VideoFinder:
         self._stems: dict[str, list[Path]] | None = None
 
     def find(self, video: Named) -> Path | None:
-        """The first of its names that exists, or ``None``.
+        """Return the first of its names that exists, or ``None``.
 
         Raises:
             DataError: a name leads out of the root, or several files have its stem.

@@ -153,7 +153,7 @@ class DatasetWriter:
                 self._note(f"{kept}: the same command goes on with them")
 
     def result(self) -> Manifest:
-        """The manifest, after the ``with`` block."""
+        """Return the manifest, after the ``with`` block."""
         if self.manifest is None:
             raise RuntimeError("the writer has not finished")
         return self.manifest

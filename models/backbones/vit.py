@@ -82,7 +82,7 @@ class ViT(Trunk):
         return embedded
 
     def _positions(self, grid: Grid) -> Tensor:
-        """The positions resized to this grid, in float32: (1, prefix + h · w, C)."""
+        """Return the positions resized to this grid, in float32: (1, prefix + h · w, C)."""
         table = self.vit.pos_embed
         prefix, places = table[:, : self.prefix_tokens], table[:, self.prefix_tokens :]
         places = places.float().transpose(1, 2).unflatten(2, self.vit.patch_embed.grid_size)

@@ -53,7 +53,8 @@ class Classifier(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Losses | Tensor:
-        """maps: {stride: (B, T, C, H/stride, W/stride)}, of images without T; sizes and canvas are not needed.
+        """Return losses, or logits without targets. maps: {stride: (B, T, C, H/stride, W/stride)}, of images without T;
+        sizes and canvas are not needed.
 
         With targets (B,) int64, or soft ones (B, K) float32 (mixup, cutmix), the loss ``video`` or ``image``
         with weights (B,) for each; without, logits (B, K) float32.

@@ -104,7 +104,8 @@ class MaskRCNN(nn.Module):
         targets: list[DetectionTarget] | None = None,
         weights: Tensor | None = None,
     ) -> Losses | list[DetectionPrediction]:
-        """maps: {stride: (B, C, H/stride, W/stride)}; sizes: (B, 2) valid height and width; canvas: (H, W).
+        """Return losses, or detections without targets. maps: {stride: (B, C, H/stride, W/stride)}; sizes: (B, 2) valid
+        height and width; canvas: (H, W).
 
         With targets, the losses ``rpn_objectness``, ``rpn_box``, ``box_class``, ``box_regression`` and ``mask`` with
         per-image weights (B,); without, the predictions of each image.
@@ -146,7 +147,7 @@ class MaskRCNN(nn.Module):
         return logits.float(), shifts.float().unflatten(1, (-1, 4))
 
     def _masks(self, levels: list[Tensor], boxes: list[Tensor], classes: Tensor) -> Tensor:
-        """Mask logits of each RoI's class (N,) 0-based: (N, M, M) float32."""
+        """Return mask logits of each RoI's class (N,) 0-based: (N, M, M) float32."""
         logits = self.mask_predictor(self.mask_head(self._roi_features(self._mask_align, levels, boxes)))
         return cast(Tensor, logits[torch.arange(len(logits), device=logits.device), classes].float())
 

@@ -85,7 +85,8 @@ class UperNet(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Losses | Tensor:
-        """maps: {stride: (B, C, H/stride, W/stride)}; sizes: (B, 2), not needed: padding is labelled 255.
+        """Return losses, or logits without targets. maps: {stride: (B, C, H/stride, W/stride)}; sizes: (B, 2), not
+        needed: padding is labelled 255.
 
         With targets (B, H, W) int64, the losses ``semantic`` and ``auxiliary`` (its total already multiplied by its
         weight) over all pixels but the ignored ones, with per-image weights (B,); without, logits (B, K, H, W) float32.

@@ -56,7 +56,8 @@ class VideoTransformer(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Losses | Tensor:
-        """maps: {stride: (B, T, C, H/stride, W/stride)}; sizes and canvas are not needed.
+        """Return losses, or logits without targets. maps: {stride: (B, T, C, H/stride, W/stride)}; sizes and canvas are
+        not needed.
 
         With targets (B,) int64, or soft ones (B, K) float32 (mixup, cutmix), the loss ``video`` with weights (B,) for
         each clip; without, logits (B, K) float32.

@@ -49,12 +49,12 @@ itself, even when RUN/checkpoints is lost."""
 
 
 def checkpoints_folder(run: Path) -> Path:
-    """RUN/checkpoints."""
+    """Return RUN/checkpoints."""
     return run / "checkpoints"
 
 
 def final_folder(run: Path, step: int) -> Path:
-    """A step's committed checkpoint."""
+    """Return a step's committed checkpoint."""
     return checkpoints_folder(run) / step_name(step)
 
 
@@ -76,7 +76,7 @@ def sweep(run: Path) -> None:
 
 
 def why(error: BaseException, folder: Path) -> str:
-    """One line on why a checkpoint was not written."""
+    """Return one line on why a checkpoint was not written."""
     cause, text = cause_of(error), " ".join(str(error).split())
     if cause == "no_space":
         return f"{_NO_SPACE} {folder.parent}; free some and start again with the same command"
@@ -114,7 +114,7 @@ def read_record(folder: Path, rank: int, *, attempt: int, step: int, world: int)
 
 
 def interrupted_commit(run: Path, attempt: int, step: int) -> Manifest | None:
-    """The manifest of a commit that was killed between manifest and rename: all files are there then."""
+    """Return the manifest of a commit that was killed between manifest and rename: all files are there then."""
     with contextlib.suppress(CheckpointError, OSError):
         manifest = read_manifest(temporary_folder(run, step, attempt) / MANIFEST)
         if (manifest.attempt, manifest.step) == (attempt, step):
@@ -130,7 +130,7 @@ def is_committed(run: Path, attempt: int, step: int) -> bool:
 
 
 def with_files(manifest: Manifest, records: list[FileRecord]) -> Manifest:
-    """The draft of a manifest with the files that were written, in a fixed order."""
+    """Return the draft of a manifest with the files that were written, in a fixed order."""
     return manifest.model_copy(update={"files": sorted(records, key=lambda record: record.path)})
 
 
@@ -185,7 +185,7 @@ def check_owner(run: Path, attempt: int) -> None:
 
 
 def owning_attempt(run: Path) -> int | None:
-    """The attempt that owns the run; ``None`` for a run that no launcher has opened.
+    """Return the attempt that owns the run; ``None`` for a run that no launcher has opened.
 
     Raises:
         CheckpointError: the file says no number, so that nobody can be told to own the run.
@@ -250,7 +250,7 @@ def set_aside(run: Path, names: list[str], reason: str) -> Path:
 
 
 def all_step_names(run: Path) -> list[str]:
-    """Names of all checkpoint folders, valid or not, oldest first."""
+    """Return the names of all checkpoint folders, valid or not, oldest first."""
     folder = checkpoints_folder(run)
     if not folder.is_dir():
         return []

@@ -113,23 +113,23 @@ class Manifest(BaseModel):
 
 
 def seal(manifest: Manifest) -> Manifest:
-    """The same manifest with the digest of its own content, so that an edited one is noticed."""
+    """Return the same manifest with the digest of its own content, so that an edited one is noticed."""
     return manifest.model_copy(update={"digest": sha256_of(manifest.model_dump(mode="json", exclude={"digest"}))})
 
 
 def step_name(step: int) -> str:
-    """Directory name of a step's checkpoint."""
+    """Return the directory name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def parse_step(name: str) -> int | None:
-    """The step of a checkpoint's directory name, or ``None`` for any other name."""
+    """Return the step of a checkpoint's directory name, or ``None`` for any other name."""
     match = _STEP.match(name)
     return int(match.group(1)) if match else None
 
 
 def shard_name(rank: int) -> str:
-    """File name of one rank's shard."""
+    """Return the file name of one rank's shard."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -144,12 +144,12 @@ def expected_files(world: int) -> list[str]:
 
 
 def range_key(kind: str, name: str, start: int) -> str:
-    """The safetensors key of a range."""
+    """Return the safetensors key of a range."""
     return f"{kind}|{name}|{start}"
 
 
 def parse_range_key(key: str) -> tuple[str, str, int]:
-    """(kind, parameter, start) of a safetensors key.
+    """Return (kind, parameter, start) of a safetensors key.
 
     Raises:
         CheckpointError: the key is not of this format.
@@ -162,7 +162,7 @@ def parse_range_key(key: str) -> tuple[str, str, int]:
 
 
 def even_range(numel: int, rank: int, world: int) -> tuple[int, int]:
-    """The part of a vector that ``rank`` writes when all ranks hold all of it."""
+    """Return the part of a vector that ``rank`` writes when all ranks hold all of it."""
     size = math.ceil(numel / world)
     return min(rank * size, numel), min((rank + 1) * size, numel)
 

@@ -17,7 +17,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 
 def read_manifest(file: Path) -> Manifest:
-    """The manifest in a file, checked against its own digest.
+    """Return the manifest in a file, checked against its own digest.
 
     Raises:
         CheckpointError: missing, larger than any manifest, of another schema, edited, or not a manifest.

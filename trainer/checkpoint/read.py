@@ -211,12 +211,12 @@ def scan(run: Path) -> list[tuple[Path, Checkpoint | CheckpointError]]:
 
 
 def complete_checkpoints(run: Path) -> list[Checkpoint]:
-    """Checkpoints whose manifest and file sizes are right, oldest first."""
+    """Return the checkpoints whose manifest and file sizes are right, oldest first."""
     return [found for _, found in scan(run) if isinstance(found, Checkpoint)]
 
 
 def newest_valid(run: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint whose hashes are right, and the invalid ones that are newer, with reasons.
+    """Return the newest checkpoint whose hashes are right, and the invalid ones that are newer, with reasons.
 
     The pointer file is only a hint for people and tools: a kill between rename and pointer must not lose a checkpoint.
     """
@@ -326,7 +326,7 @@ class VectorReader:
 
 
 def read_all(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Every tensor of a safetensors file.
+    """Return every tensor of a safetensors file.
 
     Raises:
         CheckpointError: not a readable safetensors file, or of a type that numpy does not know.
@@ -354,7 +354,8 @@ def choose_weights(checkpoint: Checkpoint, wanted: Weights | None) -> Weights:
 def read_weights(
     checkpoint: Checkpoint, *, ema: bool = True, places: Mapping[str, NDArray[np.float32]] | None = None
 ) -> dict[str, NDArray[np.generic]]:
-    """The whole state of the model: trained weights (the average where there is one), frozen weights and buffers.
+    """Return the whole state of the model: trained weights (the average where there is one), frozen weights and
+    buffers.
 
     Args:
         places: contiguous arrays, of the right shapes, for trained weights to be read into instead of into new ones.

@@ -32,7 +32,7 @@ class Policy:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Policy:
-        """The recipe's policy."""
+        """Return the recipe's policy."""
         checkpoint = recipe.train.checkpoint
         return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
 
@@ -100,12 +100,12 @@ def given_up_path(run: Path, step: int) -> Path:
 
 
 def result_path(run: Path, step: int) -> Path:
-    """RUN/results/step-N.json."""
+    """Return RUN/results/step-N.json."""
     return run / "results" / f"{step_name(step)}.json"
 
 
 def figures_of(run: Path, steps: Collection[int]) -> dict[int, dict[str, float]]:
-    """The figures of those steps that were evaluated."""
+    """Return the figures of those steps that were evaluated."""
     found: dict[int, dict[str, float]] = {}
     for step in steps:
         try:

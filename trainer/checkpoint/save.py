@@ -99,7 +99,7 @@ class TrainerState:
         return {MASTER: flat, **states, **({EMA: self.ema.of(flat)} if self.ema is not None else {})}
 
     def kinds(self) -> list[str]:
-        """Kinds of the vectors stored for each parameter."""
+        """Return the kinds of the vectors stored for each parameter."""
         return [MASTER, *self.states, *([EMA] if self.ema is not None else [])]
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -140,7 +140,7 @@ class TrainerState:
                     view.copy_(values)
 
     def groups(self) -> list[dict[str, Any]]:
-        """The hyper-parameters of each parameter group: plain values."""
+        """Return the hyper-parameters of each parameter group: plain values."""
         groups: list[dict[str, Any]] = []
         for group in self.engine.optimizer.param_groups:
             plain = {k: v for k, v in group.items() if isinstance(v, int | float | str | bool)}
@@ -174,7 +174,7 @@ class TrainerState:
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """The tensor states that an optimizer keeps for each parameter, known before its first step from its class.
+    """Return the tensor states that an optimizer keeps for each parameter, known before its first step from its class.
 
     Raises:
         TrainingError: an unknown class.

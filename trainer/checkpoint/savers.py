@@ -109,7 +109,7 @@ def _stored_type(file: str, tensor: Tensor) -> str:
 
 
 def _files(state: TrainerState) -> dict[str, dict[str, Tensor]]:
-    """This rank's files: their tensors by key."""
+    """Return this rank's files: their tensors by key."""
     files = {shard_name(comm.rank()): state.tensors()}
     if comm.rank() == 0:
         files[BUFFERS] = state.buffers()

@@ -31,7 +31,7 @@ class Metric(Protocol):
         """Replace the own state by the union of all ranks' states."""
 
     def compute(self) -> Figures:
-        """The figures, by name."""
+        """Return the figures, by name."""
 
     def confusion(self) -> NDArray[np.int64] | None:
         """Return the confusion matrix: rows truth, columns prediction (K, K or K + 1: the last for samples that could
@@ -51,10 +51,10 @@ class Task(Protocol):
     ``None``: there are no scores."""
 
     def metric(self) -> Metric:
-        """An empty metric."""
+        """Return an empty metric."""
 
     def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
-        """One sample's prediction in the coordinates of its own image.
+        """Return one sample's prediction in the coordinates of its own image.
 
         Args:
             predictions: of a batch. index: in the batch. valid: height and width of the image on the canvas.

@@ -37,7 +37,7 @@ class DetectionTask:
         self.classes = classes
 
     def metric(self) -> Metric:
-        """An empty metric."""
+        """Return an empty metric."""
         return CocoMetric(self)
 
     def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
@@ -111,7 +111,7 @@ class CocoMetric:
             self._records.append((truth, result))
 
     def state(self) -> list[list[Any]]:
-        """All records: key, size and annotations of the truth, and the result."""
+        """Return all records: key, size and annotations of the truth, and the result."""
         return [[truth.key, list(truth.size), truth.value, result] for truth, result in self._records]
 
     def merge(self, states: list[list[list[Any]]]) -> None:

@@ -30,7 +30,7 @@ class SemanticTask:
         self.classes = classes
 
     def metric(self) -> Metric:
-        """An empty metric."""
+        """Return an empty metric."""
         return ConfusionMetric(self)
 
     def label_map(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -41,7 +41,7 @@ class SemanticTask:
         return interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
 
     def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
-        """The label map and the share of each class."""
+        """Return the label map and the share of each class."""
         labels = self.label_map(predictions, index, valid, size)
         counts = torch.bincount(labels.flatten(), minlength=len(self.classes)).tolist()
         shares = {name: count / labels.numel() for name, count in zip(self.classes, counts, strict=True) if count}
@@ -92,7 +92,7 @@ class ConfusionMetric:
         self.matrix += np.bincount(flat, minlength=classes * (classes + 1)).reshape(classes, classes + 1)
 
     def state(self) -> list[list[int]]:
-        """The matrix."""
+        """Return the matrix."""
         rows: list[list[int]] = self.matrix.tolist()
         return rows
 

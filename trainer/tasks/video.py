@@ -28,11 +28,11 @@ class VideoTask:
         self.classes = classes
 
     def metric(self) -> Metric:
-        """An empty metric."""
+        """Return an empty metric."""
         return AccuracyMetric(len(self.classes))
 
     def result(self, predictions: Predictions, index: int, valid: tuple[int, int], size: tuple[int, int]) -> Result:
-        """The five most probable classes, as far as their score is ``threshold`` or more."""
+        """Return the five most probable classes, as far as their score is ``threshold`` or more."""
         assert isinstance(predictions, Tensor)
         scores = predictions[index].detach().float().cpu().softmax(0)
         threshold = self.threshold or 0.0
@@ -45,11 +45,11 @@ class VideoTask:
         }
 
     def draw(self, image: Tensor, result: Result) -> Tensor:
-        """Draw the three best classes above a strip of frames."""
+        """Draw the three best classes below a strip of frames."""
         return _strip(image, self.caption(result))
 
     def caption(self, result: Result) -> str:
-        """The three best classes in one line."""
+        """Return the three best classes in one line."""
         best = "   ".join(f"{c['name']} {c['score']:.2f}" for c in result["classes"][:3])
         return best or f"nothing of score {self.threshold or 0:g} or more"
 
@@ -57,7 +57,7 @@ class VideoTask:
         """Return ``None``: the caption lists the classes."""
 
     def draw_truth(self, image: Tensor, truth: Truth) -> Tensor:
-        """Draw the true class above a strip of frames."""
+        """Draw the true class below a strip of frames."""
         return _strip(image, self.classes[truth.value])
 
 
@@ -105,7 +105,7 @@ class AccuracyMetric:
                 self._matrix[truth.value, column] += 1
 
     def state(self) -> list[int]:
-        """The counts, and the matrix row by row."""
+        """Return the counts, and the matrix row by row."""
         return [*self._counts, *self._matrix.flatten().tolist()]
 
     def merge(self, states: list[list[int]]) -> None:
