@@ -9,7 +9,7 @@ import errno
 from typing import Literal
 
 ErrorCause = Literal["lost_peers", "non_finite", "device_memory", "host_memory", "no_space", "read_only"]
-"""What a supervisor must tell apart, and an exit code does not. ``lost_peers``: another rank went first.
+"""Causes that a supervisor distinguishes within one exit code. ``lost_peers``: another rank ended first.
 ``read_only``: a disk or folder that may not be written."""
 
 _BY_NUMBER: dict[int | None, ErrorCause] = {

@@ -16,7 +16,7 @@ import yaml
 from vitgraft.configs.errors import ConfigError
 
 MAX_SIZE = 1 << 18
-"""Characters of all values of one text and eight more for each, with what an alias stands for each time it stands."""
+"""Characters of all values of one text plus eight for each, with aliases expanded."""
 MAX_DEPTH = 50
 _MAX_NUMBER = 100
 """Characters of a number."""
@@ -123,7 +123,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what :func:`parse_yaml` would not read as a string."""
+    """Dumper that quotes strings which :func:`parse_yaml` would read as another type."""
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -34,17 +34,17 @@ from vitgraft.configs.hashing import sha256_descriptor
 from vitgraft.data_shards.remote import UnreachableError, download, shown
 
 FETCHES = 3
-"""How often a file is fetched whose content is wrong."""
+"""Number of attempts to fetch a file whose hash is wrong."""
 BAD_SECONDS = 600.0
-"""How long a file that stayed wrong is not asked for again."""
+"""Seconds before a file whose hash stayed wrong is fetched again."""
 WAIT_SECONDS = 600.0
-"""How long to wait for room that other processes' transfers take."""
+"""Seconds to wait for space reserved by other processes' transfers."""
 LOCK_SECONDS = 60.0
-"""How long to wait for a lock that is held for moments only."""
+"""Seconds to wait for a lock that is held only briefly."""
 SILENT_SECONDS = 600.0
-"""How long to wait for a process that fetches a file and writes nothing: longer than its own time-outs."""
+"""Seconds to wait for another process's transfer without progress: longer than its own time-outs."""
 TELL_SECONDS = 30.0
-"""After so long a wait for another process's transfer is told."""
+"""Seconds after which the wait for another process's transfer is reported."""
 _POLL = 0.05
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|idx)(\.part|\.bad(\.[0-9a-f]{8})?)?")
 _NO_FILE = {errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR}
@@ -328,7 +328,7 @@ class FileCache:
 
 
 class _Waiting:
-    """Waits for another process's transfer: tells after a while, and gives up when nothing of it is seen any more."""
+    """Waits for another process's transfer, reports the wait, and gives up without progress."""
 
     def __init__(self, part: Path) -> None:
         self._part, self._told = part, False

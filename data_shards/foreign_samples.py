@@ -35,7 +35,7 @@ ROLES: dict[Kind, dict[str, tuple[str, ...]]] = {
     "video": {"video": VIDEO_EXTENSIONS, "label": _CLASS},
     "image": {"image": (*_PICTURES, *_OTHERS), "label": _CLASS},
 }
-"""What a sample of each kind needs, and the members that are taken for it; NAME:FIELD is a field of a JSON member.
+"""Roles of the members of each kind of sample, and the accepted members; NAME:FIELD is a field of a JSON member.
 Where a sample has an unusual one beside a usual one, the usual one is taken."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from vitgraft.configs.errors import ConfigError, DataError
 
 Values = tuple[float, float]
-"""What is black and what is white."""
+"""Values of black and white."""
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused before they are decoded."""
@@ -31,7 +31,8 @@ _PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that are packed as they are. MPO: a JPEG behind which lie more, as phones write them; all decoders take the
 first."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "PCX", "SGI", "QOI")
-"""What is decoded. Not: formats that run a program (EPS), hold files of others (ICO, ICNS, IPTC), or are stubs."""
+"""Decoded formats. Excluded are those that run a program (EPS), contain other formats (ICO, ICNS, IPTC), or are
+stubs."""
 _ROWS_PIXELS = 1 << 20
 _OPPOSITE = {6: 8, 8: 6}
 """Of quarter turns; all other orientations are their own opposite."""

@@ -22,7 +22,7 @@ _OURS = re.compile(r"lock|.*\.idx|.*\.tar|manifest\.json(\.tmp)?")
 
 
 class IndexFolder:
-    """Context manager: what was there before stays until :meth:`publish`, and nothing of a failure is left.
+    """Context manager: earlier files stay until :meth:`publish`, and a failure leaves nothing behind.
 
     Args:
         folder: made where there is none.
@@ -35,7 +35,7 @@ class IndexFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.work = folder, folder / WORK
         self.resumed = False
-        """Whether another process had ended while it published; what it had made is there now."""
+        """True if another process had ended while it published; its files are published now."""
 
     def __enter__(self) -> IndexFolder:
         if self.work.is_symlink():

@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".sgi", ".qoi", ".jp2", ".j2k", ".avif"),
     }
 )
-"""Names of images end so, in small letters; what a file really is, its content decides when it is read."""
+"""Suffixes of images, in lower case; the actual format is found from the content when a file is read."""
 VIDEO_SUFFIXES = frozenset(
     {
         *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mpe", ".m2v"),

@@ -44,7 +44,7 @@ from vitgraft.data_shards.prefetch import Prefetcher
 from vitgraft.data_shards.slabs import Slab, SlabName, Slabs, slab_to_write
 
 MAX_REPLACEMENTS = 3
-"""How often the pool is replaced for one and the same batch before giving up."""
+"""Number of replacements of the pool for the same batch before giving up."""
 
 LOOK_S = 1.0
 """While a batch is waited for, the pool is looked at so often."""

@@ -23,7 +23,7 @@ from vitgraft.data_shards.plan import EpochPlan, Integers, Plan, entries_of, epo
 from vitgraft.data_shards.stream import RawSample, ShardReader
 
 STRETCH = 1024
-"""About how many entries are merged at a time."""
+"""Approximate number of entries merged at a time."""
 _CACHED_STRETCHES = 2
 
 

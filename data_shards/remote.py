@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from vitgraft.configs.errors import ConfigError, DataError
 
 ATTEMPTS = 6
-"""How often a transfer is tried before the URL counts as unreachable."""
+"""Number of attempts at a transfer before the URL counts as unreachable."""
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 30.0
 """Seconds between attempts: doubled each time, times a random factor, so that many readers do not come back at once."""

@@ -12,7 +12,7 @@ from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES, is_hidden_member, member_name
 
 MAX_HEADER_BYTES = 1 << 20
-"""Of what a tar says about a member beyond its 512 bytes of header (long names, times)."""
+"""Limit of a member's extended header data beyond its 512 bytes of header (long names, times)."""
 MAX_SAMPLES = 2_000_000
 """In one tar: their keys are held in memory."""
 

@@ -16,7 +16,7 @@ from PIL import ImageFont
 Font = ImageFont.FreeTypeFont
 
 MAX_LETTERS = 80
-"""Longer words are cut: a class name from outside may be of any length."""
+"""Longer texts are cut: an untrusted class name may be of any length."""
 _USUAL_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "unifont.otf")
 """Tried where fontconfig is not installed; Pillow looks for them in the system's folders."""
 _JOINERS = "\u200c\u200d"

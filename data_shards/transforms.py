@@ -22,7 +22,7 @@ from vitgraft.data_shards.manifest import IGNORE
 from vitgraft.data_shards.mixing import copy_paste, mix
 
 CROP_TRIES = 10
-"""How often a crop is drawn for ``cat_max_ratio``; the last one is taken as it is."""
+"""Number of crops drawn for ``cat_max_ratio``; the last one is always accepted."""
 
 
 class Prepared(NamedTuple):

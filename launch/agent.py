@@ -31,11 +31,11 @@ from vitgraft.trainer.signals import OF_THE_JOB, ignore_job_signals
 
 ALIVE_S = 1.0
 SILENCE_S = 30.0
-"""A supervisor that says nothing for so long is gone; it says something every few seconds."""
+"""Seconds of silence after which the supervisor counts as gone; it sends a message every few seconds."""
 LOCK_VARIABLE = "VITGRAFT_LOCK_FD"
 _TICK_S = 0.1
 _NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
-"""What becomes of orders of another version, or a ticket of another's."""
+"""Exceptions of malformed orders, as from another version, or of a foreign ticket."""
 _PEER = struct.Struct("3i")  # pid, user, group
 
 

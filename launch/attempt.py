@@ -29,13 +29,13 @@ from vitgraft.launch.run_dir import RunHandle
 from vitgraft.launch.ui import Screen
 
 GRACE_AFTER_FAILURE_S = 5.0
-"""What ranks get to end by themselves, and to say why, after the first of them failed."""
+"""Seconds for ranks to end by themselves, and to report why, after the first of them failed."""
 LOOK_S = 0.5
 UNSTARTED_S = 30.0
 """A run that is to stop waits so long for ranks that have not started."""
 LAUNCHER_GRACE_S = 2.0
 ASKED_DRAIN_S = 60.0
-"""What checkpointers get to finish once somebody has asked the run to stop."""
+"""Seconds for checkpointers to finish after a request to stop."""
 _NO_FAILURE = (0, PreemptedRun.exit_code)
 
 

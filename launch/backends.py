@@ -84,7 +84,7 @@ class HereBackend:
     processes: int
     lock: int
     logs: Path | None = None
-    """Folder for what the agent says on its standard error."""
+    """Folder for the agent's standard error."""
     hosts: Sequence[Host] = field(init=False)
     alone: bool = field(init=False, default=True)
 
@@ -131,7 +131,7 @@ class HostfileBackend:
     pdsh: bool = True
     """Whether it is installed here; without it the agents, which ssh has started, start the ranks by themselves."""
     logs: Path | None = None
-    """Folder for what ssh and the agents say on their standard error."""
+    """Folder for the standard error of ssh and the agents."""
     alone: bool = field(init=False, default=False)
 
     def connect(self, host: Host, *, again: bool, since: float, meanwhile: Callable[[], None]) -> AgentLink:

@@ -33,7 +33,7 @@ app.add_typer(checkpoints, name="checkpoints")
 app.add_typer(launch, name="launch")
 
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
-"""What is wrong with the name of a file that the user gave, whoever was the first to look at it."""
+"""Exceptions of a bad file name given by the user, wherever it is first opened."""
 
 Device = Literal["auto", "cpu", "cuda"]
 RunOrCheckpoint = Annotated[

@@ -17,13 +17,13 @@ SLOW_BYTES_PER_S = 50e6
 
 Level = Literal["ok", "warning", "failure", "skipped"]
 Facts = Mapping[str, Mapping[str, Any]]
-"""What each host said of itself (:func:`vitgraft.launch.host_facts.facts`), the first host first."""
+"""Facts of each host (:func:`vitgraft.launch.host_facts.facts`), the first host first."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check on one host (``None``: on all of them); ``text`` says what was found and, unless ok, the remedy.
+    """One check on one host (``None``: on all of them); ``text``: the finding and, unless ok, the remedy.
 
     ``failure``: a run would not work; ``warning``: it would, worse than it should.
     """

@@ -23,7 +23,7 @@ from vitgraft.launch.ui import Screen
 
 ASKED = (sys.executable, "-P", "-m", "vitgraft.launch.host_facts")
 FACTS_S, NETWORK_S, REDUCE_S = 300.0, 60.0, 60.0
-"""How long reading the data, a measurement of the network and an all-reduce may take, in seconds."""
+"""Time-outs of reading the data, a measurement of the network and an all-reduce, in seconds."""
 _CONNECT_S = 5.0
 _FAREWELL_S = 5.0
 _SENDING_S = 0.5
@@ -68,7 +68,7 @@ def case_of(recipe_name: str | None, hostfile: Path | None, run: Path | None, ti
 
 @dataclass
 class Patients:
-    """The hosts that still answer, in order, and what has been found."""
+    """Hosts that still answer, in order, and the findings."""
 
     talks: list[Conversation]
     screen: Screen

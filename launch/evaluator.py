@@ -21,7 +21,8 @@ SILENCE_S = 120.0
 """Its signs of life come from a thread of their own, however long an evaluation takes."""
 MAX_PAUSE_S = 60.0
 MAX_DEATHS = 3
-"""Over the same step: the successor leaves that out. While it drains, over any step: what is due stays undone."""
+"""Deaths at the same step after which the next evaluator skips it; while draining, deaths after which it is given
+up."""
 
 
 def evaluator_device(wanted: str, gpus: int, used: Collection[int]) -> str:

@@ -61,7 +61,7 @@ class Orders(BaseModel):
 
 @dataclass
 class RankProcess:
-    """A rank, and what it said last. ``heard``: when, by this host's monotonic clock. ``code``: how it ended."""
+    """A rank and its last state. ``heard``: when, by this host's monotonic clock. ``code``: exit code."""
 
     process: subprocess.Popen[bytes]
     wire: Wire
@@ -72,7 +72,8 @@ class RankProcess:
 
 @dataclass
 class HostGang:
-    """Starts, watches and ends them. ``say``: tells the supervisor. ``lock``: of the run, where this host holds it."""
+    """Starts, monitors and ends the processes. ``say``: sends to the supervisor. ``lock``: of the run, where this host
+    holds it."""
 
     orders: Orders
     say: Say

@@ -31,7 +31,7 @@ ANSWER = "vitgraft-answer "
 """Begins each answer; whatever else a login prints is passed over."""
 IDLE_S = 180.0
 GRACE_S = 10.0
-"""What has been asked may take so long after the asker has gone."""
+"""Seconds that an answer may take after the connection has closed."""
 _PACKAGES = ("configs", "models", "data_shards", "trainer", "launch")
 _TRIED = 8
 _TOKEN = ".vitgraft-doctor-"

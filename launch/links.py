@@ -31,15 +31,15 @@ CONNECT_S = 10.0
 FIRST_ANSWER_S = 60.0
 """An agent starts Python from a file system that may be slow."""
 SILENT_S = 15.0
-"""A host whose agent says nothing for so long is lost; it says something every second."""
+"""Seconds of silence after which a host counts as lost; its agent sends a message every second."""
 DEAF = ("sh", "-c", 'trap "" TERM INT USR1 HUP; exec "$@"', "sh")
-"""Starts a program that ignores what a scheduler sends to every process of a job. It keeps what it finds ignored."""
+"""Starts a program that ignores the signals of a scheduler to all processes of a job; ignored signals are inherited."""
 AGENT = (sys.executable, "-P", "-m", "vitgraft.launch.agent")
 
 
 class AgentLink:
-    """One agent. ``facts``: what it said of its host. ``lost``: why it is given up, or ``None``. ``impatient``: its
-    answers are waited for no longer."""
+    """Connection to an agent. ``facts``: those of its host. ``lost``: why it is given up, or ``None``. ``impatient``:
+    its answers are no longer waited for."""
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ def interface_of(address: str) -> str | None:
 
 
 class NetworkProbe:
-    """A listener that counts what it is sent, and the means to try those of others."""
+    """Listener that counts received bytes, and client of other hosts' listeners."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None

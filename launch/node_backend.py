@@ -35,11 +35,11 @@ from vitgraft.trainer.monitor_files import read_rows
 
 SECRET = "leader.secret"
 WAIT_S = 600.0
-"""How long nodes wait for each other when a run starts, all together: a scheduler may start them minutes apart."""
+"""Seconds in all that nodes wait for each other at the start of a run: a scheduler may start them minutes apart."""
 REJOIN_S = 30.0
-"""How long nodes that were lost are waited for before the run goes on without them."""
+"""Seconds to wait for lost nodes before the run goes on without them."""
 _BACKLOG = 1024
-"""Connections that the kernel keeps for the leader; what is above is tried again by its sender a second later."""
+"""Backlog of connections of the leader's socket; clients above it try again a second later."""
 
 
 @dataclass

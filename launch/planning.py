@@ -13,7 +13,7 @@ from vitgraft.launch.evaluator import evaluator_device
 from vitgraft.launch.gang import EvaluatorOrder
 
 Facts = Mapping[str, Mapping[str, Any]]
-"""What agents said of their hosts, by host."""
+"""Facts of the hosts from their agents, by host."""
 
 
 @dataclass(frozen=True)

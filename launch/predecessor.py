@@ -17,7 +17,7 @@ from vitgraft.trainer.checkpoint.files import replace_text
 
 PATIENCE_S = 20.0
 MARK_VARIABLE = "VITGRAFT_AGENT"
-"""Which agent a process was started by, or by what it has started."""
+"""Variable that names the agent which started a process, directly or indirectly."""
 
 
 def end_predecessor(run: Path, host: str) -> None:

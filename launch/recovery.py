@@ -18,9 +18,9 @@ BUDGET_SPENT = 6
 NO_RESTART: frozenset[Kind] = frozenset(
     ("bad_configuration", "bad_data", "bad_checkpoint", "full_disk", "preemption", "interrupt")
 )
-"""Causes that a restart cannot heal, or that were asked for."""
+"""Causes that a restart cannot cure, or that were requested."""
 SAME_STEP: frozenset[Kind] = frozenset(("defect", "device_memory"))
-"""Causes that come back at the same step when they are no accident: one restart tells."""
+"""Causes that recur at the same step if they are deterministic, as one restart shows."""
 Verdict = Literal["data", "passing"]
 HOST_FAULTS: frozenset[Kind] = frozenset(("crash", "hang", "lost_node", "host_memory"))
 """Causes that speak against the host they came from."""

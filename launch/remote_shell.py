@@ -22,7 +22,7 @@ _SSH_FAILED, _NOT_FOUND = 255, 127
 
 
 class NoAnswer(Exception):
-    """A host did not answer; the message says what was seen, and the remedy."""
+    """Error of a host that did not answer; the message has the cause and the remedy."""
 
 
 def ssh_command(host: str, words: Sequence[str], ssh_args: Sequence[str], connect_s: float) -> list[str]:

@@ -17,7 +17,7 @@ from vitgraft.trainer.monitor_files import read_rows, whole
 from vitgraft.trainer.non_finite import LEFT_OUT, NON_FINITE, append_durably, read_left_out
 
 VERDICT = "non_finite_verdict"
-"""Event: what a loss that was not finite was, with ``step``, ``verdict`` and ``entries`` as [epoch, position]."""
+"""Event of a verdict on a non-finite loss, with ``step``, ``verdict`` and ``entries`` as [epoch, position]."""
 
 
 def read_non_finite(run: Path, attempt: int) -> tuple[int, frozenset[str]] | None:

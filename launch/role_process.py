@@ -18,7 +18,7 @@ from vitgraft.trainer.report import PIPE_VARIABLE
 from vitgraft.trainer.signals import signal_name
 
 START_S = 120.0
-"""How long its start-up may be silent at least: a cold file system and many checkpoints take a while."""
+"""Smallest time-out of a start-up, in seconds: a cold file system and many checkpoints are slow."""
 
 
 @dataclass

@@ -24,7 +24,7 @@ from vitgraft.launch.run_state import State, judge, run_end
 from vitgraft.trainer.monitor_files import MAX_WHOLE, Attempt, attempts, moment, read_rows
 
 TAIL_BYTES = 1 << 18
-"""How much is read from the end of metrics.jsonl: some hundred rows."""
+"""Bytes read from the end of metrics.jsonl: some hundred rows."""
 SHOWN_EVENTS = 5
 # Supervisors and agents have one for all attempts: the last part of an address as a host's name is no attempt.
 _LOG = re.compile(r"(?!agent\.|supervisor\.)([a-z]+)(?:-[0-9]+)?\.(.+)\.([0-9]+)\.log")

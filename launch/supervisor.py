@@ -36,7 +36,7 @@ from vitgraft.trainer.monitor_files import read_rows
 
 LAST_ROWS_BYTES = 1 << 16
 FRESH_S = 3.0
-"""A host whose agent was heard so lately lives: it says something every second."""
+"""Seconds since the last message within which a host counts as alive: its agent sends one every second."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Supervisor:
     roster: Roster = field(init=False)
     record: list[Failure] = field(default_factory=list)
     _told: bool = False
-    """Whether the events tell how the run ended."""
+    """True once the events record the run's end."""
     _stop: StopWish = field(init=False)
     _replay: Replay = field(init=False)
     _deadlines: Deadlines = field(init=False)

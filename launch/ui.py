@@ -25,7 +25,7 @@ from vitgraft.launch.stderr import forgiving_stderr
 
 PLAIN_INTERVAL_S = 10.0
 _PACE = 256
-"""Reports of progress by whose times the rest is reckoned: what lies between them, as evaluations, counts."""
+"""Number of progress reports from whose times the rest is estimated, including pauses such as evaluations."""
 
 
 class Screen:

@@ -16,7 +16,7 @@ MAX_UNSENT = 16 << 20
 MAX_MESSAGE = 2 << 20
 """Bytes of a line; the end that sends longer ones is as good as gone, too."""
 _AT_ONCE = 4 << 20
-"""Bytes that are taken in one call, however fast the other end speaks: others are to be heard as well."""
+"""Largest number of bytes read in one call, so that a fast sender does not starve the others."""
 _BLOCK = 1 << 16
 
 

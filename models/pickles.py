@@ -26,7 +26,7 @@ class PickleError(ValueError):
 
 
 class ProgramError(PickleError):
-    """A pickle that names what no data needs and what runs programs elsewhere; the text is that name."""
+    """Pickle that names a function to run programs, which no data needs; the text is that name."""
 
 
 class Global(NamedTuple):
@@ -117,7 +117,7 @@ _PROGRAMS = re.compile(
     r"(os|posix|nt|subprocess|sys|shutil|socket|pty|runpy|importlib|ctypes|code|webbrowser|commands)(\..*)?"
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
 )
-"""Whoever made a file with such a name in it meant harm. Nothing here would call it, but the user should know."""
+"""Names that only malicious files contain. They are never called here, but the user is warned."""
 _ENCODE = Global("_codecs", "encode")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitgraft.models.backbones.relative_position import CLASS_ROWS, offsets, resize_bias_table
 
 PREFIXES = (0, 1, 2, 5)
-"""How many rows of class and register tokens stand before those of a square grid, in the files we know."""
+"""Numbers of prefix rows (class and register tokens) before the square grid, in known files."""
 
 
 def square_grid(rows: int) -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ _AROUND = {
     Global("torch.nn.parameter", "Parameter"): 0,
     Global("torch.nn.parameter", "Buffer"): 0,
 }
-"""What only wraps a tensor → which of its arguments that is."""
+"""Wrappers of a tensor → index of the tensor among their arguments."""
 _SUBCLASS = Global("torch._tensor", "_rebuild_from_type_v2")
 _ARRAYS = {Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
 _BUFFERS = {Global(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}

@@ -19,7 +19,7 @@ from vitgraft.models.pickles import BoundedStream, PickleError, read_pickle
 from vitgraft.models.tensor_records import Storages, TensorError, storage_dtype
 
 MAX_INFLATION = 8
-"""How much larger than the file its members may be together. torch does not compress, whoever packs again may."""
+"""Largest ratio of the members' total size to the file's. torch does not compress, but repacked files may be."""
 MAX_DIRECTORY_BYTES = 16 << 20
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -34,7 +34,7 @@ class Content(NamedTuple):
 
 
 class UnreadableError(ValueError):
-    """A file of another kind than its name says; the message continues "FILE is "."""
+    """File whose format does not match its name; the message continues "FILE is "."""
 
 
 def read_archive(file: BinaryIO) -> Content:

@@ -57,10 +57,10 @@ IGNORED: tuple[tuple[str, str], ...] = (
 """Names of a file without wrappers, beside those of a part's own layout, that are known and may be left over."""
 
 GRAFTED = re.compile(r"\.(adaptmlp|lora\w*|prompts?)\.|(^|\.)(embeddings|prompts?)\.\d+$")
-"""Names of what is grafted on a trunk, in files of tuned models."""
+"""Names of grafts (AdaptMLP, LoRA, prompts) in files of tuned models."""
 
 _COMPILED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and activation checkpointing put into names."""
+"""Parts that torch.compile, FSDP and activation checkpointing add to names."""
 _RENAMES = ((r"^embeddings\.(\d+)$", r"blocks.\1.prompts.tokens"),)  # deep prompts, as AdaptFormer's code names them
 _WRAPPERS = ("module.", "model.", "backbone.", "bottom_up.", "net.", "encoder.", "trunk.", "vit.", "adapter.", "neck.")
 _ALIASES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(

@@ -27,7 +27,7 @@ _STRANGERS = (
     (rb"\x89HDF", "an HDF5 file; convert it to .safetensors"),
     (rb".{257}ustar", "a tar archive, which torch wrote before version 0.1.10; unpack it, or save it again"),
 )
-"""How files begin that are often found under the name of weights, and what to say of them."""
+"""First bytes of files often mistaken for weights, and the message for each."""
 
 
 def check_file(name: str, where: str) -> None:

@@ -21,7 +21,7 @@ class LoadReport:
     ignored: dict[str, str] = field(default_factory=dict)
     """Name in the file → why it is not wanted."""
     unexpected: list[str] = field(default_factory=list)
-    """Names in the file that nothing here takes, and nobody said why."""
+    """Names in the file that no tensor of the model uses and no rule ignores."""
 
     def __str__(self) -> str:
         lines = [f"prefix {prefix}" for prefix in self.prefixes]

@@ -54,7 +54,7 @@ class Evaluation:
     raw_metrics: Figures | None = None
     """Of the weights themselves, where ``metrics`` are of their average and both were evaluated."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Of the same weights as ``metrics``. For a curve only: what a head draws at random depends on the batches."""
+    """Losses of the same weights as ``metrics``. For a curve only: a head's random sampling depends on the batches."""
     confusion: NDArray[np.int64] | None = None
 
     def as_json(self) -> dict[str, Any]:

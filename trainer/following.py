@@ -36,7 +36,7 @@ _log = logging.getLogger("vitgraft")
 
 
 class Follower:
-    """Evaluates one due checkpoint after the other. What makes one fail is said in a line, and the next follows.
+    """Evaluates due checkpoints in turn. A failure is reported in one line, and the next follows.
 
     Args:
         attempt: the attempt of the run that it belongs to; ``None``: to whichever owns the run.

@@ -12,7 +12,7 @@ MEASURED_S, ENOUGH_STEPS = 10.0, 100
 
 
 class Forecast:
-    """Says once how long the remaining steps will take.
+    """Reports once the estimated duration of the remaining steps.
 
     Args:
         steps: that are left.

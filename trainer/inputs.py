@@ -17,16 +17,16 @@ from vitgraft.data_shards.listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_fi
 from vitgraft.data_shards.pictures import is_own_picture
 
 JSON_BEGIN = '{\n "input": '
-"""What a prediction's JSON begins with."""
+"""First characters of a prediction's JSON."""
 _UNMARKED = frozenset({"TGA", "PCX"})
 """Formats that much else may look like: their files are known by their names alone."""
 _STILL = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis", b"jp2 ", b"jpx ", b"crx ")
-"""Brands of what begins like an MP4, but is an image."""
+"""Brands of image files (HEIF, AVIF, JPEG 2000, CR3) with an MP4-like header."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file to predict on. ``name``: of what is written of it below --out, without suffix; may have folders."""
+    """File to predict on. ``name``: of its outputs below --out, without suffix; may have folders."""
 
     path: Path
     name: str

@@ -10,7 +10,7 @@ from typing import Any
 from vitgraft.configs.files import MAX_SMALL_BYTES, json_rows, open_regular
 
 MAX_WHOLE = 1 << 53
-"""Numbers of rows beyond this are nobody's."""
+"""Largest valid number in a row."""
 _CHUNK = 1 << 16
 
 
@@ -89,7 +89,7 @@ def moment(value: Any) -> float:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run. ``code`` and ``reason``: how it ended; ``None`` while it lives, or when nobody could say."""
+    """One start of a run. ``code`` and ``reason``: how it ended; ``None`` while it runs, or if unknown."""
 
     number: int
     started: float

@@ -90,7 +90,7 @@ class StepFacts:
 
 
 class TrainLoop:
-    """Runs a session. ``stop``: asked at every step whether this rank was told to stop. ``heart``: is told of every
+    """Runs a session. ``stop``: polled at every step for a request to stop. ``heart``: notified of every
     phase."""
 
     def __init__(self, session: Session, stop: Callable[[], bool], heart: Heart) -> None:

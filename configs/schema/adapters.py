@@ -84,8 +84,8 @@ class ViTAdapterConfig(AdapterSection):
     """Where the injectors' gamma starts; 0 leaves the trunk at first as it is."""
     add_vit_feature: bool = True
     fusion: Literal["last", "stages"] = "last"
-    """What ``add_vit_feature`` adds to the four maps: the trunk's last map to all (detection), or that after group i to
-    map i (segmentation)."""
+    """Features that ``add_vit_feature`` adds to the four maps: the trunk's last map to all (detection), or that after
+    group i to map i (segmentation)."""
     use_extra_extractor: bool = True
     drop_path: BelowOne = 0.0
     """Of the extractors' FFNs, the same in every group."""

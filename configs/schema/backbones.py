@@ -58,7 +58,7 @@ class ViTConfig(BackboneSection):
     ``hf:OWNER/REPO/FILE`` on the Hugging Face hub."""
     drop_path: Fraction = 0.0
     frozen: bool = False
-    """Freeze the trunk: only what is grafted on it and the head are trained and checkpointed."""
+    """Freeze the trunk: only the grafts, adapter and head are trained and checkpointed."""
 
     @model_validator(mode="after")
     def _one_way_to_say_sizes(self) -> ViTConfig:
@@ -220,7 +220,7 @@ class VideoMAEConfig(BackboneSection):
     num_heads: SmallCount = 12
     patch_size: ImageSide = 16
     tubelet_size: SmallCount = 2
-    """How many frames one token covers; clips have a multiple of it."""
+    """Number of frames of one token (tubelet); clips have a multiple of it."""
     mlp_ratio: PositiveFloat = 4.0
     qkv_bias: bool = True
     """Whether queries and values (never keys) have a bias."""

@@ -28,7 +28,7 @@ class SourceConfig(EvaluationSourceConfig):
     """A data set to train on."""
 
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
-    """How often each sample is visited in an epoch, each time augmented differently (repeated augmentation)."""
+    """Number of visits of each sample in an epoch, each with another augmentation (repeated augmentation)."""
     weight: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
     """The same as a number that need not be whole, instead of ``repeats``: 0.25 is a quarter of the samples, another
     one in each epoch; 2.5 is two visits of each and a third of half of them. It gives exactly weight x samples
@@ -85,7 +85,7 @@ class SkipConfig(Section):
     """Leave damaged samples out: each keeps its place in the order, at weight zero, and is recorded."""
 
     skip: LargeCount
-    """How many different samples may be left out in a run, over all ranks and epochs, before it stops."""
+    """Largest number of different samples left out in a run, over all ranks and epochs, before it stops."""
 
 
 class DataConfig(Section):
@@ -110,7 +110,7 @@ class DataConfig(Section):
     """Batches each worker prepares ahead."""
     cache: CacheConfig = CacheConfig()
     on_error: Literal["stop"] | SkipConfig = "stop"
-    """What a training sample that cannot be decoded does. Data that cannot be fetched always stops the run."""
+    """Policy for training samples that cannot be decoded. Data that cannot be fetched always stops the run."""
 
     @field_validator("train", mode="before")
     @classmethod

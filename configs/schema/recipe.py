@@ -70,7 +70,7 @@ class EvaluateConfig(Section):
     every_checkpoints: Positive = 1
     """Evaluate every so many committed checkpoints, and always the last."""
     pictures: NonNegative = 8
-    """How many pictures of predictions each evaluation writes."""
+    """Number of pictures of predictions that each evaluation writes."""
     raw: bool = True
     """With ``train.ema``, evaluate the weights themselves beside their average: one more pass over ``data.val``."""
     loss: bool = True
@@ -89,8 +89,8 @@ class EvaluatorConfig(Section):
     """``auto``: the first of its host's GPUs that no rank uses, else the CPU. ``cuda`` where ranks use them all: the
     last one, beside its rank."""
     backlog: Backlog = "latest"
-    """What happens when checkpoints come faster than evaluations: ``latest`` evaluates the newest and gives up those
-    that it has overtaken; ``all`` evaluates every one, oldest first, and keeps them until then."""
+    """Policy when checkpoints come faster than evaluations: ``latest`` evaluates the newest and skips older ones;
+    ``all`` evaluates every one, oldest first, and keeps them until then."""
     threads: SmallCount | None = None
     """Its CPU threads; ``null``: the cores of its host divided by the ranks there and itself."""
 
@@ -119,7 +119,7 @@ class DeadlinesConfig(Section):
 
 
 class LaunchConfig(Section):
-    """Processes and devices of a run, and what happens when they fail."""
+    """Processes and devices of a run, and the policy for failures."""
 
     processes: SmallCount | None = None
     """Ranks; ``null``: one for each GPU, or two on a CPU."""
@@ -136,7 +136,7 @@ class LaunchConfig(Section):
     """After so many failures a host is left out of the next attempt."""
     deadlines: DeadlinesConfig = DeadlinesConfig()
     ssh_args: Annotated[list[str], Field(max_length=1000)] = []
-    """Arguments of every ssh to another host, e.g. ["-p", "2222"]; what has spaces belongs in a file: ["-F", FILE]."""
+    """Arguments of every ssh to another host, e.g. ["-p", "2222"]; put values with spaces into a file: ["-F", FILE]."""
 
 
 class Recipe(Section):

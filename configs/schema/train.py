@@ -110,7 +110,7 @@ ScheduleConfig = Annotated[CosineSchedule | PolySchedule | StepSchedule, Field(d
 
 
 class ExtendConfig(Section):
-    """A stage that a run goes on with after those before it."""
+    """Further stage of a run, after the earlier ones."""
 
     epochs: LargeCount | None = None
     steps: LargeCount | None = None
@@ -118,7 +118,7 @@ class ExtendConfig(Section):
     schedule: ScheduleConfig | None = None
     """Over this stage alone, with a warm-up of its own; ``null``: the rate with which the stage before ended stays."""
     lr: PositiveFloat | None = None
-    """What the schedule is a factor of; ``null``: that of the optimizer."""
+    """Base rate that the schedule scales; ``null``: the optimizer's."""
 
     @model_validator(mode="after")
     def _combination(self) -> ExtendConfig:
@@ -143,7 +143,7 @@ class CheckpointConfig(Section):
     copy_to: str | None = None
     """URL of a folder in any store of fsspec (s3://, gs://, file://) that gets a copy after each commit."""
     writer_silence_s: Annotated[float, Field(ge=2, le=10**8, allow_inf_nan=False)] = 30.0
-    """A checkpointer that is silent for so long is killed and started again; it goes on from the memory it shares. Its
+    """Seconds of silence after which the checkpointer is killed and restarted; it resumes from the shared memory. Its
     start-up may take two minutes."""
 
     @field_validator("copy_to")
@@ -186,20 +186,20 @@ class TrainConfig(Section):
     """bf16: fp32 parameters under torch autocast; bf16_params: DeepSpeed's bf16 engine with fp32 masters (GPU)."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     offload_optimizer: bool = False
-    """Keep masters and optimizer states in host memory and update there: for models whose states a GPU cannot hold."""
+    """Keep masters and optimizer states in host memory and update there: for models whose states exceed GPU memory."""
     deterministic: bool = False
     """Deterministic kernels on CUDA (slower); on CPU runs are deterministic anyway."""
     activation_checkpointing: Literal["none", "full", "offload"] = "none"
     deepspeed: dict[str, Any] = {}
-    """A DeepSpeed dictionary laid over the rendered one; what vitgraft sets itself cannot be contradicted."""
+    """DeepSpeed dictionary merged over the rendered one; keys that vitgraft sets cannot be overridden."""
     roles: Literal["separate", "inline"] = "separate"
     """separate: a checkpointer process writes and commits while training goes on; inline: the trainer does it."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     peak_tflops: PositiveFloat | None = None
     """Peak of one device, for the MFU curve; ``null``: that of the GPU's name, dense bfloat16, where it is known."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """What happens to samples with which the loss is not finite, and again when the steps are made again. skip: where
-    they came up they keep their place in the order at weight zero, unread, with record; elsewhere they take part."""
+    """Policy for samples whose loss is not finite, also when their steps are repeated. skip: at the recorded positions
+    they keep their place in the order at weight zero, unread; at others they take part."""
     ledger: bool = False
     """Write RUN/ledger: step, rank and entries of every batch."""
 

@@ -22,7 +22,7 @@ from vitgraft.data_shards.pack.masks import Mask, read_mask
 from vitgraft.data_shards.pack.plain_values import STRINGS, Key, as_flag, as_number, is_missing
 
 Crowds = Literal["keep", "objects"]
-"""What ``iscrowd: 1`` means: a crowd, or (as some tools mark what is drawn with a brush) an object like any."""
+"""Meaning of ``iscrowd: 1``: a crowd, or an ordinary object (some tools set it for brush masks)."""
 
 BOXED = "masks made of boxes"
 FROM_MASK = "boxes made of masks"

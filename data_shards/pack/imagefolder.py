@@ -36,7 +36,7 @@ from vitgraft.data_shards.pack.video_lists import sort_labels
 MAX_ARRAY_BYTES = 64 << 30
 """Larger arrays are refused before they are read."""
 _ANY_RATIO_BYTES, _MAX_RATIO = 256 << 20, 200
-"""How far a compressed array may inflate, if it is larger than the first: real images shrink tenfold at most."""
+"""Largest size of a compressed array, and its largest ratio beyond that; real images compress at most tenfold."""
 IMAGE_KEYS = ("images", "data", "x", "x_train", "x_test")
 LABEL_KEYS = ("labels", "fine_labels", "y", "y_train", "y_test")
 # What numpy, zipfile and the decompressors raise of damaged or encrypted files; TokenError is of numpy's header.

@@ -22,8 +22,8 @@ from vitgraft.data_shards.pack.files import read_bytes
 from vitgraft.data_shards.pack.label_report import CONVERTED, TURNED, LabelFault, LabelReport, Say
 
 Exif = Literal["auto", "apply", "ignore"]
-"""What an EXIF orientation does. ``auto``: it is applied unless the annotations are of the stored pixels, as their size
-says, or where both sizes are the same, that of the set's other images. ``apply``, ``ignore``: always, never."""
+"""Policy for EXIF orientations. ``auto``: applied unless the annotations' size, or where both sizes are equal that of
+the set's other images, shows that they refer to the stored pixels. ``apply``, ``ignore``: always, never."""
 
 RANGES = "images that use a small part of their range"
 FIRST = "first of several frames or pages"

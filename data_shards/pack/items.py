@@ -66,7 +66,7 @@ class LeftOut(NamedTuple):
 
 
 class Item(Protocol):
-    """One sample to be. Picklable; what it gives is decided by ``metadata`` (JSON values) and the ``files``."""
+    """Sample to be packed. Picklable; its bytes depend only on ``metadata`` (JSON values) and the ``files``."""
 
     @property
     def metadata(self) -> dict[str, Any]: ...

@@ -50,7 +50,7 @@ class Finished(Section):
 
 
 class Identity:
-    """A running hash over what decides the bytes of a packing: its settings, then each item.
+    """Running hash over the inputs of a packing: its settings, then each item.
 
     Args:
         settings: JSON values.

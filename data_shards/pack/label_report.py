@@ -14,7 +14,7 @@ Say = Callable[[str], None]
 """Shows one line."""
 
 OnError = Literal["raise", "skip"]
-"""What faults do. ``raise``: nothing is written. ``skip``: what is faulty is left out, listed and counted."""
+"""Policy for faults. ``raise``: nothing is written. ``skip``: faulty entries are left out, listed and counted."""
 
 SIZES = "size mismatches"
 UNKNOWN = "ids outside the class list"
@@ -73,7 +73,7 @@ class Noted:
 
 @dataclass
 class LabelReport:
-    """Collects while the labels are checked; :meth:`close` tells, and refuses labels with faults.
+    """Findings of the check of the labels; :meth:`close` reports them, and refuses labels with faults.
 
     ``unit``: what ``counts`` (by class id) counts. ``on_error``: see :data:`OnError`. ``crowds``: by class id, of the
     counted instances or segments those that are crowds. ``unlabelled``: samples without any label (semantic: ignored

@@ -13,7 +13,7 @@ DEGENERATE = "masks without their polygons of fewer than three points"
 OTHER_FORM = "polygons in another form"
 
 Note = Callable[[str], None]
-"""Is told what was done to read a mask."""
+"""Callback that receives each correction made to read a mask."""
 
 
 class Mask(NamedTuple):

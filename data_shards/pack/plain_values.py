@@ -11,7 +11,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,2})?")
 
 STRINGS = "read from strings"
-"""What a report says of values that were written as strings."""
+"""Text of a report on values that were written as strings."""
 
 Key = int | str
 """An id."""

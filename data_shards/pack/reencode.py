@@ -24,7 +24,7 @@ DEFAULT_QUALITY: dict[Form, int] = {"gop": 18, "frames": 90}
 QUALITIES: dict[Form, tuple[int, int]] = {"gop": (0, 51), "frames": (1, 95)}
 DEFAULT_GOP = 8
 DEFAULT_RATE = Fraction(25)
-"""Where the container does not say."""
+"""Default where the container states none."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ EVERYTHING = Pairing()
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image, the file of its label map, and what makes class ids of that.
+    """An image, the file of its label map, and the conversion of that to class ids.
 
     ``ids``: (H, W) uint8, 255 ignored, as packed; read anew at each call, so that a data set is never held in memory.
     ``metadata``: besides height and width. ``more``: further members of the sample by extension, packed as they are.

@@ -25,7 +25,7 @@ from vitgraft.data_shards.pack.video_lists import (
 
 @dataclass(frozen=True)
 class Clip:
-    """One video file. ``metadata``: besides what is found in it."""
+    """Video file. ``metadata``: in addition to the facts read from the file."""
 
     path: Path
     metadata: dict[str, Any]

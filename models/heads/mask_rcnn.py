@@ -32,7 +32,7 @@ FOREGROUND_IOU = 0.5
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 SMALLEST_DETECTION = 1e-2
 PASTE_BYTES = 1 << 26
-"""How much float32 canvas :func:`paste_masks` fills at once."""
+"""Limit of the float32 canvas that :func:`paste_masks` fills at once."""
 
 
 class Sampled(NamedTuple):

@@ -15,7 +15,7 @@ from vitgraft.models.contract import Predictions
 Figures = Mapping[str, float | None]
 """``None``: there is no ground truth for a figure, e.g. no small object for the AP of small ones."""
 Result = dict[str, Any]
-"""What is said of one input: plain JSON values, in the coordinates of the input's own image."""
+"""Prediction of one input: plain JSON values, in the coordinates of the original image."""
 
 
 class Metric(Protocol):

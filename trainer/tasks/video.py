@@ -14,7 +14,7 @@ from vitgraft.trainer.draw import repeat
 from vitgraft.trainer.tasks.base import Metric, Result
 
 MAX_CONFUSED = 400
-"""With more classes there is no confusion matrix: nobody could look at it."""
+"""Largest number of classes with a confusion matrix: larger ones are unreadable."""
 
 
 class VideoTask:
@@ -83,7 +83,7 @@ def _strip(frames: Tensor, caption: str) -> Tensor:
 
 
 class AccuracyMetric:
-    """Counts [top-1, top-5, all], and what is taken for what where there are at most ``MAX_CONFUSED`` classes."""
+    """Counts [top-1, top-5, all], and the confusion matrix for at most ``MAX_CONFUSED`` classes."""
 
     def __init__(self, classes: int = 0) -> None:
         self._counts = [0, 0, 0]
