@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitgraft.configs.errors import CheckpointError, ConfigError
 from vitgraft.models.pickles import Global, Record
-from vitgraft.models.tensor_records import is_tensor
+from vitgraft.models.tensor_records import is_foreign_tensor, is_tensor
 from vitgraft.models.weight_names import shown
 
 _USUAL = ("state_dict", "model", "module", "model_state_dict", "model_state", "teacher")
@@ -44,6 +44,8 @@ def chosen_state(content: Any, key: str | None, where: str) -> tuple[dict[str, A
     """
     top = _items(content)
     if top is None:
+        if is_tensor(content):
+            raise CheckpointError(f"{where} holds a single tensor; expected a dictionary of tensors by their names")
         if isinstance(content, Record):
             raise CheckpointError(
                 f"{where} holds a whole Python object ({kind_of(content)}), which is not loaded, since that could run "
@@ -75,7 +77,7 @@ def _states(top: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         below: list[tuple[str, dict[Any, Any]]] = []
         for path, values in level:
             named = {name: value for name, value in values.items() if isinstance(name, str)}
-            if any(isinstance(value, Tensor) or is_tensor(value) for value in named.values()):
+            if any(isinstance(v, Tensor) or is_tensor(v) or is_foreign_tensor(v) for v in named.values()):
                 yield path, named
             for name, value in named.items():
                 inside = _items(value)
@@ -114,7 +116,14 @@ def _named(states: dict[str, dict[str, Any]], key: str, where: str) -> dict[str,
         inside = {name.removeprefix(f"{key}."): value for name, value in state.items() if name.startswith(f"{key}.")}
         if inside:
             return inside
-    raise ConfigError(f"{where} holds nothing of the name {key[:100]!r}; it holds {_choices(states)}")
+    raise ConfigError(
+        f"{where} holds nothing of the name {key[:100]!r}; it holds {_choices(states) or _choices(_tops(states))}"
+    )
+
+
+def _tops(states: dict[str, dict[str, Any]]) -> list[str]:
+    """What the names of a state dict begin with."""
+    return list(dict.fromkeys(name.split(".")[0] for state in states.values() for name in state))
 
 
 def _choices(paths: Any) -> str:

@@ -19,13 +19,15 @@ from vitgraft.configs.errors import CheckpointError, VitgraftError
 from vitgraft.configs.files import open_regular
 from vitgraft.models.pickles import PickleError, ProgramError
 from vitgraft.models.state_dicts import chosen_state, kind_of
-from vitgraft.models.tensor_records import TensorError, is_tensor, tensor_of
+from vitgraft.models.tensor_records import TensorError, is_foreign_tensor, is_tensor, tensor_of
 from vitgraft.models.torch_files import Content, UnreadableError, read_archive, read_stream
 from vitgraft.models.weight_names import MAX_HEADER_BYTES, check_kind, locate, metadata_of, numbers_of, shown
 
 log = logging.getLogger(__name__)
 
 MAX_NAME = 200
+_EXTRA = "_extra_state"
+"""How torch names what a module's ``get_extra_state`` returns."""
 
 
 def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> dict[str, Tensor]:
@@ -109,6 +111,13 @@ def _tensors(state: dict[str, Any], content: Content, where: str) -> dict[str, T
                 tensors[name] = tensor_of(value, content.storages)
             except TensorError as error:
                 raise CheckpointError(f"{where}: {name} is {shown(error)}; fetch or save the file again") from None
+        elif is_foreign_tensor(value):
+            raise CheckpointError(
+                f"{where}: {name} is a tensor of 8-bit floats, sparse, quantised or without elements; convert it by "
+                "to_dense(), dequantize() or float() where it was made, and save the state dict again"
+            )
+        elif name.endswith(_EXTRA):
+            continue  # what a module keeps beside its tensors
         elif "." in name:
             raise CheckpointError(
                 f"{where}: {name} is a {kind_of(value)}, expected a tensor; save the state dict alone"

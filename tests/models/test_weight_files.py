@@ -157,3 +157,33 @@ def test_what_is_not_clear_is_asked(tmp_path: Path) -> None:
         read_tensors(f"{tmp_path / 'x.pth'}#net_c")
     (tmp_path / "y#2.pkl").write_bytes(pickle.dumps({"a.weight": np.ones(2)}))
     assert list(read_tensors(tmp_path / "y#2.pkl")) == ["a.weight"]
+
+
+@pytest.mark.parametrize("kind", ["8-bit floats", "sparse", "without elements"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_tensors_of_other_kinds_are_named(kind: str, alone: bool, tmp_path: Path) -> None:
+    made = {
+        "8-bit floats": torch.ones(2).to(torch.float8_e4m3fn),
+        "sparse": torch.eye(2).to_sparse(),
+        "without elements": torch.empty(2, device="meta"),
+    }[kind]
+    path = tmp_path / "a.pth"
+    path.write_bytes(saved({"a.weight": made, **({} if alone else {"b.weight": torch.ones(1)})}))
+    with pytest.raises(CheckpointError, match="a.weight is a tensor of 8-bit floats, sparse, quantised or without"):
+        read_tensors(path)
+
+
+def test_what_modules_keep_beside_their_tensors_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(saved({"a.weight": torch.ones(2), "a._extra_state": None, "b._extra_state": io.BytesIO(b"x")}))
+    assert list(read_tensors(path)) == ["a.weight"]
+
+
+def test_a_single_tensor_and_a_name_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(saved(torch.ones(2)))
+    with pytest.raises(CheckpointError, match="holds a single tensor; expected a dictionary"):
+        read_tensors(path)
+    path.write_bytes(saved({"encoder.a": torch.ones(2), "encoder.b": torch.ones(2), "head.a": torch.ones(2)}))
+    with pytest.raises(ConfigError, match="holds nothing of the name 'trunk'; it holds encoder, head"):
+        read_tensors(f"{path}#trunk")
