@@ -314,7 +314,7 @@ def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
     """Return the value found for ``name``, in the target's dtype and shape.
 
     Raises:
-        CheckpointError: another kind of dtype, or a shape that cannot be resized.
+        CheckpointError: another kind of dtype, a shape that cannot be resized, or numbers that are not finite.
     """
     target, (value, sources) = match.targets[name], match.found[name]
     if not sources:
@@ -324,10 +324,15 @@ def _fitted(match: _Match, name: str, where: str, report: LoadReport) -> Tensor:
     if value.is_floating_point() != target.is_floating_point():
         raise CheckpointError(f"{where}: {match.label(name)} is of type {value.dtype}, expected {target.dtype}")
     value = value.to(target.dtype)  # before it is resized: files of half precision would round what comes out
+    if not value.isfinite().all():
+        raise CheckpointError(
+            f"{where}: {match.label(name)} holds numbers that are not finite; fetch the file again, or take a "
+            "checkpoint from before its training diverged"
+        )
     fitted: Tensor | None = value
-    if name.endswith("pos_embed") and value.ndim == target.ndim == 3:
+    if name.endswith("pos_embed") and value.numel() and value.ndim == target.ndim == 3:
         fitted = _positions(match, name, value, where)
-    elif value.shape != target.shape:
+    elif value.shape != target.shape and value.numel():
         hook = getattr(match.module, "resize_loaded", None)
         fitted = None if hook is None else hook(name, value)
         fitted = _resized(match, name, value, target) if fitted is None else fitted

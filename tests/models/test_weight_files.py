@@ -169,7 +169,7 @@ def test_tensors_of_other_kinds_are_named(kind: str, alone: bool, tmp_path: Path
     }[kind]
     path = tmp_path / "a.pth"
     path.write_bytes(saved({"a.weight": made, **({} if alone else {"b.weight": torch.ones(1)})}))
-    with pytest.raises(CheckpointError, match="a.weight is a tensor of 8-bit floats, sparse, quantised or without"):
+    with pytest.raises(CheckpointError, match=r"a\.weight is a tensor of 8-bit floats, sparse, quantised or without"):
         read_tensors(path)
 
 

@@ -340,6 +340,23 @@ def test_rows_of_prefix_tokens_begin_with_the_class_token() -> None:
     assert resize_positions(torch.ones(1, 9, 2), initial, 0, (2, 2)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("vit.blocks.0.norm1.weight", torch.tensor(float("nan")), "holds numbers that are not finite; fetch the file"),
+        ("vit.blocks.0.norm1.weight", torch.tensor(float("inf")), "holds numbers that are not finite"),
+        ("vit.patch_embed.proj.weight", torch.zeros(32, 3, 0, 0), r"has shape \(32, 3, 0, 0\)"),
+        ("vit.pos_embed", torch.zeros(1, 0, 32), r"has shape \(1, 0, 32\)"),
+    ],
+)
+def test_numbers_that_are_none_and_tensors_without_any_are_refused(name: str, value: Tensor, says: str) -> None:
+    model = trunk(VIT)
+    state = model.state_dict()
+    state[name] = torch.full_like(state[name], value.item()) if value.ndim == 0 else value
+    with pytest.raises(CheckpointError, match=says):
+        load_weights(model, state, where="test")
+
+
 @pytest.mark.parametrize("section", [BEIT, EVA01])
 def test_tables_of_another_number_of_heads_are_refused(section: dict[str, Any]) -> None:
     _, state = official(section, size=(24, 24))
