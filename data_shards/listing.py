@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,11 @@ def list_files(folder: Path, suffixes: Collection[str]) -> Listing:
     for paths in found.passed_over.values():
         paths.sort()
     return found
+
+
+def composed(name: str) -> str:
+    """Return a name with composed letters: macOS writes ``é`` as two characters, where others use one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def is_hidden(name: str) -> bool:

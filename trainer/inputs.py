@@ -90,8 +90,10 @@ def check_outputs(inputs: list[Input], out: Path) -> None:
     """See that nothing is written over but earlier predictions.
 
     Raises:
-        ConfigError: an output is an input, or a file that somebody else made.
+        ConfigError: an output is an input, or a file that somebody else made, or ``out`` is no folder.
     """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: a file; name a folder, which may be new")
     outputs = [path for given in inputs for path in outputs_of(given.name, out)]
     keep_inputs(outputs, (given.path for given in inputs), f"--out {out}")
     for given in inputs:

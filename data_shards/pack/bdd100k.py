@@ -12,7 +12,7 @@ import numpy as np
 
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.hashing import sha256_file
-from vitgraft.data_shards.listing import IMAGE_SUFFIXES, list_files
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, composed, list_files
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.bdd100k_labels import DETECTION, LabelReader
 from vitgraft.data_shards.pack.coco import CocoImage, CocoSet, count_boxes, pack_boxes
@@ -78,7 +78,7 @@ def pack_bdd100k(
 
 def stem_of(name: str) -> str:
     """Return the name that images, JSON entries and masks of one photograph share."""
-    stem = PurePosixPath(name.replace("\\", "/")).stem
+    stem = PurePosixPath(composed(name).replace("\\", "/")).stem
     for ending in _ENDINGS:
         stem = stem.removesuffix(ending)
     return stem
@@ -89,10 +89,11 @@ def _images(folders: Sequence[Path], report: LabelReport) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders:
         for path in _files(folder, IMAGE_SUFFIXES, report):
-            if path.stem in found:
+            stem = composed(path.stem)
+            if stem in found:
                 report.leave_out("images whose stem was there before", path)
             else:
-                found[path.stem] = path
+                found[stem] = path
     if not found:
         listed = ", ".join(map(str, folders))
         raise DataError(f"{listed}: the data set is empty: no images ({', '.join(sorted(IMAGE_SUFFIXES))}); check it")
@@ -219,7 +220,7 @@ def mask_ids(path: Path, task: Task, numbers: Sequence[int]) -> Labels:
         DataError: not a label map, or an id that is no class.
     """
     official = _OFFICIAL[task]
-    ids = packed_ids(path, len(official))
+    ids = packed_ids(path, len(official), remedy=f"masks of --task {task} have the ids of its classes, from 0, and 255")
     if task == "drivable" and path.stem.endswith(OLD_DRIVABLE):
         ids = np.where(ids == IGNORE, IGNORE, (ids.astype(np.int32) + 2) % 3).astype(np.uint8)
     table = np.full(IGNORE + 1, IGNORE, dtype=np.int32)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitgraft.data_shards.pack.boxes import CORNERS, BoxCheck, Corners
 from vitgraft.data_shards.pack.coco_categories import Categories, refuse_outside
-from vitgraft.data_shards.pack.label_report import BOXES, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.label_report import BOXES, NOTHING_TO_LEARN, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.plain_values import STRINGS, Key, as_flag, as_number
 
 # Classes in the order of the official ids, the data set's names for them in other releases, and the uncertain regions,
@@ -48,6 +48,14 @@ class LabelReader:
     def close(self, where: str) -> None:
         """Tell the report what can be told of the labels as a whole."""
         self._boxes.close()
+        counts, crowds = self.report.counts.total(), self.report.crowds.total()
+        if not counts:
+            message = f"{where}: no label with a box2d, so there is nothing to learn or to compare with"
+            self.report.doubt(f"{message}; check --labels and --task", NOTHING_TO_LEARN)
+        elif counts == crowds:
+            remedy = "remove the attribute crowd if each is one object, else pass --on-error skip"
+            message = f"{where}: all {counts} labels are crowds, from which nothing is learnt; {remedy}"
+            self.report.doubt(message, NOTHING_TO_LEARN)
         refuse_outside(self.categories, self.outside, "labels", where, self.report)
 
     def _annotation(self, label: Any, size: tuple[int, int], where: str) -> dict[str, Any] | None:

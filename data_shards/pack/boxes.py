@@ -86,7 +86,7 @@ class BoxCheck:
     def close(self) -> None:
         """Note what is wrong with the boxes as a whole."""
         expected = f"expected {self.form} in pixels of the image"
-        if self.boxes >= _MANY and self.below_one == self.boxes:
+        if self.boxes >= _FEW and self.below_one == self.boxes:
             self.report.doubt(f"all {self.boxes} boxes have numbers below 1, as shares of the image; {expected}", BOXES)
         elif self.far and self.boxes >= _FEW and self.as_corners == self.boxes and self.form != CORNERS:
             wrong = f"{self.first}: boxes reach out of their images, and all {self.boxes} fit when read as {CORNERS}"

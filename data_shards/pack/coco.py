@@ -12,7 +12,14 @@ from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.coco_annotations import AnnotationReader, Crowds
 from vitgraft.data_shards.pack.coco_categories import read_categories
-from vitgraft.data_shards.pack.coco_json import ListedImage, by_id, check_size, entries_of, list_images
+from vitgraft.data_shards.pack.coco_json import (
+    ListedImage,
+    by_id,
+    check_size,
+    entries_of,
+    list_images,
+    refuse_other_kind,
+)
 from vitgraft.data_shards.pack.files import check_folder, read_json
 from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
@@ -116,7 +123,9 @@ def read_coco(
     check_folder(images)
     tree, where = read_json(annotations), str(annotations)
     report = LabelReport("instances", [], on_error=options.get("on_error", "raise"))
-    entries = by_id(entries_of(tree, "images", where), "images", where, report, names="file_name")
+    images_listed = entries_of(tree, "images", where)
+    refuse_other_kind(tree, False, where)
+    entries = by_id(images_listed, "images", where, report, names="file_name")
     if not entries and not report.faults:
         raise DataError(f"{where}: the data set is empty: no images are listed; check the file")
     given = entries_of(tree, "annotations", where) if "annotations" in tree else []

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vitgraft.data_shards.listing import composed
 from vitgraft.data_shards.pack.coco_json import by_id, entries_of
 from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.label_report import UNKNOWN, LabelFault, LabelReport
-from vitgraft.data_shards.pack.plain_values import Key, as_flag, as_key, order
+from vitgraft.data_shards.pack.plain_values import Key, as_flag, as_key, is_missing, order
 
 GROUPS = "unused categories above others or of the same name"
 MERGED = "categories merged with the one below of the same name"
@@ -49,12 +50,12 @@ def as_classes(entries: Entries, annotated: set[Key], classes: Sequence[str] | N
     names = {key: _name(entry) for key, entry in entries.items()}
     ids = sorted(names, key=order)
     if classes is not None:
-        by_name = {name.strip(): number for number, name in enumerate(classes)}
-        numbers = {key: by_name[names[key].strip()] for key in ids if names[key].strip() in by_name}
+        by_name = {_plain(name): number for number, name in enumerate(classes)}
+        numbers = {key: by_name[_plain(names[key])] for key in ids if _plain(names[key]) in by_name}
         outside = {key: names[key] for key in ids if key not in numbers}
         return Categories(list(classes), _ids(len(classes), numbers), numbers, outside, things, [])
     above = {key: str(entry.get("supercategory") or "") for key, entry in entries.items()}
-    parents = Counter(above.values())
+    parents = Counter(filter(None, above.values()))
     notes: list[tuple[str, str]] = []
 
     def drop(key: Key, reason: str) -> None:
@@ -133,8 +134,13 @@ def refuse_outside(
 
 
 def _name(entry: dict[str, Any]) -> str:
-    name = entry.get("name", "")
-    return name if isinstance(name, str) else str(name)[:200]
+    name = entry.get("name")
+    return "" if is_missing(name) else name if isinstance(name, str) else str(name)[:200]
+
+
+def _plain(name: str) -> str:
+    """What names are compared by: blanks around them, and how letters are composed, make no other name."""
+    return composed(name.strip())
 
 
 def _ids(count: int, numbers: Mapping[Key, int]) -> list[int]:

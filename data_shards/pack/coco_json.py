@@ -33,6 +33,16 @@ def entries_of(tree: Any, key: str, where: str) -> list[Any]:
     return entries
 
 
+def refuse_other_kind(tree: dict[str, Any], panoptic: bool, where: str) -> None:
+    """Raise DataError for a panoptic file where instances are expected, or the reverse."""
+    given = tree.get("annotations")
+    first = next((entry for entry in given if isinstance(entry, dict)), {}) if isinstance(given, list) else {}
+    if not panoptic and "segments_info" in first:
+        raise DataError(f"{where}: COCO panoptic, not COCO instances: vitgraft shards pack panoptic")
+    if panoptic and "segments_info" not in first and first.keys() & {"bbox", "segmentation"}:
+        raise DataError(f"{where}: COCO instances, not COCO panoptic: vitgraft shards pack coco")
+
+
 def by_id(entries: list[Any], key: str, where: str, report: LabelReport, names: str = "") -> dict[Key, dict[str, Any]]:
     """Return the objects of a list by their ids; faults go to the report.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vitgraft.configs import files
 from vitgraft.configs.errors import DataError
+from vitgraft.data_shards.listing import composed
 from vitgraft.data_shards.pack.other_formats import refuse_other_format
 from vitgraft.data_shards.stream import MAX_SAMPLE_BYTES
 
@@ -86,6 +87,8 @@ def check_classes(classes: list[str], where: str) -> None:
     wrong = next((name for name in classes if not is_text(name)), None)
     if wrong is not None:
         raise DataError(f"{where}: class {wrong[:80]!r} holds what is no character; write the names as UTF-8")
-    twice = next((name for name, count in Counter(classes).items() if count > 1), None)
+    twice = next(
+        (name for name, count in Counter(composed(name.strip()) for name in classes).items() if count > 1), None
+    )
     if twice is not None:
         raise DataError(f"{where}: class {twice[:80]!r} is listed twice; give each class one name")

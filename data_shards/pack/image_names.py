@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from vitgraft.data_shards.listing import IMAGE_SUFFIXES, list_files
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, composed, list_files
 from vitgraft.data_shards.pack.files import is_file
 from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
 
@@ -60,8 +60,11 @@ class FileFinder:
         )
 
     def _taken_once(self, path: Path, name: str, where: str) -> Path:
-        first = self._taken.setdefault(path, name)
-        if first != name:  # the folders in front told them apart
+        first = self._taken.get(path)
+        if first == name:  # each entry would have some of the labels
+            raise LabelFault(f"{where}: {name[:200]!r} is listed before; make one entry of both")
+        self._taken[path] = name
+        if first is not None:  # the folders in front told them apart
             both = f"{name[:200]!r} and {first[:200]!r} both come down to {path}"
             raise LabelFault(f"{where}: {both}; list the paths below {self._option}", MISSING)
         if str(path) != str(self._folder / name):
@@ -69,10 +72,11 @@ class FileFinder:
         return path
 
     def _called(self, name: str) -> list[Path]:
-        """Return the files of this name; where there is none, those that differ from it in capitals alone."""
+        """Return the files of this name; where there is none, those that differ from it in capitals, or in how letters
+        with accents are composed, alone."""
         if self._by_name is None:
             self._by_name = {}
             for path in list_files(self._folder, IMAGE_SUFFIXES).files:
-                self._by_name.setdefault(path.name.casefold(), []).append(path)
-        paths = self._by_name.get(name.casefold(), [])
-        return [path for path in paths if path.name == name] or paths
+                self._by_name.setdefault(composed(path.name).casefold(), []).append(path)
+        paths = self._by_name.get(composed(name).casefold(), [])
+        return [path for path in paths if composed(path.name) == composed(name)] or paths

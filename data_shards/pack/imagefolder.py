@@ -23,12 +23,12 @@ from PIL import Image
 from vitgraft.configs.errors import DataError
 from vitgraft.configs.files import open_regular
 from vitgraft.data_shards.images import MAX_PIXELS
-from vitgraft.data_shards.listing import IMAGE_SUFFIXES, is_hidden, list_files
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, composed, is_hidden, list_files
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
-from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.other_formats import refuse_other_format
 from vitgraft.data_shards.pack.pairs import note_passed_over
 from vitgraft.data_shards.pack.video_lists import sort_labels
@@ -46,7 +46,8 @@ _BROKEN_ARRAYS = (
 )
 
 
-_NO_CLASSES = {"train", "val", "valid", "test", "images", "labels", "JPEGImages", "Annotations"}
+_SPLITS = {"train", "val", "valid", "test", "training", "validation", "testing"}
+_NO_CLASSES = {*_SPLITS, "images", "labels", "JPEGImages", "Annotations"}
 """Folders of data sets for detection."""
 
 
@@ -107,19 +108,24 @@ def pack_imagefolder(
     if not names:
         raise DataError(f"{images}: the data set is empty: no folders; expected {images}/CLASS/NAME.jpg")
     check_classes(names, "classes")
-    by_name = {name: number for number, name in enumerate(names)}
+    by_name = {composed(name): number for number, name in enumerate(names)}
     report = LabelReport("images", names, on_error=options.get("on_error", "raise"))
     note_passed_over(listing, report)
+    if classes is None and len(folders) > 1 and folders <= _SPLITS:
+        both = ", ".join(names)
+        message = f"{images}: its folders {both} are splits of a data set, not classes; pack each alone"
+        report.doubt(f"{message}: --images {images / names[0]}", NOTHING_TO_LEARN)
     found: list[tuple[Path, int]] = []
     for path in listing.files:
         name = path.relative_to(images)
         with report.collect():
             if len(name.parts) < 2:
                 raise LabelFault(f"{path}: lies in no folder of a class; expected {images}/CLASS/{path.name}")
-            if name.parts[0] not in by_name:
+            number = by_name.get(composed(name.parts[0]))
+            if number is None:
                 message = f"{path}: folder {name.parts[0]!r} is none of the {len(names)} classes; add it to --classes"
                 raise LabelFault(message, UNKNOWN)
-            found.append((path, by_name[name.parts[0]]))
+            found.append((path, number))
     items = [
         item
         for item in checked(partial(_opened, images, reading_of(options)), found, report, options)

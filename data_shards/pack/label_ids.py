@@ -19,6 +19,8 @@ Labels = npt.NDArray[np.uint8]
 """(H, W) uint8 as packed: 0..classes-1, or 255."""
 
 
+_REMEDY = "list all classes, give each one's id with --ids, or pass the id to --ignore if it means unlabelled"
+
 FEW = 4
 """Classes of a set in which each should occur: where the last do not, they are more likely stored as 255."""
 
@@ -56,12 +58,15 @@ def missing_class(
     )
 
 
-def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False) -> Labels:
+def packed_ids(
+    path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero: bool = False, *, remedy: str = _REMEDY
+) -> Labels:
     """Return the labels for ids that are class ids, except the ignored ones.
 
     Args:
         ignore: ids that do not count, besides 255.
         reduce_zero: neither does 0, and the others fall by one.
+        remedy: what to do about an id that is no class.
 
     Raises:
         DataError: not a label map, or an id that is no class.
@@ -74,11 +79,7 @@ def packed_ids(path: Path, classes: int, ignore: Sequence[int] = (), reduce_zero
     wrong = ids[~unlabelled & ((ids < 0) | (ids >= classes))]
     if len(wrong):
         value = int(wrong[0]) + int(reduce_zero)
-        raise LabelFault(
-            f"{path}: label id {value} is none of the {classes} classes; "
-            "list all classes, give each one's id with --ids, or pass the id to --ignore if it means unlabelled",
-            UNKNOWN,
-        )
+        raise LabelFault(f"{path}: label id {value} is none of the {classes} classes; {remedy}", UNKNOWN)
     return np.where(unlabelled, IGNORE, ids).astype(np.uint8)
 
 

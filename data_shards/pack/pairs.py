@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.decode import NO_JPEG
-from vitgraft.data_shards.listing import IMAGE_SUFFIXES, Listing, is_hidden, list_files
+from vitgraft.data_shards.listing import IMAGE_SUFFIXES, Listing, composed, is_hidden, list_files
 from vitgraft.data_shards.pack.files import check_folder, read_text
 from vitgraft.data_shards.pack.label_report import MISSING, LabelFault, LabelReport
 from vitgraft.data_shards.pack.other_formats import refuse_other_format
@@ -56,7 +56,7 @@ def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) ->
         wanted = {key: str(path) for key, path in found.items()}
         for key in sorted(maps.keys() - found.keys()):
             with report.collect():
-                raise LabelFault(f"{maps[key]}: no image {key} in {images}; remove it or check the names", MISSING)
+                raise LabelFault(f"{maps[key]}: no image {key} in {images}; {_remedy(key, found)}", MISSING)
     pairs = []
     for key in sorted(wanted):
         if key in maps:
@@ -71,6 +71,16 @@ def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) ->
                     remedy = f"there is one, but {NO_JPEG}"
                 raise LabelFault(f"{wanted[key]}: no label map {name} in {labels}; {remedy}", MISSING)
     return pairs
+
+
+def _remedy(key: str, images: Collection[str]) -> str:
+    """Return what to do about a label map of which no image has the name: its end may be more than the extension."""
+    end = next((key[length:] for length in range(len(key) - 1, 0, -1) if key[:length] in images), None)
+    return (
+        "check the names, see --image-suffix, --label-suffix"
+        if end is None
+        else f"see --label-suffix, such as {end}.png"
+    )
 
 
 def _by_key(
@@ -88,7 +98,7 @@ def _by_key(
             report.pass_over(f"files that do not end in {suffix}", path)
             continue
         name = str(path.relative_to(folder))
-        key = name[: -len(path.suffix if suffix is None else suffix)]
+        key = composed(name[: -len(path.suffix if suffix is None else suffix)])
         if key in found:
             raise DataError(
                 f"{path}: has the same stem as {found[key].name}; names must pair images and labels, see {option}"
@@ -125,7 +135,7 @@ def _listed(
     ends = sorted(IMAGE_SUFFIXES) if suffix is None else [suffix]
     wanted: dict[str, str] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        name, where = line.strip(), f"{path}:{number}"
+        name, where = composed(line.strip()), f"{path}:{number}"
         if not name:
             continue
         # Some lists name the files, others what pairs them.

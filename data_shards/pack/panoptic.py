@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,15 @@ from vitgraft.data_shards.decode import check_lossless
 from vitgraft.data_shards.images import decode_image
 from vitgraft.data_shards.manifest import IGNORE, Manifest
 from vitgraft.data_shards.pack.coco_categories import Categories, read_categories, refuse_outside
-from vitgraft.data_shards.pack.coco_json import ListedImage, by_id, check_size, entries_of, key_of, list_images
+from vitgraft.data_shards.pack.coco_json import (
+    ListedImage,
+    by_id,
+    check_size,
+    entries_of,
+    key_of,
+    list_images,
+    refuse_other_kind,
+)
 from vitgraft.data_shards.pack.files import check_folder, read_json
 from vitgraft.data_shards.pack.image_names import FileFinder
 from vitgraft.data_shards.pack.images import Reading, open_image
@@ -58,10 +67,13 @@ def pack_panoptic(
     """
     masks = annotations.with_suffix("") if masks is None else masks
     check_folder(images)
-    check_folder(masks)
     tree, where = read_json(annotations), str(annotations)
+    listed = entries_of(tree, "images", where)
+    refuse_other_kind(tree, True, where)
+    if not os.path.isdir(masks):
+        raise DataError(f"{masks}: no such folder; --masks names that of the panoptic PNGs")
     report = LabelReport("pixels", [], on_error=options.get("on_error", "raise"))
-    entries = by_id(entries_of(tree, "images", where), "images", where, report, names="file_name")
+    entries = by_id(listed, "images", where, report, names="file_name")
     if not entries and not report.faults:
         raise DataError(f"{where}: the data set is empty: no images are listed; check the file")
     given = _by_image(entries_of(tree, "annotations", where), entries, where, report)

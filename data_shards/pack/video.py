@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from vitgraft.data_shards.decode import VIDEO_EXTENSIONS, probe_video
+from vitgraft.data_shards.listing import composed
 from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes, check_folder, read_bytes
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, pack_items
@@ -103,12 +104,12 @@ def _checked(
     listed: VideoList, classes: list[str], finder: VideoFinder, report: LabelReport
 ) -> list[tuple[Named, Path, int]]:
     """Return each video with its file and class id."""
-    by_name = {name: number for number, name in enumerate(classes)}
+    by_name = {composed(name): number for number, name in enumerate(classes)}
     numeric = all_ids({video.label for video in listed.videos})
     found = []
     for video in listed.videos:
         with report.collect():
-            number = by_name.get(video.label)
+            number = by_name.get(composed(video.label))
             if number is None and numeric and int(video.label) < len(classes):
                 number = int(video.label)
             if number is None:

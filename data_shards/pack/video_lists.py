@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.data_shards.listing import VIDEO_SUFFIXES, Listing, is_hidden, list_files
+from vitgraft.data_shards.listing import VIDEO_SUFFIXES, Listing, composed, is_hidden, list_files
 from vitgraft.data_shards.pack.class_lists import without_brackets
 from vitgraft.data_shards.pack.files import inside, is_file, read_json, read_text
 from vitgraft.data_shards.pack.other_formats import refuse_other_format
@@ -287,9 +287,9 @@ class VideoFinder:
         if self._stems is None:
             self._stems = {}
             for path in list_files(self._root, VIDEO_SUFFIXES).files:
-                self._stems.setdefault(path.stem, []).append(path)
+                self._stems.setdefault(composed(path.stem), []).append(path)
         for name in video.names:
-            paths = self._stems.get(name, [])
+            paths = self._stems.get(composed(name), [])
             if len(paths) > 1:
                 raise DataError(f"{video.where}: {paths[0]} and {paths[1]} are both called {name}; remove one")
             if paths:

@@ -208,7 +208,8 @@ def test_images_of_other_formats_in_the_other_packers(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((12, 16), np.uint8)).save(tmp_path / "lab" / "a.png")
     assert repaired(pack_semantic(tmp_path / "img", tmp_path / "lab", tmp_path / "1", ["x"])) == {"converted": 1}
     assert "png" in samples(tmp_path / "1")[0][0].members
-    (tmp_path / "det.json").write_text(json.dumps([{"name": "a.bmp", "labels": []}]))
+    box = {"category": "car", "box2d": {"x1": 1, "y1": 1, "x2": 9, "y2": 9}}
+    (tmp_path / "det.json").write_text(json.dumps([{"name": "a.bmp", "labels": [box]}]))
     assert repaired(pack_bdd100k([tmp_path / "img"], tmp_path / "det.json", tmp_path / "2")) == {"converted": 1}
     save(tmp_path / "folders" / "cat" / "a.tiff")
     save(tmp_path / "folders" / "dog" / "a.jpg")

@@ -323,3 +323,12 @@ def test_outputs_of_other_commands_spare_the_run(run: Path, tmp_path: Path) -> N
     assert code == 2
     assert "over an input" in str(done.exception)
     assert contents(copy) == before
+
+
+def test_out_that_is_a_file_is_refused_before_the_first_prediction(run: Path, tmp_path: Path) -> None:
+    photo(tmp_path / "in" / "a.png")
+    (tmp_path / "notes.txt").write_text("mine")
+    code, done = command("predict", run, tmp_path / "in", "--out", tmp_path / "notes.txt", "--device", "cpu")
+    assert code == 2
+    assert str(done.exception).endswith("notes.txt: a file; name a folder, which may be new")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
