@@ -60,7 +60,7 @@ def home_path(path: str | Path) -> Path:
 
 
 def is_own(facts: os.stat_result) -> bool:
-    """Tell whether a file or folder is this user's and nobody else can write it."""
+    """Tell whether a file or folder belongs to this user and is writable by no other."""
     return facts.st_uid == os.geteuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 

@@ -98,7 +98,7 @@ class FileCache:
             os.close(descriptor)
 
     def prefetch(self, file: RemoteFile) -> None:
-        """Fetch the file unless it is here or somebody else is at it. Raises as :meth:`opened`."""
+        """Fetch the file unless it is cached or another process fetches it. Raises as :meth:`opened`."""
         try:
             if not self._path(file).exists() and (part := self._own(file)) is not None:
                 os.close(self._fill(file, part))
@@ -138,7 +138,7 @@ class FileCache:
             # Even if it is evicted before this lock, the descriptor still reads all of it.
             _lock(descriptor, name, shared=True)
             facts = os.fstat(descriptor)
-            # Cut by a full disk or a crash, or made by somebody else: made anew.
+            # Truncated by a full disk or a crash, or another user's: fetched anew.
             if facts.st_size == file.bytes and self._is_right(file, descriptor, facts):
                 with suppress(PermissionError):
                     os.utime(descriptor)
@@ -192,7 +192,7 @@ class FileCache:
             facts = os.fstat(descriptor)
             # Between the two calls its owner may have renamed or removed it.
             owned = os.stat(part, follow_symlinks=False).st_ino == facts.st_ino
-            # What somebody else made, or what has another name too, could be written to through that.
+            # A file of another user, or with a second hard link, could be written to by others.
             strange = facts.st_nlink != 1 or (not made and facts.st_uid != os.geteuid())
             if owned and (strange or path.exists()):
                 os.unlink(part)
@@ -359,7 +359,7 @@ class _Waiting:
 
 
 def _lock(descriptor: int, path: str, *, shared: bool = False) -> None:
-    """Take a lock that nobody holds for long."""
+    """Take a lock that is held only briefly."""
     if not lock_within(descriptor, LOCK_SECONDS, shared=shared):
         raise UnreachableError(
             f"{path}: locked by {lock_holder(descriptor)} for more than {LOCK_SECONDS:.0f} s; end it, or set "
@@ -394,7 +394,7 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _evict(path: str) -> bool:
-    """Remove a file that nobody reads or fetches; whether it was."""
+    """Remove a file that no process reads or fetches; return whether it was removed."""
     try:
         # Opened for writing, as NFS wants it for an exclusive lock.
         descriptor = open_regular(path, os.O_RDWR, follow=False)

@@ -94,7 +94,7 @@ def draw_label_map(image: Tensor, label_map: Tensor, classes: Sequence[str]) -> 
     palette = torch.tensor([class_colour(value) for value in numbers.tolist()], dtype=torch.float32)
     drawn, shown = image.clone(), label_map != IGNORE
     drawn[:, shown] = _mixed(image[:, shown], palette[places[shown]].T, 0.6)
-    # Inspection draws what nobody has checked.
+    # Inspection draws unchecked data.
     lines = [(classes[v] if 0 <= v < len(classes) else f"class {v}", class_colour(v)) for v in present]
     return torch.cat([drawn, text_below(lines, int(image.shape[2]))], dim=1)
 

@@ -276,7 +276,7 @@ def _stored(image: Image.Image, where: str, values: Values | None, keep: bool = 
     elif image.mode in ("1", "L"):
         pixels = np.asarray(image.convert("L"))
     else:
-        # Without a copy; numpy marks it as not to be written, though nobody else has these bytes.
+        # Without a copy; numpy marks the array read-only, though its memory is not shared.
         pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     return turned(pixels, _OPPOSITE.get(own, own))
 

@@ -10,7 +10,7 @@ use. A worker besides holds its own copy of the libraries' data, and of the data
 offsets of the shards that it read last. :meth:`TrainBatches.memory` tells what that comes to.
 
 Workers come from a fork server: forking the training
-process itself, with the threads of DeepSpeed, gloo and CUDA, could copy a lock that nobody will release.
+process itself, with the threads of DeepSpeed, gloo and CUDA, could copy a lock that is never released.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ class Window:
         return ProcessPoolExecutor(self._workers, context, _start_worker, (self._dataset,))
 
     def _end(self) -> None:
-        """End the workers in the middle of whatever they are at: where one has died, others may wait for ever, and
-        nobody wants what they make."""
+        """Kill the workers during their work: after the death of one, others may wait for ever, and their results are
+        discarded."""
         pool, self._pool = self._pool, None
         if pool is None:
             return

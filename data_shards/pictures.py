@@ -38,7 +38,7 @@ def write_picture(path: Path, picture: Image.Image, option: str) -> None:
         option: names the place in errors.
 
     Raises:
-        ConfigError: the file is somebody else's, or the place cannot be written.
+        ConfigError: the file is not a picture of vitgraft's, or cannot be written.
     """
     if path.exists() and not is_own_picture(path):
         raise ConfigError(f"{option}: {path} exists, and is no picture of vitgraft's; choose another folder")

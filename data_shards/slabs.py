@@ -70,7 +70,7 @@ class Slabs:
     def read(self, slab: Slab, shape: tuple[int, ...]) -> Tensor:
         """Return the contents of a lent slab: float32 of ``shape``, without a copy; dropping it frees the slab."""
         images, held = slab.floats(shape)
-        # Not at the interpreter's end, when nobody asks for slabs any more.
+        # Not at the interpreter's end, when slabs are no longer used.
         weakref.finalize(held, self._free.append, slab).atexit = False
         return images
 

@@ -94,6 +94,6 @@ def ensure_digits(uri: str, progress: Progress | None = None) -> Path:
 
 
 def _is_strange(folder: Path) -> bool:
-    """Tell whether somebody else may have filled a folder. Groups are trusted, as a umask may give them all."""
+    """Tell whether another user may have written to a folder. Groups are trusted, as a umask may grant them access."""
     facts = folder.stat()
     return facts.st_uid not in (0, os.geteuid()) or bool(facts.st_mode & stat.S_IWOTH)

@@ -1,7 +1,7 @@
 """Accept authenticated nodes at the leader's port, which is open to any peer on the network.
 
 One thread serves all connections that are not authenticated yet. They are bounded in number, time and bytes, so that
-nobody can keep the nodes out or take the descriptors that the leader needs for itself.
+no peer can block the nodes or exhaust the leader's file descriptors.
 """
 
 from __future__ import annotations

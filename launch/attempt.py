@@ -124,7 +124,7 @@ class Attempt:
         resume = None if self.handle.resume is None else Path(os.path.abspath(self.handle.resume.path))
         separate = self.recipe.train.roles == "separate"
         launch = self.backend.launcher()
-        tickets = None if launch is None else f"vitgraft-{secrets.token_hex(12)}"  # a name that nobody can guess
+        tickets = None if launch is None else f"vitgraft-{secrets.token_hex(12)}"  # a name that cannot be guessed
         for host in hosts:
             environment = self.backend.environment(
                 host, len(numbers.get(host, ())), self.plan.device, self.plan.threads
@@ -142,7 +142,7 @@ class Attempt:
             )
             self.links[host].send("begin", orders=orders.model_dump())
         if launch is not None and tickets is not None:
-            # The agents listen before anybody calls them.
+            # The agents listen before any ticket connects.
             self._wait(lambda: self._begun >= self._live() or self.failed_at is not None)
             if self.failed_at is None:
                 self._launcher = launch(
@@ -204,7 +204,7 @@ class Attempt:
         codes = {end.rank: end.code for end in self.ends}
         done = all(codes.get(rank) == 0 for rank in self._states)
         self._tell("drain", drop_copy=not done, evaluate=done)
-        # The end of a run waits for the last copy and evaluation until somebody wants to stop; all is committed then.
+        # The end of a run waits for the last copy and evaluation until a stop is requested; all is committed then.
         limit, began, hurried = math.inf if done else self.deadlines.limits()["save"], time.monotonic(), False
         while not self._drained >= self._live() and (taken := time.monotonic() - began) < limit:
             if self.asked() is not None and not hurried:
@@ -256,7 +256,7 @@ class Attempt:
 
     def _look(self, now: float) -> None:
         ended = {end.rank for end in self.ends}
-        # Of a host that is silent nobody knows whether its ranks are; it is lost before long.
+        # Of a silent host it is unknown whether its ranks are silent; it will count as lost soon.
         quiet = {host: now - self.links[host].heard for host in self._live()}
         living = [
             replace(state, heard=state.heard + quiet.get(state.host, 0.0))
@@ -324,7 +324,7 @@ class Attempt:
         for number, said in message["ranks"].items():
             rank = int(number)
             if rank not in self._states:
-                continue  # nobody would ever hear of its end
+                continue  # its end would never be reported
             self._states[rank] = RankState(
                 rank, host, said["phase"], said["step"], now - said["age"], now - said["quiet"]
             )

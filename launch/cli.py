@@ -99,7 +99,7 @@ def train(
     with Screen() as screen:
         training.train(loaded, run, screen, where, resume=resume)
         ending.decide()
-    with contextlib.suppress(OSError):  # it is done, whether or not anybody can be told
+    with contextlib.suppress(OSError):  # it is done, even if it cannot be reported
         typer.echo(f"done: {run}")
 
 
@@ -259,7 +259,7 @@ def run() -> int:
     code: object
     try:
         code = app(standalone_mode=False)
-        if sys.argv[1:2] != ["train"]:  # which is done, whether or not anybody can be told
+        if sys.argv[1:2] != ["train"]:  # which is done, even if it cannot be reported
             sys.stdout.flush()
     except BaseException as error:
         code = _answer(error)

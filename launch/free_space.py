@@ -1,4 +1,4 @@
-"""How much room a disk has left, looked at beside everything else: a file system that hangs holds up nobody."""
+"""Free space of a disk, queried in a thread, so that a hanging file system blocks no other work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class FreeSpace:
     """``free``: bytes of the folder's disk when it answered last; ``None``: it has not yet.
 
     Args:
-        every: seconds between two looks.
+        every: seconds between two queries.
     """
 
     def __init__(self, folder: Path, every: float) -> None:
@@ -21,7 +21,7 @@ class FreeSpace:
         threading.Thread(target=self._look, args=(folder, every), name="free-space", daemon=True).start()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop the queries."""
         self._over.set()
 
     def _look(self, folder: Path, every: float) -> None:

@@ -1,4 +1,4 @@
-"""What nvidia-smi and the kernel's log say of a host's GPUs. Loads no CUDA, so it disturbs nobody who uses them."""
+"""Facts of a host's GPUs from nvidia-smi and the kernel's log. Loads no CUDA, so it does not disturb their users."""
 
 from __future__ import annotations
 

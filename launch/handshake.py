@@ -71,7 +71,7 @@ def introduce(address: tuple[str, int], secret: bytes, node: int) -> int:
     """Connect to the leader as this node; returns the descriptor of the connection.
 
     Raises:
-        OSError: nobody listens there, or it took too long.
+        OSError: the connection is refused, or times out.
         HandshakeError: who listens there does not know the secret; the message says so.
     """
     deadline = time.monotonic() + HANDSHAKE_S
@@ -115,7 +115,7 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 def _answer(secret: bytes, side: str, challenge: str) -> str:
-    # The side is part of it, so that nobody's own answer can be played back to him.
+    # The side is part of it, so that an answer cannot be reflected to its sender.
     return hmac.new(secret, f"{side} {challenge}".encode(errors="replace"), "sha256").hexdigest()
 
 

@@ -2,7 +2,7 @@
 with one line. ``vitgraft doctor`` starts one on every host over ssh, and asks all the same questions.
 
 By hand: ``echo '{"ask": "facts"}' | python -m vitgraft.launch.host_facts``. It ends with its standard input, or when
-nobody asks for a while: a leader whose network is gone closes nothing.
+no question comes for a while: a leader whose network is lost closes nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Answer = dict[str, Any]
 
 
 def main() -> None:
-    """Answer until nobody asks any more."""
+    """Answer until the connection closes or is idle for ``IDLE_S``."""
     questions: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(questions,), daemon=True).start()
     probe = NetworkProbe()
@@ -54,7 +54,7 @@ def _read(questions: queue.Queue[str | None]) -> None:
         questions.put(line)
     questions.put(None)
     time.sleep(GRACE_S)
-    # Still busy, e.g. waiting for the other hosts of an all-reduce; nobody waits for the answer any more.
+    # Still busy, e.g. waiting for the other hosts of an all-reduce; the answer is no longer awaited.
     os._exit(1)
 
 

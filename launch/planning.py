@@ -71,8 +71,8 @@ def plan_attempt(
     """
     slots = {host: gpus(host, count) for host, count in ranks.items() if count}
     poor = [host for host in slots if facts[host]["gpus"] <= max(slots[host])]
-    # Where only some have what they need, the run would be far slower than anybody wants: no host's trouble, and no
-    # mistake in a hostfile, turns all to the CPU.
+    # Where only some hosts have enough GPUs, the run does not fall back to the CPU, which would be far too slow: a
+    # fault of one host or a mistake in a hostfile is an error.
     some = recipe.launch.device == "auto" and any(facts[host]["gpus"] for host in slots)
     if poor and (recipe.launch.device == "cuda" or some):
         host = poor[0]

@@ -36,7 +36,7 @@ def prune(run: Path, wanted: Wanted, *, dry_run: bool = False, progress: Progres
     """Delete the checkpoints that the policy does not keep, and the blobs that none of the others names; one line each.
 
     Every hash is checked first: an invalid checkpoint is neither counted nor deleted. Those that await their
-    evaluation stay, and those that somebody reads.
+    evaluation are kept, and those that are being read.
 
     Raises:
         ConfigError: an attempt owns the run, or a metric that its task does not have.

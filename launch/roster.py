@@ -94,7 +94,7 @@ class Roster:
         return [host for host in self.answering() if now - self.links[host].heard > seconds]
 
     def keep_calling(self) -> None:
-        """Let the agents hear from now on that somebody is there, also while this process hashes a checkpoint."""
+        """Send heartbeats to the agents from now on, also while this process hashes a checkpoint."""
         threading.Thread(target=self._ping, name="ping", daemon=True).start()
 
     def dismiss(self, code: int) -> None:

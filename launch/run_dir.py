@@ -44,8 +44,8 @@ _OF_THE_OLD_ORDER = ("skipped.jsonl", NON_FINITE, LEFT_OUT)
 
 @dataclass
 class RunHandle:
-    """This attempt's hold on a run. ``lock`` stays open, and is passed on to the ranks: while one of them lives, nobody
-    else owns the run."""
+    """This attempt's ownership of a run. ``lock`` stays open, and is inherited by the ranks: while one of them runs, no
+    other attempt owns the run."""
 
     path: Path
     attempt: int
@@ -57,7 +57,7 @@ class RunHandle:
         """Append to RUN/events.jsonl."""
         row = {"time": time.time(), "event": name, "attempt": self.attempt, **facts}
         if self.is_lost():
-            return  # it would be written into somebody else's run
+            return  # it would be written into another run
         # On a full disk the run's own error matters more than its record.
         with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -105,7 +105,7 @@ class RunHandle:
                     f"{self.path}: another supervisor owns the run now (attempt {owner}; this one's was "
                     f"{self.attempt}); leave the run to it, and start the command on one host only"
                 )
-            self.claim()  # first: from here on nobody else commits
+            self.claim()  # first: from here on no other attempt commits
             sweep(self.path)
             self.resume = _where_to_go_on(self.path, "auto", self.notes)
         except OSError as error:
@@ -193,7 +193,7 @@ def _own(path: Path) -> IO[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
                 break
-            lock.close()  # somebody removed the run meanwhile, and another start has made it again
+            lock.close()  # the run was removed meanwhile, and created again by another start
         except BlockingIOError:
             if time.monotonic() > deadline:
                 lock.seek(0)
@@ -308,7 +308,7 @@ def _next_attempt(path: Path) -> int:
 
 def record_failed_start(path: Path, error: VitgraftError) -> None:
     """Let the events of a run tell why a command did not start it, unless another process owns it."""
-    # Where nothing can be written nobody reads it either.
+    # Where nothing can be written there is no reader either.
     with contextlib.suppress(OSError):
         make_folders(path)
         with open_lock(path) as lock:

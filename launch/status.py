@@ -58,7 +58,7 @@ class Pace:
 class Status:
     """A run at one moment; ``None``: not known (yet). Ages and the time that is left are in seconds.
 
-    ``state``: ``dead`` is a run whose end nobody recorded though no process owns it. ``row_age_s``: since the last
+    ``state``: ``dead`` is a run without a recorded end that no process owns. ``row_age_s``: since the last
     optimizer step was written. ``restarts``: starts after the first; ``role_restarts``: of roles within this attempt.
     """
 
@@ -270,7 +270,7 @@ def _number(tree: Any, key: str) -> float | None:
     value = tree.get(key) if isinstance(tree, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # A loss may be infinite, or no number; an integer of a thousand digits is nobody's.
+    # A loss may be infinite, or no number; an integer of a thousand digits is invalid.
     return None if isinstance(value, int) and abs(value) > MAX_WHOLE else value
 
 

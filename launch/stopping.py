@@ -37,7 +37,7 @@ class StopWish:
         """Note a signal received on a host (empty: this one). A scheduler's signal reaches all hosts and counts once.
 
         Raises:
-            InterruptedRun: Ctrl-C where somebody has asked before; once, as a third must not disturb how the run ends.
+            InterruptedRun: Ctrl-C after an earlier request; once, as a third must not disturb how the run ends.
         """
         if host in self._hosts and number == signal.SIGINT:
             if self._at_once:

@@ -302,7 +302,7 @@ class Supervisor:
         unfit, warnings = preflight(links, self.recipe, Path(os.path.abspath(self.handle.path)), slots)
         for warning in warnings:
             self.screen.note(f"WARNING {warning}")
-        # While the slowest answered, nobody listened to the others.
+        # While waiting for the slowest, messages of the others were not read.
         gone = self.roster.hear_idle(())
         for host in unfit:
             self.roster.links[host].close()

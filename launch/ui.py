@@ -30,7 +30,7 @@ _PACE = 256
 
 class Screen:
     """Shows labelled progress and notes on stderr; use as a context manager. Where stderr has no reader or no room any
-    more they are lost: nothing ends for want of somebody to tell."""
+    more they are dropped, and the command goes on."""
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix

@@ -16,7 +16,7 @@ class LossTerm(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a loss
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is never called on a loss
 
 
 Losses = dict[str, LossTerm]

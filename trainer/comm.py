@@ -1,6 +1,6 @@
 """The few collectives that the roles use, also without a process group.
 
-Values travel as JSON: a stranger who gets between the ranks must find nothing that runs code, as a pickle would.
+Values travel as JSON: an unauthenticated peer must not be able to run code, as it could with a pickle.
 """
 
 from __future__ import annotations

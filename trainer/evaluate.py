@@ -287,7 +287,7 @@ def evaluate_into_run(
 ) -> Evaluation | None:
     """Evaluate and write RUN/results/step-N.json and its pictures; collective."""
     folder = run / "results" / step_name(checkpoint.step)
-    folder.parent.mkdir(exist_ok=True)  # somebody may have moved it
+    folder.parent.mkdir(exist_ok=True)  # it may have been moved
     both = EMA in checkpoint.manifest.kinds and evaluator.recipe.evaluate.raw
     evaluation = evaluator.run(checkpoint, folder, evaluator.recipe.evaluate.pictures, _part(progress, 0, both))
     if both:

@@ -115,7 +115,7 @@ def _facts(recipe: Recipe, checkpoint: Checkpoint, weights: Weights, part: Part)
 
 
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``out`` and rename: nobody sees half a file, and a failure leaves what was there."""
+    """Write beside ``out`` and rename: no incomplete file is visible, and a failure keeps the previous one."""
     temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def check_outputs(inputs: list[Input], out: Path) -> None:
     """See that nothing is written over but earlier predictions.
 
     Raises:
-        ConfigError: an output is an input, or a file that somebody else made, or ``out`` is no folder.
+        ConfigError: an output is an input, or a file that vitgraft did not write, or ``out`` is no folder.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file; name a folder, which may be new")

@@ -1,7 +1,7 @@
 """Non-finite losses: their entries (RUN/non_finite.jsonl), and the entries to leave out (RUN/left_out.jsonl).
 
 The ranks write the first and read the second; the supervisor reads the first and writes the second (launch/replay.py).
-Both are append-only, and a row is on the disk before anybody acts on it.
+Both are append-only, and a row is on the disk before it takes effect.
 """
 
 from __future__ import annotations

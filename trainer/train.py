@@ -366,7 +366,7 @@ class TrainLoop:
         started = time.monotonic()
         session.saver.begin(step, session.samples_at(step), session.data_state(step))
         due = evaluate and self._evaluates(step)
-        # Training goes on at once, unless somebody is to read the checkpoint or rely on it now.
+        # Training goes on at once, unless the checkpoint is to be read or relied on now.
         checkpoint = session.saver.finish() if due or wait else None
         self._stall = time.monotonic() - started
         if due and checkpoint is not None:

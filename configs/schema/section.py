@@ -13,7 +13,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
-# Bounds far above what anybody trains, so that a slip of the finger is refused before it fills a host's memory.
+# Bounds far above practical values, so that a typing error is refused before it fills a host's memory.
 Positive = Annotated[int, Field(ge=1, le=1 << 20)]
 NonNegative = Annotated[int, Field(ge=0, le=1 << 20)]
 ImageSide = Annotated[int, Field(ge=1, le=1 << 14)]

@@ -51,7 +51,7 @@ def pack_bdd100k(
 ) -> Manifest:
     """Check everything, then pack. Images and labels belong together by their file's stem, which is packed once.
 
-    An image without label is left out, as the release has images that nobody labelled; a label without image is a
+    An image without label is left out, as the release has unlabelled images; a label without image is a
     fault. Of several files or entries of one stem the first is taken when all are the same; different labels are a
     fault. An image with an empty list of labels is kept.
 

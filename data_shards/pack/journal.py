@@ -251,7 +251,7 @@ def own(folder: Path, busy: str) -> int:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         try:
             facts = os.stat(folder, follow_symlinks=False)
-            # Not for root, whose files some network folders call nobody's.
+            # Not for root, whose files have the owner nobody in some network folders.
             if os.geteuid() and facts.st_uid != os.geteuid():
                 raise ConfigError(f"{folder}: belongs to another user (number {facts.st_uid}); move it away")
             descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, 0o644, follow=False)

@@ -36,7 +36,7 @@ def missing_class(
 
     Args:
         report: with the pixels of each class, and of those ignored as ``unlabelled``.
-        ignored: ids that count as unlabelled though nobody said so; none where the meaning of all is known.
+        ignored: ids that count as unlabelled by default; none where the meaning of all is known.
         choose, accept: what to do for ``--ids``, and what where they do mean unlabelled.
     """
     classes = len(report.classes)

@@ -36,7 +36,7 @@ def find_pairs(images: Path, labels: Path, how: Pairing, report: LabelReport) ->
     """Return the pairs (image, label map) in the folders, recursively, in order of their names.
 
     A label map without image is a fault. So is an image without label map; it is left out where ``how`` gives a suffix,
-    as data sets that need one come with images that nobody labelled. With a list both must be there for each line, and
+    as data sets that need one have unlabelled images. With a list both must be there for each line, and
     all else is passed over.
 
     Args:

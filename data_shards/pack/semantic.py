@@ -144,7 +144,7 @@ def pack_label_maps(
 
     Args:
         report: names the classes; what it holds already stays in it.
-        ignored: ids that nobody said to mean unlabelled; that is doubted where a class is missing.
+        ignored: ids taken as unlabelled by default; reported where a class is missing.
         source: for the manifest; what it says decides the bytes, with the files and their metadata.
 
     Raises:

@@ -141,7 +141,7 @@ class MIMDet(Trunk):
     def decode(self, encoded: Encoded, grid: Grid) -> tuple[Tensor, ...]:
         """The four maps of a grid of patches."""
         c4 = self.decoder(encoded.latent, encoded.dropped, encoded.order, grid)
-        # Canvases are multiples of 32 except where somebody calls the trunk alone.
+        # Canvases are multiples of 32 except where the trunk is called alone.
         return encoded.c2, encoded.c3, c4, F.max_pool2d(c4, 2, ceil_mode=True)
 
     def recompute_units(self) -> list[nn.Module]:

@@ -188,7 +188,7 @@ def owning_attempt(run: Path) -> int | None:
     """Return the attempt that owns the run; ``None`` for a run that no launcher has opened.
 
     Raises:
-        CheckpointError: the file says no number, so that nobody can be told to own the run.
+        CheckpointError: the file holds no number, so the owner of the run is unknown.
         OSError: it cannot be read.
     """
     try:

@@ -126,7 +126,7 @@ def _is_figure(value: object) -> bool:
 def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list[str]:
     """Delete what the recipe does not keep; returns the names of the deleted checkpoints.
 
-    Those that await their evaluation stay, and those that somebody reads (:func:`delete`).
+    Those that await their evaluation are kept, and those that are being read (:func:`delete`).
 
     Raises:
         OSError: a checkpoint could not be deleted, the others are; half of one is never taken for a whole.
@@ -138,7 +138,7 @@ def retain(run: Path, recipe: Recipe, just_committed: int | None = None) -> list
 
 
 def delete(run: Path, steps: Collection[int]) -> list[str]:
-    """Delete checkpoints, but none that somebody reads (it holds a shared lock on the manifest); returns the names.
+    """Delete checkpoints, except those being read (under a shared lock on the manifest); return the names.
     What an interrupted deletion has left goes too.
 
     Raises:

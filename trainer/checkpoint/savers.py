@@ -357,5 +357,5 @@ def _pin(buffer: HandoverBuffer) -> None:
     refused = int(torch.cuda.cudart().cudaHostRegister(address, len(buffer.mapped), 0))  # type: ignore[no-untyped-call]
     if refused:  # by a limit on locked memory, say: copies are slower, nothing else
         with contextlib.suppress(RuntimeError):
-            # The driver keeps its last error for whoever looks next: let that be nobody else.
+            # The driver keeps its last error for the next query: clear it here.
             torch.zeros(1, device="cuda").add_(1)
