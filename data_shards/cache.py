@@ -383,7 +383,7 @@ def _open_ours(path: str, flags: int) -> int | None:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """Put a small file in the place of whatever has this name, without following it."""
+    """Replace a name by a small file, without following a symbolic link."""
     draft = f"{path}.{secrets.token_hex(4)}"
     descriptor = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, follow=False)
     try:

@@ -35,7 +35,7 @@ class Place(Protocol):
         """Return at most ``length`` bytes from ``start``, fewer at the end. Raises OSError or DataError."""
 
     def prefetch(self, file: FileFacts) -> None:
-        """Have the file at hand before it is read."""
+        """Fetch the file before it is read."""
 
     def recheck(self, file: FileFacts) -> bool:
         """Tell whether reading again may help after damage was found."""

@@ -58,7 +58,7 @@ class ForeignBoxes:
         self.report.unlabelled += not annotations
 
     def close(self) -> None:
-        """Tell the report what can be told of the boxes as a whole."""
+        """Report the findings on the boxes as a whole."""
         self._boxes.close()
         count = self.report.crowds.total()
         if count and count == self.report.counts.total():

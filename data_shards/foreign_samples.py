@@ -122,7 +122,7 @@ class SampleChecker:
         return metadata
 
     def close(self) -> None:
-        """Tell the report what can be told of all samples."""
+        """Report the findings on all samples."""
         self._boxes.close()
         if self.kind == "semantic" and self.report.samples:
             choose, accept = "unpack the tars and use shards pack semantic with", "pass --on-error skip"

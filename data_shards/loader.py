@@ -115,7 +115,7 @@ def _start_worker(dataset: PackedDataset) -> None:
 
 
 def _end_with_rank() -> None:
-    """End this worker when its rank is gone, however it went.
+    """End this worker when its rank has ended, for any reason.
 
     The kernel's own signal at a parent's death would not do: the parent is the fork server, which stays as long as any
     of its children lives. The sentinel is a pipe that only the rank holds open.

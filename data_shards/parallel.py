@@ -114,7 +114,7 @@ class _Worker:
         theirs.close()
 
     def send(self, items: Sequence[Any]) -> None:
-        """Ask for the outcomes of some items. The process is idle, so it reads: no two can wait for each other."""
+        """Send items to the process, which must be idle, so that it reads and no deadlock is possible."""
         with contextlib.suppress(OSError):
             # That it died is found when its answer is awaited.
             self.pipe.send(items)

@@ -53,7 +53,7 @@ class Slab:
 
 
 class Slabs:
-    """Slabs to write batches in; one is lent again when the last tensor of the batch before is gone."""
+    """Slabs to write batches in; one is lent again when the last tensor of its earlier batch is dropped."""
 
     def __init__(self) -> None:
         self._free: list[Slab] = []

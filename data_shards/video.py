@@ -54,7 +54,7 @@ class Video(Protocol):
         """(height, width) after the rotation tag."""
 
     def fill(self, stack: FrameStack) -> None:
-        """Put the frames that the stack wants into it, RGB and upright."""
+        """Decode the wanted frames into the stack, RGB and upright."""
 
 
 def open_video(
@@ -229,7 +229,7 @@ def _tensor(frame: Any) -> Tensor:
 
 
 def _stretch(frames: Iterable[Any], shown: Sequence[int], numbers: Sequence[int], stack: FrameStack) -> None:
-    """Put the frames of these ascending numbers; less, when one comes that is not the next by its time.
+    """Add the frames of these ascending numbers to the stack; stop at a frame out of order by its timestamp.
 
     Args:
         frames: decoded after a seek, which may have gone further back than asked for.

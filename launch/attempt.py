@@ -200,7 +200,7 @@ class Attempt:
             self._fail(ReportedError(-1, "", now, TrainingError.exit_code, why))
 
     def _drain(self) -> None:
-        """Let the roles finish, but not for ever where a disk hangs: what is not committed then is dropped."""
+        """Wait for the roles to finish, within a time-out as a disk may hang: uncommitted work is then dropped."""
         codes = {end.rank: end.code for end in self.ends}
         done = all(codes.get(rank) == 0 for rank in self._states)
         self._tell("drain", drop_copy=not done, evaluate=done)
@@ -238,7 +238,7 @@ class Attempt:
             self.links[host].send(do, **facts)
 
     def _turn(self) -> None:
-        """Wait for a moment, hear what came, see what is late."""
+        """Wait briefly, read the messages, check the deadlines."""
         with selectors.DefaultSelector() as selector:
             for host in self._live():
                 selector.register(self.links[host].wire.read, selectors.EVENT_READ)

@@ -73,7 +73,7 @@ class Backend(Protocol):
         """Return the function that starts the tickets' launcher; ``None``: agents start the ranks without tickets."""
 
     def close(self) -> None:
-        """Let everything go."""
+        """Release all resources."""
 
 
 @dataclass

@@ -271,7 +271,7 @@ def run() -> int:
 
 
 def _answer(error: BaseException) -> object:
-    """Say in one line why a command has ended; returns the exit code, or what else typer leaves with."""
+    """Report in one line why a command has ended; return its exit code."""
     if ending.asked() is not None or isinstance(error, KeyboardInterrupt | typer.Abort):
         # Libraries that a signal interrupts, in the middle of an import above all, make other errors of it.
         return end_of_signal()
@@ -303,7 +303,7 @@ def _broken_pipe(error: BrokenPipeError) -> int:
 
 
 def _usage_error(error: BaseException) -> int:
-    """Show a wrong command or option the way typer words it; anything else is a defect."""
+    """Show typer's message on a wrong command or option; any other error is a defect."""
     # typer carries its own copy of click and does not export the base class of its usage errors.
     show = getattr(error, "show", None)
     if show is not None and hasattr(error, "exit_code"):

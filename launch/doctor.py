@@ -80,7 +80,7 @@ class Patients:
         return [talk.host for talk in self.talks]
 
     def ask(self, check: str, question: Callable[[str], Question], timeout: float) -> dict[str, dict[str, Any]]:
-        """Ask all; whoever does not answer is found out and asked no more."""
+        """Ask all hosts; those that do not answer get a finding and are not asked again."""
         self.screen.note(f"{check}: asking {len(self.talks)} hosts" if len(self.talks) > 1 else f"{check} …")
         answers: dict[str, dict[str, Any]] = {}
         for host, answer in ask_all(self.talks, question, timeout).items():

@@ -22,7 +22,7 @@ _asked_at = 0.0
 
 
 def hear() -> None:
-    """Hear signals from now on. Those that this process was started to ignore, as by nohup, stay ignored."""
+    """Install the signal handlers. Signals that are ignored at the start, as under nohup, stay ignored."""
     global _heard
     _heard = True
     for number in SIGNALS:

@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def end_of_signal() -> int:
-    """Say that a signal has ended the command; returns the exit code."""
+    """Report that a signal has ended the command; return the exit code."""
     from vitgraft.configs.errors import InterruptedRun, PreemptedRun
 
     number = ending.asked()

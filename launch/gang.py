@@ -165,7 +165,7 @@ class HostGang:
         return [*roles, *(rank.wire.read for rank in self.ranks.values() if not rank.wire.closed)]
 
     def tend(self) -> None:
-        """Call a few times a second: hears ranks and roles, notices ends, replaces dead roles."""
+        """Read messages of ranks and roles, note their ends, restart dead roles; called a few times a second."""
         for number, rank in self.ranks.items():
             # Polled before its last words are read, said after them.
             code = end_of(rank.process) if rank.code is None else None
@@ -198,7 +198,7 @@ class HostGang:
         self.say({"say": "relay", "rank": -1, "message": error_message(error)})
 
     def stop(self) -> None:
-        """Ask the ranks to stop behind a checkpoint."""
+        """Ask the ranks to stop after a checkpoint."""
         self.stopping = True
         for rank in self.ranks.values():
             if end_of(rank.process) is None:

@@ -34,7 +34,7 @@ def read_gpus() -> dict[str, Any]:
 
 
 def parse_smi(text: str) -> list[dict[str, Any]]:
-    """The GPUs in the output of ``nvidia-smi -q -x``.
+    """Return the GPUs in the output of ``nvidia-smi -q -x``.
 
     Each has ``name``, ``driver``, ``memory_mib``, ``uncorrected`` (ECC errors since the driver was loaded; ``None``
     where they are not counted), ``repair_pending`` and ``repair_failed`` (of its memory, by remapping rows or retiring
@@ -78,7 +78,7 @@ def _yes(gpu: ElementTree.Element, path: str) -> bool:
 
 
 def read_xids() -> list[str]:
-    """The driver's errors in the kernel's log, e.g. ``PCI:0000:19:00: 79``; empty where it may not be read."""
+    """Return the driver's errors in the kernel's log, e.g. ``PCI:0000:19:00: 79``; empty where it may not be read."""
     if shutil.which("dmesg") is None:
         return []
     try:
@@ -89,5 +89,5 @@ def read_xids() -> list[str]:
 
 
 def parse_xids(log: str) -> list[str]:
-    """The distinct ``GPU: NUMBER`` of a kernel log, in order."""
+    """Return the distinct ``GPU: NUMBER`` of a kernel log, in order."""
     return list(dict.fromkeys(f"{gpu}: {number}" for gpu, number in _XID.findall(log)))

@@ -87,7 +87,7 @@ def clock() -> float:
 
 
 def enter(folder: str, environment: dict[str, str]) -> Answer:
-    """Go to the folder and take the variables that the ranks would find; ``missing``: the folder is not here."""
+    """Change to the folder and set the ranks' environment variables; ``missing``: the folder does not exist."""
     os.environ.update(environment)
     try:
         os.chdir(folder)
@@ -195,7 +195,7 @@ def _data(path: str) -> Answer:
 
 
 def write_token(folder: str, token: str, name: str) -> Answer:
-    """Leave a file of this host's in the folder; ``{}`` or an error."""
+    """Write this host's file to the folder; return ``{}`` or an error."""
     path = Path(folder) / f"{_TOKEN}{token}-{name}"
     with path.open("x", encoding="utf-8") as stream:
         stream.write(name)
@@ -222,7 +222,7 @@ def _holds(path: Path, name: str) -> bool:
 
 
 def remove_token(folder: str, token: str, name: str) -> Answer:
-    """Take this host's file away."""
+    """Delete this host's file."""
     with contextlib.suppress(OSError):
         (Path(folder) / f"{_TOKEN}{token}-{name}").unlink()
     return {}

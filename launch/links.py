@@ -59,7 +59,7 @@ class AgentLink:
         self._sending = threading.Lock()
 
     def send(self, do: str, **facts: Any) -> None:
-        """Give an order. From any thread: a sign of life must not wait for what the supervisor is busy with."""
+        """Send an order; thread-safe, so that heartbeats do not wait for the supervisor's other work."""
         with self._sending:
             if self.lost is None:
                 self.wire.send({"do": do, **facts})
@@ -72,7 +72,7 @@ class AgentLink:
         return messages
 
     def ask(self, do: str, answer: str, timeout: float, **facts: Any) -> dict[str, Any]:
-        """Give an order and wait for its answer; other messages are kept.
+        """Send an order and wait for its answer; other messages are kept.
 
         Raises:
             NoAnswer: none came in time, or the agent is gone.
@@ -121,7 +121,7 @@ class AgentLink:
         return "its connection closed"
 
     def close(self, patience: float = 0.0) -> None:
-        """Let it go; its processes end with it. A process here gets ``patience`` seconds to end by itself."""
+        """Close the connection, which ends the agent. A local process gets ``patience`` seconds to end by itself."""
         with self._sending:
             self.lost = self.lost or "let go"
             self.wire.close()
@@ -136,7 +136,7 @@ class AgentLink:
 
 
 def ask_all(links: Sequence[AgentLink], question: Callable[[AgentLink], T]) -> list[T]:
-    """Ask all at once. Whoever is interrupted, by a signal, waits for no answer any more."""
+    """Ask all agents at once. After an interrupt by a signal no further answer is awaited."""
     if not links:
         return []
     with ThreadPoolExecutor(max_workers=len(links)) as pool:

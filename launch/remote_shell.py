@@ -88,7 +88,7 @@ class Conversation:
         self._process.kill()
 
     def hang_up(self) -> None:
-        """Let the program know that nothing more is asked, by the end of its input."""
+        """Close the program's input, which ends it."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -145,7 +145,7 @@ def explain(code: int, complaints: str, host: str) -> str:
 def ask_all(
     conversations: Sequence[Conversation], question: Callable[[str], Question], timeout: float
 ) -> dict[str, dict[str, Any] | NoAnswer]:
-    """Ask all hosts at once, each what ``question(host)`` gives; a host's silence is its answer."""
+    """Ask all hosts at once, each ``question(host)``; a host without an answer gives its error."""
 
     def one(conversation: Conversation) -> dict[str, Any] | NoAnswer:
         try:

@@ -108,7 +108,7 @@ class Replay:
 
 
 def leave_out(run: Path, entries: Iterable[str], step: int, attempt: int) -> None:
-    """Have the attempts to come leave these entries out, as far as they do not yet; on the disk on return.
+    """Record entries that later attempts leave out, unless recorded already; on disk on return.
 
     Args:
         entries: EPOCH:POSITION of each.

@@ -29,12 +29,12 @@ class Roster:
     _over: bool = False
 
     def is_lost(self, host: str) -> bool:
-        """Whether it did not answer, or does not any more."""
+        """Tell whether a host did not answer, or no longer answers."""
         link = self.links.get(host)
         return link is None or link.lost is not None
 
     def answering(self) -> list[str]:
-        """The hosts that do, in the backend's order."""
+        """Return the hosts that answer, in the backend's order."""
         return [host.name for host in self.backend.hosts if not self.is_lost(host.name)]
 
     def connect(self, hosts: Sequence[Host], *, again: bool) -> dict[str, str]:
@@ -70,8 +70,8 @@ class Roster:
         return failures
 
     def hear_idle(self, used: Collection[str]) -> dict[str, str]:
-        """Hear the hosts that take no part, also those that wait to take part again; returns who is gone from now on,
-        with the reason.
+        """Read messages of the idle hosts, also of those that wait to take part again; return newly lost hosts with the
+        reason.
 
         Args:
             used: hosts that others hear.
@@ -89,7 +89,7 @@ class Roster:
                     self.stop.ask(int(message["signal"]), link.host)
 
     def quiet(self, seconds: float) -> list[str]:
-        """The hosts that answer, as far as is known, but have said nothing for so long."""
+        """Return the hosts that count as answering but have sent no message for so long."""
         now = time.monotonic()
         return [host for host in self.answering() if now - self.links[host].heard > seconds]
 
@@ -98,8 +98,7 @@ class Roster:
         threading.Thread(target=self._ping, name="ping", daemon=True).start()
 
     def dismiss(self, code: int) -> None:
-        """The run is over with this exit code: let all agents, and the backend, go. Nodes that wait to take part again
-        are told, too."""
+        """Send the run's exit code to all agents, also of nodes that wait to take part again, and close the backend."""
         self._over = True
         links = [*self._made, *self.backend.waiting()]
         for link in links:

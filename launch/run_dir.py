@@ -72,7 +72,7 @@ class RunHandle:
             return False  # storage that fails tells nothing
 
     def check_place(self) -> None:
-        """See that the run is still where it was.
+        """Check that the run's directory was not moved or replaced.
 
         Raises:
             ConfigError: it is not; what lies there now is left alone.
@@ -119,12 +119,12 @@ class RunHandle:
             raise _unwritable(self.path, error) from None
 
     def close(self) -> None:
-        """Give the run up."""
+        """Release the run."""
         self.lock.close()
 
 
 def open_run(path: Path, recipe: Recipe, resume: str, command: Sequence[str] | None = None) -> RunHandle:
-    """Own the run directory, check the recipe against it and find where to go on.
+    """Lock the run directory, check the recipe against it and find the checkpoint to resume from.
 
     Args:
         resume: ``auto`` (the newest valid checkpoint, else the start), ``never`` (the start; old ones are set aside) or
@@ -264,7 +264,7 @@ def _forget_another(path: Path, notes: list[str]) -> None:
 
 
 def _remember(path: Path, found: Checkpoint) -> None:
-    """Let the run say that it has a checkpoint, where its commit did not: in a copy of it, or in an earlier version."""
+    """Mark the run as one with a checkpoint, where its commit did not: in a copy, or by an earlier version."""
     if not (path / COMMITTED).exists():
         replace_text(path / COMMITTED, found.path.name + "\n")
 
@@ -307,7 +307,7 @@ def _next_attempt(path: Path) -> int:
 
 
 def record_failed_start(path: Path, error: VitgraftError) -> None:
-    """Let the events of a run tell why a command did not start it, unless another process owns it."""
+    """Record in the run's events why a command did not start it, unless another process owns it."""
     # Where nothing can be written there is no reader either.
     with contextlib.suppress(OSError):
         make_folders(path)

@@ -43,7 +43,7 @@ def is_another(run: Path, recipe: Recipe) -> bool:
 
 
 def check_recipe(run: Path, recipe: Recipe, resume: str, command: Sequence[str] | None) -> str | None:
-    """See that the recipe is the one under which the run has committed what it has.
+    """Check that the recipe has the identity of the one that wrote the run's checkpoints.
 
     Args:
         resume: ``auto`` or the path of a checkpoint.

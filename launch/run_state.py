@@ -15,8 +15,8 @@ _STOPS = (PreemptedRun.exit_code, InterruptedRun.exit_code)
 
 @dataclass(frozen=True)
 class RunEnd:
-    """The last word about how a run ended. ``when``: seconds since 1970. ``over``: the command left with this code, and
-    not only an attempt, which another one may follow. ``restarting``: one was announced. ``attempt``: whose end."""
+    """End of a run. ``when``: seconds since 1970. ``over``: the command ended with this code, not only an attempt,
+    which another may follow. ``restarting``: a restart was announced. ``attempt``: the one that ended."""
 
     code: int
     reason: str | None

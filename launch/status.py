@@ -100,7 +100,7 @@ class Status:
 
 
 def read_status(run: Path, now: float | None = None) -> Status:
-    """Look at a run.
+    """Return the status of a run.
 
     Raises:
         ConfigError: there is no run in that directory, or a file of it cannot be read.

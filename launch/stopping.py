@@ -17,8 +17,8 @@ from vitgraft.trainer.signals import signal_name
 
 @dataclass
 class StopWish:
-    """The wish to stop. ``asked``: the first signal by which it was uttered, here or on another host. ``patient``: a
-    signal is only noted, as ranks train that save first, or as the run is over anyway."""
+    """Request to stop. ``asked``: its first signal, here or on another host. ``patient``: signals are only recorded,
+    while ranks train and save first, or as the run is over."""
 
     handle: RunHandle
     screen: Screen

@@ -99,7 +99,7 @@ class Supervisor:
                 self.roster.dismiss(code)
 
     def _record_end(self, error: VitgraftError) -> int:
-        """Let the events tell how the run ended, where they do not yet; returns the exit code."""
+        """Record the run's end in its events, unless recorded already; return the exit code."""
         self._stop.patient = True
         if not self._told:
             self.handle.event("end", code=error.exit_code, reason=str(error))
@@ -293,8 +293,8 @@ class Supervisor:
         return ranks
 
     def _examine(self) -> tuple[dict[str, str], dict[str, str]]:
-        """See whether the hosts that answer fit together; those that do not are let go. Returns why, and why others do
-        not answer any more."""
+        """Check that the answering hosts are compatible, and exclude others. Return the reasons, also of hosts that
+        stopped answering."""
         links = [self.roster.links[host] for host in self.roster.answering()]
         if self.backend.alone or not links:
             return {}, {}

@@ -84,7 +84,7 @@ class Wire:
         return messages
 
     def close(self) -> None:
-        """Let the other end know that this one is gone. Again: nothing, as the numbers may be others' by then."""
+        """Close the descriptors, which ends the other side's input. Idempotent, as their numbers may be reused."""
         self.closed = self._mute = True
         if self._released:
             return

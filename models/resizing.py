@@ -26,7 +26,7 @@ def square_grid(rows: int) -> tuple[int, int] | None:
 
 
 def table_layout(rows: int, tokens: tuple[int, ...], grid: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
-    """Return (prefix rows, grid) of a file's table of ``rows`` positions; ``None`` when it cannot be told.
+    """Return (prefix rows, grid) of a file's table of ``rows`` positions; ``None``: unknown.
 
     ``tokens``: how many prefix rows it may have, the likeliest first. Published tables are of square grids; one that is
     not can only be of ``grid``, the model's own.

@@ -110,8 +110,7 @@ class Follower:
         self.pulse.at(None)
 
     def give_up(self, step: int, reason: str) -> None:
-        """Leave a step out, and leave a record of that, so that its checkpoint is not kept for an evaluation that does
-        not come."""
+        """Skip a step's evaluation and record that, so that its checkpoint is not kept for the evaluation."""
         self._settled.add(step)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -26,7 +26,7 @@ class Forecast:
         self._told = False
 
     def step(self, seconds: float, samples: int) -> str | None:
-        """Hear of a step that took so long for so many samples; returns the line, when it is known."""
+        """Add the duration and samples of a step; return the line with the estimate once it is known, else ``None``."""
         self._left -= 1
         if self._told:
             return None

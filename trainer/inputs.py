@@ -87,7 +87,7 @@ def outputs_of(name: str, out: Path) -> tuple[Path, Path, Path]:
 
 
 def check_outputs(inputs: list[Input], out: Path) -> None:
-    """See that nothing is written over but earlier predictions.
+    """Check that only earlier predictions are overwritten.
 
     Raises:
         ConfigError: an output is an input, or a file that vitgraft did not write, or ``out`` is no folder.

@@ -146,7 +146,7 @@ def _join(device: str) -> None:
 
 
 def _leave() -> None:
-    """Leave behind a barrier: the first rank to exit must not take the others with it."""
+    """Exit after a barrier: the first rank to exit must not make the others fail."""
     import torch.distributed as dist
 
     from vitgraft.trainer import comm

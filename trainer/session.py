@@ -215,7 +215,7 @@ def _load_or_store(model: GraftedModel, run: Path, checkpoint: Checkpoint | None
 
 
 def _group_parameters(recipe: Recipe, model: GraftedModel) -> list[param_groups.Group]:
-    """Freeze by the rules, then group what is left."""
+    """Freeze by the rules, then group the other parameters."""
     train = recipe.train
     names = [name for name, _ in model.named_parameters()]
     param_groups.check_rules(train, names)

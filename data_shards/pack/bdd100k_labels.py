@@ -46,7 +46,7 @@ class LabelReader:
         return found
 
     def close(self, where: str) -> None:
-        """Tell the report what can be told of the labels as a whole."""
+        """Report the findings on the labels as a whole."""
         self._boxes.close()
         counts, crowds = self.report.counts.total(), self.report.crowds.total()
         if not counts:

@@ -104,7 +104,7 @@ class AnnotationReader:
         )
 
     def close(self) -> None:
-        """Tell the report what can be told of the annotations as a whole. Its counts must be complete."""
+        """Report the findings on the annotations as a whole. Its counts must be complete."""
         self._boxes.close()
         if self._without_mask.count and self.masks:
             for name in self._without_mask.first[:-1]:

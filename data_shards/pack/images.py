@@ -121,7 +121,7 @@ def which_way_up(header: Header, exif: Exif, stated: tuple[Any, Any] | None) -> 
 
 
 def settle(opened: Iterable[tuple[OpenedImage, dict[str, Any]]], report: LabelReport, say: Say | None) -> None:
-    """Put the orientation that is applied into each sample's metadata, and tell how the images were read.
+    """Write the applied orientation to each sample's metadata, and report how the images were read.
 
     Args:
         opened: images with their samples' metadata.
@@ -170,7 +170,7 @@ class DeepImages:
             self._found[header.grey] = count + 1, (min(low, found[0]), max(high, found[1]))
 
     def tell(self, report: LabelReport, say: Say | None) -> None:
-        """Say what was found, or tell the report that it is a fault."""
+        """Report a finding, or a fault."""
         for grey, (count, (low, high)) in self._found.items():
             told = f"{count:,} 16-bit {'grey' if grey else 'colour'} images hold values from {low:g} to {high:g}"
             if grey and self._values is not None:

@@ -111,7 +111,7 @@ class Workplace:
         self._write_journal([])
 
     def resume(self, identity: Identity, threads: int = 1) -> list[Finished]:
-        """Go on with what an earlier packing finished; start anew when nothing of it fits.
+        """Resume from the shards that an earlier packing finished; start anew when none fits.
 
         Only shards that this packing would write too count, with the bytes that the journal states, up to the first
         that is not so.
@@ -158,7 +158,7 @@ class Workplace:
         sync_folder(self.out.parent)
 
     def close(self, keep: bool = False) -> None:
-        """Give the folder free; remove it, unless what is finished is to be kept."""
+        """Release the folder; remove it, unless its finished shards are to be kept."""
         if self._journal is not None:
             self._journal.close()
         with contextlib.suppress(OSError):
@@ -184,7 +184,8 @@ class Workplace:
                 raise ConfigError(f"{message} or choose another --out")
 
     def _settle(self) -> None:
-        """Put back what was OUT when its replacement ended between two renames, or remove it when it ended behind."""
+        """Restore the previous OUT if its replacement was interrupted between the two renames, or delete it if after
+        both."""
         if self._old.exists() and os.path.lexists(self.out):
             shutil.rmtree(self._old)
         elif self._old.exists():
@@ -287,13 +288,13 @@ def create(path: Path, buffering: int = -1) -> BinaryIO:
 
 
 def sync(stream: BinaryIO) -> None:
-    """Have what was written on the disk."""
+    """Flush a file to disk (fsync)."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush a folder's entries to disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

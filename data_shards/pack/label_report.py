@@ -100,7 +100,7 @@ class LabelReport:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Leave the block at a fault inside it, and note the fault: what the block would have added is left out."""
+        """Leave the block at a fault inside it, and note the fault; the rest of the block is skipped."""
         try:
             yield
         except DataError as error:

@@ -116,7 +116,7 @@ def _by_key(
 
 
 def note_passed_over(listing: Listing, report: LabelReport) -> None:
-    """Have the report count and name what a packer found in a folder and has no use for."""
+    """Report number and names of the files of a folder that a packer does not use."""
     for reason, paths in listing.passed_over.items():
         for path in paths:
             report.pass_over(reason, path)

@@ -168,7 +168,7 @@ def _make_windowed(block: Any, size: int) -> None:
 
 
 def _drop_prefix_tokens(vit: Any, config: ViTConfig) -> None:
-    """Leave the class and register tokens out, with their positions."""
+    """Remove the class and register tokens, with their positions."""
     if vit.num_prefix_tokens == 0:
         return
     if type(vit) is not VisionTransformer:

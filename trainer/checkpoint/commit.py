@@ -206,7 +206,7 @@ def owning_attempt(run: Path) -> int | None:
 
 
 def point_to(final: Path, attempt: int) -> None:
-    """Let the pointer name this checkpoint, unless it does; and the run say that it has one.
+    """Set the pointer to this checkpoint, unless it is set, and mark the run as one with a checkpoint.
 
     Raises:
         CheckpointError: a newer attempt owns the run; what they say is its own matter.

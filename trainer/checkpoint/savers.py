@@ -248,7 +248,7 @@ class HandoverSaver:
         return open_checkpoint(commit.final_folder(self._facts.run, self._step))
 
     def failed(self) -> bool:
-        """Look at the checkpointer's answer, if there is one."""
+        """Check the checkpointer's answer, if there is one."""
         if not self._sequence:
             return False
         answer = self._buffer.answered(self._sequence - 1)
@@ -350,7 +350,7 @@ def _check_memory(size: int) -> None:
 
 
 def _pin(buffer: HandoverBuffer) -> None:
-    """Let a GPU copy straight into the buffer, at the bus's speed; without it the driver copies in pieces."""
+    """Pin the buffer for direct copies from the GPU at the bus's speed; without it the driver copies in pieces."""
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
         return
     address = torch.frombuffer(buffer.mapped, dtype=torch.uint8).data_ptr()

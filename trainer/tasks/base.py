@@ -22,7 +22,7 @@ class Metric(Protocol):
     """Collects predictions on one rank; the ranks' states are merged on one."""
 
     def add(self, predictions: Predictions, batch: Batch) -> None:
-        """Take in a batch; a sample of weight 0 is unreadable and counts as wrong."""
+        """Add a batch; a sample of weight 0 is unreadable and counts as wrong."""
 
     def state(self) -> Any:
         """Return the state for merging in another process, of JSON's types."""

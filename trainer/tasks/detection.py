@@ -99,7 +99,7 @@ class CocoMetric:
         self._records: list[tuple[Truth, Result]] = []
 
     def add(self, predictions: Predictions, batch: Batch) -> None:
-        """Take in a batch; an unreadable sample has no detections, so its objects are missed."""
+        """Add a batch; an unreadable sample has no detections, so its objects are missed."""
         for index, truth in enumerate(batch.truths):
             if batch.weights[index] == 0:
                 result: Result = {"height": truth.size[0], "width": truth.size[1], "detections": []}

@@ -72,7 +72,7 @@ class ConfusionMetric:
         self.matrix: NDArray[np.int64] = np.zeros((classes, classes + 1), np.int64)
 
     def add(self, predictions: Predictions, batch: Batch) -> None:
-        """Take in a batch; all pixels of an unreadable image are wrong."""
+        """Add a batch; all pixels of an unreadable image are wrong."""
         for index, truth in enumerate(batch.truths):
             if truth.value is None:  # the label cannot be read either: no pixel to count
                 continue

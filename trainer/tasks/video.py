@@ -91,7 +91,7 @@ class AccuracyMetric:
         self._matrix: NDArray[np.int64] = np.zeros((classes, classes + 1), np.int64)
 
     def add(self, predictions: Predictions, batch: Batch) -> None:
-        """Take in a batch; an unreadable clip is wrong."""
+        """Add a batch; an unreadable clip is wrong."""
         assert isinstance(predictions, Tensor)
         for index, truth in enumerate(batch.truths):
             self._counts[2] += 1
