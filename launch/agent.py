@@ -282,8 +282,8 @@ def memory_kills() -> int:
 
 
 def _choose_interface() -> None:
-    """Let the ranks meet by the interface that the leader comes in by: gloo would listen at whatever address the host's
-    own name has. What the user says, here or on the leader's host, is heeded."""
+    """Set gloo's network interface to that of the leader's connection: gloo would listen at the address of the host's
+    own name. A setting of the user, here or on the leader's host, takes precedence."""
     from vitgraft.launch.network_probe import interface_of, login_address
 
     address = login_address(os.environ)

@@ -122,7 +122,7 @@ def _named(states: dict[str, dict[str, Any]], key: str, where: str) -> dict[str,
 
 
 def _tops(states: dict[str, dict[str, Any]]) -> list[str]:
-    """What the names of a state dict begin with."""
+    """Return the distinct first parts of the names in the state dicts."""
     return list(dict.fromkeys(name.split(".")[0] for state in states.values() for name in state))
 
 

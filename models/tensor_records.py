@@ -68,7 +68,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def is_foreign_tensor(value: Any) -> bool:
-    """Whether a value out of a pickle is torch's record of a tensor that :func:`tensor_of` cannot make: of 8-bit
+    """Tell whether a value of a pickle is torch's record of a tensor that :func:`tensor_of` cannot build: of 8-bit
     floats, sparse, quantised, or without elements."""
     function = value.function if isinstance(value, Record) and not is_tensor(value) else None
     return isinstance(function, Global) and function.module == "torch._utils" and function.name.startswith("_rebuild_")

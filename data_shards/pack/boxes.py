@@ -24,7 +24,7 @@ Corners = tuple[float, float, float, float]
 
 @dataclass
 class BoxCheck:
-    """Clips the boxes of a set, and tells at its end whether they look wrong as a whole.
+    """Clips the boxes of a data set, and reports at its end if they look wrong as a whole.
 
     ``form``: how a box is written, for messages.
     """

@@ -139,7 +139,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    """What names are compared by: blanks around them, and how letters are composed, make no other name."""
+    """Return a name's form for comparison: without surrounding blanks, and with normalised Unicode."""
     return composed(name.strip())
 
 

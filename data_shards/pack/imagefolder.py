@@ -256,7 +256,7 @@ def _member(path: Path, keys: tuple[str, ...]) -> npt.NDArray[Any]:
 
 @contextmanager
 def _refused(path: Path, form: str) -> Iterator[None]:
-    """Whatever numpy and the decompressors raise inside the block becomes a DataError."""
+    """Raise errors of numpy and the decompressors inside the block as ``DataError``."""
     try:
         yield
     except FileNotFoundError:

@@ -33,7 +33,7 @@ PADDING_NOISE = 100.0
 
 
 class Encoded(NamedTuple):
-    """What :meth:`MIMDet.encode` gives: the tokens that were encoded, and what the pyramid needs besides.
+    """Result of :meth:`MIMDet.encode`: the encoded tokens, and the further inputs of the pyramid.
 
     ``latent``: (B, K, C), encoded. ``dropped``: (B, N - K, C), the others, as the stem gave them. ``order``: (B, N)
     int64, the places of both, one after the other. ``c2``, ``c3``: (B, C / 4, H / 4, W / 4), (B, C / 2, H / 8, W / 8).
@@ -111,7 +111,7 @@ class MIMDet(Trunk):
         return {4: self.embed_dim // 4, 8: self.embed_dim // 2, 16: width, 32: width}
 
     def forward(self, images: Tensor, visit: Visit | None = None) -> tuple[Tensor, ...]:
-        """images: (B, 3, H, W), float, normalised RGB, padded with zeros → the four maps.
+        """Return the four maps of images: (B, 3, H, W), float, normalised RGB, padded with zeros.
 
         Raises ``ConfigError`` for a ``visit``: the tokens between the blocks are no map.
         """
@@ -139,13 +139,13 @@ class MIMDet(Trunk):
         return Encoded(latent, dropped, order, c2, c3)
 
     def decode(self, encoded: Encoded, grid: Grid) -> tuple[Tensor, ...]:
-        """The four maps of a grid of patches."""
+        """Return the four maps of a grid of patches."""
         c4 = self.decoder(encoded.latent, encoded.dropped, encoded.order, grid)
         # Canvases are multiples of 32 except where the trunk is called alone.
         return encoded.c2, encoded.c3, c4, F.max_pool2d(c4, 2, ceil_mode=True)
 
     def recompute_units(self) -> list[nn.Module]:
-        """Modules whose activations are worth recomputing: the blocks of encoder and decoder."""
+        """Return the units of activation checkpointing: the blocks of encoder and decoder."""
         return [*self.encoder.blocks, *self.decoder.decoder_blocks]
 
     def _maps(self, images: Tensor, visit: Visit | None) -> tuple[Tensor, ...]:
@@ -243,7 +243,7 @@ class MIMDetDecoder(nn.Module):
 
 
 def sincos_table(side: int, width: int) -> Tensor:
-    """Sines and cosines of a square grid (MAE, arXiv 2111.06377): (1, 1 + side², width) float32.
+    """Return sines and cosines of a square grid (MAE, arXiv 2111.06377): (1, 1 + side², width) float32.
 
     Zeros for a class token first; of the others, half of the channels tell the column and half the row, each
     sin(p · ω) and cos(p · ω) with ω from 1 down to 1 / 10000.
@@ -258,7 +258,7 @@ def sincos_table(side: int, width: int) -> Tensor:
 
 
 def valid_sizes(images: Tensor) -> Tensor:
-    """Height and width of what is not padding in images (B, 3, H, W) padded with zeros: (B, 2) int64.
+    """Return the valid height and width of images (B, 3, H, W) padded with zeros: (B, 2) int64.
 
     Padding is made after the normalisation, so its zeros are exact; a picture's own border of exactly the mean colour
     counts as padding too, which costs nothing but its turn in the sampling.
@@ -269,27 +269,27 @@ def valid_sizes(images: Tensor) -> Tensor:
 
 
 def _padding(sizes: Tensor, grid: Grid) -> Tensor:
-    """Whether a patch lies entirely beyond an image's valid size: (B, N) bool."""
+    """Return a mask of the patches entirely outside an image's valid size: (B, N) bool."""
     sizes = sizes[:, :, None] / ConvStem.stride
     rows, columns = (torch.arange(side, device=sizes.device) for side in grid)
     return ((rows >= sizes[:, 0])[:, :, None] | (columns >= sizes[:, 1])[:, None]).flatten(1)
 
 
 def _taken(tokens: Tensor, places: Tensor) -> Tensor:
-    """tokens (B, N, C) at places (B, K) → (B, K, C)."""
+    """Gather tokens (B, N, C) at indices (B, K): (B, K, C)."""
     # Not take_along_dim, which torch.export captures for one size of batch only.
     return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _resized(table: Tensor, grid: Grid) -> Tensor:
-    """A square table (1, 1 + side², C) without the class token's row, resized bicubically to the grid."""
+    """Resize a square table (1, 1 + side², C), without the class token's row, bicubically to the grid."""
     positions = resize_positions(table, table, 0, grid)
     assert positions is not None
     return positions
 
 
 def _initialise(module: nn.Module) -> None:
-    """MAE's start for what is linear; torch's own for the stem."""
+    """Initialise linear layers as MAE does; the stem keeps torch's initial values."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -331,8 +331,8 @@ def _image(file: str, tensors: dict[str, Tensor]) -> Image:
 
 
 def _check_memory(size: int) -> None:
-    """Refuse, on all ranks alike, buffers that do not fit into a host's memory. Collective: nobody takes memory before
-    everybody has looked.
+    """Refuse, on all ranks alike, buffers that do not fit into a host's memory. Collective: no rank allocates before
+    all have checked.
 
     Raises:
         TrainingError: says how much is needed and there.
