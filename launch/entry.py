@@ -11,8 +11,8 @@ from vitgraft.launch import ending
 
 def main() -> None:
     """Run the command line; leaves with its exit code, whatever comes while Python ends."""
-    ending.hear()
     try:
+        ending.hear()  # a signal may come between two of its handlers
         from vitgraft.launch.cli import run
 
         code = run()

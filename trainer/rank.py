@@ -138,10 +138,8 @@ def _train(options: argparse.Namespace, reporter: Reporter, heart: Heart, stop: 
 
 def _join(device: str) -> None:
     """Form the group of ranks."""
-    from vitgraft.trainer.deepspeed_state import avoid_compilation
     from vitgraft.trainer.rendezvous import join
 
-    avoid_compilation()
     join("nccl" if device == "cuda" else "gloo")
 
 

@@ -33,6 +33,9 @@ def join(backend: str) -> None:
     import deepspeed
     from deepspeed.constants import default_pg_timeout
 
+    from vitgraft.trainer.deepspeed_state import avoid_compilation
+
+    avoid_compilation()
     # torchrun keeps the store itself; without the variables DeepSpeed looks whether MPI has started this.
     others = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not others and all(name in os.environ for name in _NEEDED):

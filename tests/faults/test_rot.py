@@ -155,6 +155,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "scalars": lambda value: {**value, "step": 7.0},
     "groups": lambda value: [*value, {"lr": 1.0}],
     "frozen": lambda value: None,
+    "ema_ramped": lambda value: not value,
     "code_version": lambda value: value + "1",
     "created": lambda value: value + 1.0,
     "files": lambda value: value[1:],
