@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitgraft.configs.errors import DataError, VitgraftError
+from vitgraft.configs.errors import ConfigError, DataError, VitgraftError
 
 MAX_SMALL_BYTES = 64 << 20
 """Bound of files that vitgraft itself writes as text: events, results, recipes, manifests of checkpoints."""
@@ -57,6 +57,20 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666, 
 def home_path(path: str | Path) -> Path:
     """Return a path whose ``~`` is the user's home folder; where there is no such user or home, ``~`` is a name."""
     return Path(os.path.expanduser(path))
+
+
+def check_reachable(path: Path) -> None:
+    """See that nothing but the path itself can be why a file is not found there.
+
+    Raises:
+        ConfigError: this user may not look into a folder on the way.
+    """
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise ConfigError(f"{path}: {error.strerror}; check the permissions of the folders above it") from None
+    except (OSError, ValueError):
+        pass
 
 
 def is_own(facts: os.stat_result) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from vitgraft.configs.errors import ConfigError
-from vitgraft.configs.files import read_text
+from vitgraft.configs.files import check_reachable, read_text
 from vitgraft.configs.schema import Recipe
 from vitgraft.configs.yaml_text import dump_yaml, parse_yaml
 
@@ -37,6 +37,7 @@ def find_recipe(name: str) -> Path:
     packaged = root / (name if name.endswith(".yaml") else name + ".yaml")
     if not path.is_absolute() and os.path.isfile(packaged):
         return packaged
+    check_reachable(path)
     names = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
     raise ConfigError(f"{_short_of(name, 300)}: no such recipe file; packaged recipes: {', '.join(names)}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitgraft.configs.errors import ConfigError, DataError
-from vitgraft.configs.files import MAX_SMALL_BYTES, read_json, read_text
+from vitgraft.configs.files import MAX_SMALL_BYTES, check_reachable, read_json, read_text
 from vitgraft.launch.ownership import ownership
 from vitgraft.launch.run_state import State, judge, run_end
 from vitgraft.trainer.monitor_files import MAX_WHOLE, Attempt, attempts, moment, read_rows
@@ -106,6 +106,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
         ConfigError: there is no run in that directory, or a file of it cannot be read.
     """
     if not any(os.path.isfile(run / name) for name in ("config.yaml", "events.jsonl", "lock")):
+        check_reachable(run / "config.yaml")
         raise ConfigError(f"{run}: no run directory (it has neither config.yaml nor events.jsonl); name one of train's")
     try:
         return _look_at(run, time.time() if now is None else now)

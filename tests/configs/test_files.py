@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,9 @@ from vitgraft.configs.files import (
     read_json,
     read_text,
 )
+from vitgraft.configs.load import find_recipe
 from vitgraft.configs.outputs import keep_inputs, write_output
+from vitgraft.launch.status import read_status
 
 
 def test_only_regular_files_are_read_and_nothing_blocks(tmp_path: Path) -> None:
@@ -145,3 +149,20 @@ def test_an_output_appears_at_once_or_not_at_all(tmp_path: Path) -> None:
 
 def test_an_error_is_one_line_that_no_terminal_obeys() -> None:
     assert str(DataError("a\nb\x1b[2Jc\u202ed")) == "a b?[2Jc?d"
+
+
+def test_what_may_not_be_looked_at_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = os.stat
+
+    def denied(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path / "closed")):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(ConfigError, match="Permission denied; check the permissions of the folders above it"):
+        find_recipe(str(tmp_path / "closed" / "a.yaml"))
+    with pytest.raises(ConfigError, match="Permission denied"):
+        read_status(tmp_path / "closed")
+    with pytest.raises(ConfigError, match="no run directory"):
+        read_status(tmp_path / "none")
