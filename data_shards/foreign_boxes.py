@@ -61,6 +61,9 @@ class ForeignBoxes:
         """Report the findings on the boxes as a whole."""
         self._boxes.close()
         count = self.report.crowds.total()
+        if not self.report.counts:
+            message = "no annotations, so there is nothing to learn or to compare with"
+            self.report.doubt(f"{message}; check --member label=, or pass --on-error skip", NOTHING_TO_LEARN)
         if count and count == self.report.counts.total():
             remedy = "set iscrowd to 0 if each is one object, else pass --on-error skip"
             message = f"all {count} annotations are crowds, from which nothing is learnt; {remedy}"

@@ -28,10 +28,10 @@ from vitgraft.data_shards.manifest import Manifest
 from vitgraft.data_shards.pack.files import check_classes
 from vitgraft.data_shards.pack.images import OpenedImage, Reading, open_image, settle
 from vitgraft.data_shards.pack.items import PackOptions, Prepared, checked, pack_items, reading_of
-from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, SIZES, UNKNOWN, LabelFault, LabelReport
+from vitgraft.data_shards.pack.label_report import SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.other_formats import refuse_other_format
 from vitgraft.data_shards.pack.pairs import note_passed_over
-from vitgraft.data_shards.pack.video_lists import sort_labels
+from vitgraft.data_shards.pack.video_lists import SPLITS, doubt_splits, sort_labels
 
 MAX_ARRAY_BYTES = 64 << 30
 """Larger arrays are refused before they are read."""
@@ -46,8 +46,7 @@ _BROKEN_ARRAYS = (
 )
 
 
-_SPLITS = {"train", "val", "valid", "test", "training", "validation", "testing"}
-_NO_CLASSES = {*_SPLITS, "images", "labels", "JPEGImages", "Annotations"}
+_NO_CLASSES = {*SPLITS, "images", "labels", "JPEGImages", "Annotations"}
 """Folders of data sets for detection."""
 
 
@@ -111,10 +110,8 @@ def pack_imagefolder(
     by_name = {composed(name): number for number, name in enumerate(names)}
     report = LabelReport("images", names, on_error=options.get("on_error", "raise"))
     note_passed_over(listing, report)
-    if classes is None and len(folders) > 1 and folders <= _SPLITS:
-        both = ", ".join(names)
-        message = f"{images}: its folders {both} are splits of a data set, not classes; pack each alone"
-        report.doubt(f"{message}: --images {images / names[0]}", NOTHING_TO_LEARN)
+    if classes is None:
+        doubt_splits(images, folders, report)
     found: list[tuple[Path, int]] = []
     for path in listing.files:
         name = path.relative_to(images)

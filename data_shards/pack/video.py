@@ -20,6 +20,7 @@ from vitgraft.data_shards.pack.video_lists import (
     VideoFinder,
     VideoList,
     all_ids,
+    doubt_splits,
     read_video_list,
 )
 
@@ -84,7 +85,8 @@ def pack_video(
     report = LabelReport("clips", names, on_error=options.get("on_error", "raise"))
     if listed.folder is not None:
         note_passed_over(listed.folder, report)
-    videos = _checked(listed, names, VideoFinder(folder, listed.exact), report)
+        doubt_splits(folder, names, report)
+    videos = _checked(listed, names, VideoFinder(folder, listed.exact, report), report)
     report.close(options.get("say"))
     source: dict[str, Any] = {"packer": "video", "list": str(list_file), "root": str(folder)}
     how = None if reencode is None else reencode.as_source()

@@ -13,6 +13,8 @@ from vitgraft.configs.errors import ConfigError, DataError
 from vitgraft.data_shards.listing import VIDEO_SUFFIXES, Listing, composed, is_hidden, list_files
 from vitgraft.data_shards.pack.class_lists import without_brackets
 from vitgraft.data_shards.pack.files import inside, is_file, read_json, read_text
+from vitgraft.data_shards.pack.image_names import FileFinder
+from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, LabelReport
 from vitgraft.data_shards.pack.other_formats import refuse_other_format
 
 ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "folders"]
@@ -20,6 +22,9 @@ ListFormat = Literal["auto", "list", "kinetics", "ssv2", "ucf101", "hmdb51", "fo
 KINETICS_SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val", "validation": "val"}
 KINETICS_SPLITS |= {"test": "test", "testing": "test"}
 HMDB51_SPLITS = {"train": "1", "test": "2"}
+SPLITS = frozenset(("train", "val", "valid", "test", "training", "validation", "testing"))
+"""Names of folders that hold classes and are none."""
+_HEADINGS = ("label", "labels", "class", "class_name", "category")
 _HMDB51_FILE = re.compile(r"^(.+)_test_split(\d+)\.txt$")
 _UCF101_FILE = re.compile(r"^(train|test)list\d+\.txt$")
 
@@ -111,11 +116,22 @@ def plain(text: str, where: str) -> VideoList:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        name, label = (line.rsplit(",", 1) if "," in line else [*line.rsplit(None, 1), ""])[:2]
+        name, label = _parts(line)
+        if number == 1 and label.strip().lower() in _HEADINGS and not PurePosixPath(name).suffix:
+            continue
         if not name.strip() or not label.strip():
             raise DataError(f"{where}:{number}: {line[:80]!r}; expected PATH LABEL or PATH,LABEL")
         videos.append(Named((name.strip(),), label.strip(), f"{where}:{number}"))
     return VideoList(videos, sort_labels({video.label for video in videos}), exact=True)
+
+
+def _parts(line: str) -> tuple[str, str]:
+    """Return path and label of a line of a plain list."""
+    if '"' in line:
+        *front, label = next(csv.reader([line], skipinitialspace=True))
+        return ",".join(front), label
+    name, label = (line.rsplit(",", 1) if "," in line else [*line.rsplit(None, 1), ""])[:2]
+    return name, label
 
 
 def kinetics(text: str, where: str, split: str | None = None) -> VideoList:
@@ -226,6 +242,13 @@ def hmdb51(texts: Mapping[str, str], where: str, split: str = "train") -> VideoL
     return VideoList(videos, sorted(texts), exact=False)
 
 
+def doubt_splits(folder: Path, names: Collection[str], report: LabelReport) -> None:
+    """Doubt folders of classes that have the names of splits: the classes are most likely below."""
+    if len(names) > 1 and SPLITS.issuperset(names):
+        wrong = f"{folder}: its folders {', '.join(sorted(names))} are splits of a data set, not classes"
+        report.doubt(f"{wrong}; pack each alone, such as {folder / sorted(names)[0]}", NOTHING_TO_LEARN)
+
+
 def sort_labels(labels: Collection[str]) -> list[str]:
     """Sort labels by number if all are integers, else by name."""
     return sorted(labels, key=int) if all_ids(labels) else sorted(labels)
@@ -265,8 +288,9 @@ def _folders(folder: Path) -> VideoList:
 class VideoFinder:
     """Finds the files of a list below ``root``; walks it once, when a name is no path."""
 
-    def __init__(self, root: Path, exact: bool) -> None:
+    def __init__(self, root: Path, exact: bool, report: LabelReport) -> None:
         self._root, self._exact = root, exact
+        self._otherwise = FileFinder(root, "--root", report, VIDEO_SUFFIXES)
         self._stems: dict[str, list[Path]] | None = None
 
     def find(self, video: Named) -> Path | None:
@@ -281,7 +305,7 @@ class VideoFinder:
             path = Path(name) if own else inside(self._root, name, video.where)
             if is_file(path):
                 return path
-        return None if self._exact else self._by_stem(video)
+        return self._otherwise.find_again(video.names[0], video.where) if self._exact else self._by_stem(video)
 
     def _by_stem(self, video: Named) -> Path | None:
         if self._stems is None:

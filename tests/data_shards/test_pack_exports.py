@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from vitgraft.configs.errors import DataError
 from vitgraft.data_shards.manifest import read_manifest
@@ -18,6 +21,8 @@ from vitgraft.data_shards.pack.coco import pack_coco
 from vitgraft.data_shards.pack.imagefolder import pack_imagefolder
 from vitgraft.data_shards.pack.panoptic import pack_panoptic
 from vitgraft.data_shards.pack.semantic import pack_semantic
+from vitgraft.data_shards.pack.video import pack_video
+from vitgraft.launch.cli import app
 
 Coco = tuple[Path, dict[str, Any]]
 COMPOSED = "caf\u00e9"
@@ -138,3 +143,45 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
         pack_imagefolder(tmp_path / "pets", tmp_path / "set")
     pack_imagefolder(tmp_path / "pets" / "train", tmp_path / "set")
     assert read_manifest(tmp_path / "set").classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["path,label", "run/a b.MP4,run", "walk/c.mp4,walk"],
+        ['"run/a b.MP4","run"', '"walk/c.mp4","walk"'],
+        ["run\\a b.MP4,run", "C:\\clips\\walk\\c.mp4,walk"],
+        ["run/a%20b.mp4,run", "walk/C.MP4,walk"],
+    ],
+    ids=["header", "quotes", "backslashes", "capitals"],
+)
+def test_lists_of_videos_as_tables_and_windows_write_them(test_data: Path, tmp_path: Path, lines: list[str]) -> None:
+    clip = (test_data / "video_clips" / "mmaction2" / "demo.mp4").read_bytes()
+    for name in ("run/a b.MP4", "walk/c.mp4"):
+        (tmp_path / "clips" / name).parent.mkdir(parents=True)
+        (tmp_path / "clips" / name).write_bytes(clip)
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    manifest = pack_video(tmp_path / "list.csv", tmp_path / "set", root=tmp_path / "clips")
+    assert (manifest.classes, manifest.samples) == (["run", "walk"], 2)
+
+
+def test_splits_of_videos_are_no_classes(test_data: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / "clips" / split / "run"
+        folder.mkdir(parents=True)
+        (folder / "a.mp4").write_bytes((test_data / "video_clips" / "mmaction2" / "demo.mp4").read_bytes())
+    with pytest.raises(DataError, match=r"folders train, val are splits of a data set, not classes; .*clips/train$"):
+        pack_video(tmp_path / "clips", tmp_path / "set")
+
+
+def test_tars_without_any_annotation_are_a_fault(tmp_path: Path) -> None:
+    image = photo(tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for name, data in (("a.jpg", image), ("a.json", b'{"annotations": []}')):
+            facts = tarfile.TarInfo(name)
+            facts.size = len(data)
+            tar.addfile(facts, io.BytesIO(data))
+    words = ["shards", "index", str(tmp_path / "tars"), "--kind", "detection", "--classes", "cat"]
+    assert "no annotations, so there is nothing to learn" in str(CliRunner().invoke(app, words).exception)
+    assert CliRunner().invoke(app, [*words, "--on-error", "skip"]).exit_code == 0
