@@ -1,4 +1,4 @@
-"""Which numbers of ranks can carry a recipe's batch."""
+"""World sizes that are valid for a recipe's batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def possible_worlds(global_batch: int, accumulation: int) -> list[int]:
 
 
 def check_world(global_batch: int, accumulation: int, world: int, *, why: str = "") -> None:
-    """That a world can carry the global batch. ``why``: begins the message, e.g. with the option that asked for it.
+    """Check that a world size is valid for the global batch. ``why``: begins the message, e.g. with the option that
+    asked for it.
 
     Raises:
         ConfigError: lists the worlds that can.

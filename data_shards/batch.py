@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NOT_FINITE = "the loss was not finite"
-"""Why an entry was left out whose sample is sound."""
+"""Reason of an entry left out whose sample is valid."""
 
 
 class Entry(NamedTuple):

@@ -332,7 +332,7 @@ class PackedDataset:
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        """Of an image or a clip on the canvas."""
+        """Shape of an image or a clip on the canvas."""
         height, width = self.transforms.canvas
         return (3, self.config.clip.frames, height, width) if self.kind == "video" else (3, height, width)
 

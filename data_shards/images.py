@@ -25,7 +25,7 @@ Values = tuple[float, float]
 MAX_PIXELS = 80_000_000
 """Larger images are refused before they are decoded."""
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-"""Of packed members."""
+"""Suffixes of packed members."""
 
 _PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that are packed as they are. MPO: a JPEG behind which lie more, as phones write them; all decoders take the
@@ -61,7 +61,7 @@ class Header(NamedTuple):
 
     @property
     def extension(self) -> str | None:
-        """Of the packed member; ``None``: packed formats do not include this one."""
+        """Extension of the packed member; ``None``: the format is not a packed one."""
         return _PACKED.get(self.format)
 
 

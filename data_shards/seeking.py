@@ -1,4 +1,4 @@
-"""Which frames of a video can be reached without decoding it from the start, told by its packets alone."""
+"""Frames of a video that can be decoded from a key frame instead of the start, found from its packets alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How something is grafted into a trunk's blocks: what marks it, and where it attaches."""
+"""Grafting of modules into a trunk's blocks: their marks and attachment points."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class GraftableBlock(nn.Module):
     """
 
     adapt_parallel: bool = True
-    """Whether the module ``adaptmlp``, once grafted, reads the stream or the FFN's branch."""
+    """The grafted module ``adaptmlp`` reads the residual stream if true, else the output of the FFN's branch."""
     takes_prompts: bool = False
-    """Whether extra tokens may stand before the others: global attention without a table bound to the grid."""
+    """True if extra tokens may be prepended: global attention without a position table bound to the grid."""
 
     def add_ffn(self, stream: Tensor, branch: Tensor) -> Tensor:
         """``stream``: (B, N, C) after the attention's residual. ``branch``: (B, N, C), what the FFN adds to it."""

@@ -131,7 +131,7 @@ class _Machine:
         """The stacks below the marks."""
         self.memo: dict[int, Any] = {}
         self.allowance = 0
-        """What may still be copied: a part that is named many times would otherwise grow beyond the file."""
+        """Remaining budget of copies: a part that is referenced many times could otherwise grow beyond the file."""
 
     def run(self, name: str, argument: Any) -> None:
         self.allowance += 1 + (len(argument) if isinstance(argument, str) else 0)

@@ -14,7 +14,7 @@ _TIMM_ON_HUB = re.compile(r"hf(?:-hub)?:timm/([^/@#]+)")
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Of pixels from 0 to 1: ``(pixel - mean) / std``, for red, green and blue."""
+    """Normalisation of pixels in 0..1: ``(pixel - mean) / std``, for red, green and blue."""
 
     mean: list[float]
     std: list[float]

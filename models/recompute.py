@@ -47,7 +47,7 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What the forward pass and the recomputation run in; called before the forward pass."""
+    """Return the contexts of the forward pass and the recomputation; called before the forward pass."""
     modes = [norm.training for norm in norms]
     return nullcontext(), _recomputing(norms, modes)
 

@@ -41,7 +41,7 @@ def names(kind: Kind) -> list[str]:
 
 
 def build(kind: Kind, config: Any, **context: Any) -> Any:
-    """What is registered as ``config.name``, built from its section of the recipe and what the builder knows.
+    """Build the module registered as ``config.name`` from its section of the recipe and the builder's context.
 
     Raises ``ConfigError`` for an unknown name, with the nearest known one.
     """

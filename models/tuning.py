@@ -1,4 +1,4 @@
-"""How much of a model is trained, by part."""
+"""Trained parameters of a model, by part."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_NAME = 200
 _EXTRA = "_extra_state"
-"""How torch names what a module's ``get_extra_state`` returns."""
+"""Suffix of torch's names for the results of a module's ``get_extra_state``."""
 
 
 def read_tensors(file: str | Path, *, where: str = "model.backbone.weights") -> dict[str, Tensor]:

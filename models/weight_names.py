@@ -15,7 +15,7 @@ from vitgraft.configs.errors import CheckpointError, ConfigError, DataError, Vit
 from vitgraft.configs.files import home_path, open_regular, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
-"""Of a .safetensors file; a published one of a thousand tensors has below 0.2 MB."""
+"""Limit of the header of a .safetensors file; a published one of a thousand tensors has below 0.2 MB."""
 _HUB = ("hf:", "hf-hub:")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _STRANGERS = (

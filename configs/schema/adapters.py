@@ -81,14 +81,14 @@ class ViTAdapterConfig(AdapterSection):
     with_cffn: bool = True
     cffn_ratio: Annotated[float, Field(gt=0, le=100)] = 0.25
     init_values: NonNegativeFloat = 0.0
-    """Where the injectors' gamma starts; 0 leaves the trunk at first as it is."""
+    """Initial value of the injectors' gamma; with 0 the trunk is unchanged at the start."""
     add_vit_feature: bool = True
     fusion: Literal["last", "stages"] = "last"
     """Features that ``add_vit_feature`` adds to the four maps: the trunk's last map to all (detection), or that after
     group i to map i (segmentation)."""
     use_extra_extractor: bool = True
     drop_path: BelowOne = 0.0
-    """Of the extractors' FFNs, the same in every group."""
+    """Rate of the extractors' FFNs, the same in every group."""
     layer_norm_eps: PositiveFloat = 1e-6
     """1e-5 for Uni-Perceiver."""
     norm: Norm = "syncbn"

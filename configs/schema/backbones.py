@@ -23,7 +23,7 @@ class BackboneSection(Section):
     """Base of the sections of ``model.backbone``."""
 
     takes_clips: ClassVar[bool] = False
-    """Whether the trunk reads clips as a whole."""
+    """True if the trunk takes clips as a whole."""
 
     def map_strides(self) -> list[int] | None:
         """Return the strides of a hierarchical trunk's feature maps; ``None`` for a plain one."""
@@ -42,14 +42,14 @@ class ViTConfig(BackboneSection):
     patch_size: ImageSide | None = None
     mlp_ratio: PositiveFloat | None = None
     layer_scale: PositiveFloat | None = None
-    """Where the factors on the branches of every block start; ``null``: there are none."""
+    """Initial value of the layer scales of every block; ``null``: there are none."""
     qkv_bias: bool | None = None
-    """Whether queries, keys and values have a bias; ``null``: they do where sizes are given."""
+    """Queries, keys and values have a bias; ``null``: they do where sizes are given."""
     class_token: bool | None = None
-    """Whether a class token runs along; ``null``: as timm's model has it, none where sizes are given. ``false`` with a
+    """There is a class token; ``null``: as timm's model has it, none where sizes are given. ``false`` with a
     timm name leaves its class and register tokens out, as ViT-Adapter does."""
     window_size: Positive | list[Positive] | None = None
-    """ImageSide in patches of the windows within which blocks attend, one for all or one for each block; ``null``: all
+    """Side, in patches, of the windows within which blocks attend, one for all or one for each block; ``null``: all
     attend globally."""
     global_blocks: list[NonNegative] = []
     """With ``window_size``: the blocks (from 0) that attend globally all the same."""
@@ -105,11 +105,11 @@ class WindowedSection(BackboneSection):
     patch_size: ImageSide = 16
     mlp_ratio: PositiveFloat
     window_size: NonNegative
-    """ImageSide of the windows in tokens; 0 makes every block global."""
+    """Side of the windows in tokens; 0 makes every block global."""
     global_blocks: list[NonNegative]
     """The blocks (from 0) that attend globally."""
     pretrain_size: ImageSide = 224
-    """ImageSide in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
+    """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
     absolute_positions: bool = True
     residual_blocks: list[NonNegative] = []
     """The blocks that a residual bottleneck of convolutions follows."""
@@ -193,7 +193,7 @@ class EVA02Config(WindowedSection):
     sub_ln: bool = True
     """LayerNorm inside the FFN."""
     rope_grid: Positive = 16
-    """ImageSide in tokens of the grid that the rotary frequencies were trained on; other grids are scaled to it."""
+    """Side in tokens of the grid that the rotary frequencies were trained on; other grids are scaled to it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -259,7 +259,7 @@ class MIMDetConfig(BackboneSection):
     sample_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the tokens that the encoder sees in training; published: 0.25 to 1. In evaluation it sees all."""
     table_size: Positive = 800
-    """ImageSide in pixels of the images for which the fixed positions are laid out; resized to the actual grid."""
+    """Side in pixels of the images for which the fixed positions are laid out; resized to the actual grid."""
     weights: str | None = None
     """A full MAE checkpoint (encoder and decoder), or a MIMDet detector's."""
     drop_path: Fraction = 0.0
@@ -297,11 +297,11 @@ class PerBlockWindowsSection(BackboneSection):
     patch_size: ImageSide = 16
     mlp_ratio: PositiveFloat = 4.0
     window_size: NonNegative | list[NonNegative] = 0
-    """ImageSide of the windows in tokens, of all blocks or of each; 0: global attention."""
+    """Side of the windows in tokens, of all blocks or of each; 0: global attention."""
     layer_scale: NonNegativeFloat | None
     """Where gamma_1 and gamma_2 start; ``null``: there are none."""
     pretrain_size: ImageSide = 224
-    """ImageSide in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
+    """Side in pixels of the images for which the absolute positions are laid out; resized to the actual grid."""
     weights: str | None = None
     drop_path: Fraction = 0.0
     frozen: bool = False
@@ -338,9 +338,9 @@ class BEiTConfig(PerBlockWindowsSection):
     size: Literal["base", "large", "eva_giant"] | None = None
     """The sizes of a published trunk; whatever else is given replaces its part of them."""
     class_token: bool = False
-    """Whether a class token travels through the blocks, all of which are then global."""
+    """There is a class token; all blocks are then global."""
     relative_bias: bool = True
-    """Whether the attention has a learned bias for each offset between two tokens."""
+    """The attention has a learned bias for each offset between two tokens (relative positions)."""
     absolute_positions: bool = False
     qkv_bias: bool = True
     """Whether queries and values (never keys) have a bias."""

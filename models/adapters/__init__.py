@@ -1,1 +1,1 @@
-"""What is grafted on a trunk, and what makes maps of several strides from it."""
+"""Grafts on a trunk, and adapters that make feature maps of several strides from it."""

@@ -1,4 +1,4 @@
-"""What an adapter is to the rest of a model."""
+"""Interface of an adapter to the rest of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Adapter(nn.Module):
     strides: list[int]
     channels: dict[int, int]
     reads_final_norm: bool = True
-    """Whether the trunk's final norm is on the way to the maps; otherwise the trunk is built without it."""
+    """True if the maps use the trunk's final norm; otherwise the trunk is built without it."""
 
     def maps(self, trunk: Trunk, images: Tensor) -> dict[int, Tensor]:
         """images: (B, 3, H, W) of any size → {stride: (B, channels, ceil(H / stride), ceil(W / stride))}.
@@ -43,7 +43,7 @@ class Adapter(nn.Module):
         }
 
     def canvas_multiple(self, trunk: Trunk) -> int:
-        """What the sides of the images that :meth:`forward` gets are multiples of."""
+        """Divisor of the sides of the images given to :meth:`forward`."""
         return math.lcm(trunk.patch_size, *self.strides)
 
     def recompute_units(self) -> list[nn.Module]:

@@ -44,7 +44,8 @@ class LowRank(nn.Module):
 
 
 class LoRA(Graft):
-    """What is added to a layer's output: (…, in) → (…, out). ``parts``: q, k or v of a fused qkv, or none for all."""
+    """Return the low-rank update of a layer's output: (…, in) → (…, out). ``parts``: q, k or v of a fused qkv, or none
+    for all."""
 
     tuning: ClassVar[str] = "lora"
 
@@ -131,7 +132,7 @@ def _linears(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _wanted(name: str, layer: nn.Linear, targets: list[str]) -> tuple[list[str], list[str]]:
-    """Which targets this layer answers, and the parts of it that they mean (none: the whole)."""
+    """Return the targets that match this layer, and the parts of it that they name (none: the whole)."""
     if name in targets:
         return [name], []
     if name == "qkv":

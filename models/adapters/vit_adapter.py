@@ -28,7 +28,7 @@ from vitgraft.models.registry import register
 from vitgraft.models.weights import Layout
 
 STRIDE = 16
-"""Of the grid on which trunk and adapter meet."""
+"""Stride of the grid shared by trunk and adapter."""
 
 
 @register("adapter", "vit_adapter")
@@ -169,7 +169,7 @@ class SpatialPriorModule(nn.Module):
 
 
 class Interaction(nn.Module):
-    """What surrounds one group of the trunk's blocks."""
+    """Injector and extractors around one group of the trunk's blocks."""
 
     def __init__(self, config: ViTAdapterConfig, width: int, extra_extractors: int) -> None:
         super().__init__()

@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return torch.cat([resized[:rows], of_class[: self.extra_rows]])
 
     def _bias(self, grid: Grid) -> Tensor | None:
-        """What is added to the logits: (heads, N, N)."""
+        """Return the bias added to the attention logits: (heads, N, N)."""
         table = self.relative_position_bias_table
         if table is None:
             return None

@@ -29,7 +29,7 @@ from vitgraft.models.resizing import resize_positions
 from vitgraft.models.weights import Layout, load_trunk
 
 PADDING_NOISE = 100.0
-"""What a patch of padding draws instead of a number in [0, 1): it is sampled last."""
+"""Sampling key of a padding patch, above the random keys in [0, 1): it is sampled last."""
 
 
 class Encoded(NamedTuple):

@@ -51,7 +51,7 @@ def relative_position_index(grid: Sides, cls: bool, device: torch.device | None 
 
 
 def offsets(grid: Sides) -> int:
-    """How many offsets (Δy, Δx) there are between the places of a grid."""
+    """Number of offsets (Δy, Δx) between the positions of a grid."""
     height, width = grid
     return (2 * height - 1) * (2 * width - 1)
 

@@ -1,4 +1,4 @@
-"""What a trunk is to the rest of a model: the contract that every backbone keeps.
+"""Interface of a trunk to the rest of a model, which every backbone implements.
 
 A trunk embeds images into tokens, runs its blocks over them and returns maps. An adapter that works *between* the
 blocks (ViT-Adapter) passes a ``visit``: the trunk calls it with the patch tokens before every block and after the last
@@ -34,7 +34,7 @@ class Trunk(nn.Module):
     """
 
     takes_clips: ClassVar[bool] = False
-    """Whether the input is a clip (B, 3, T, H, W) as a whole; other trunks see one frame at a time."""
+    """True if the input is a whole clip (B, 3, T, H, W); other trunks take one frame at a time."""
 
     embed_dim: int
     patch_size: int
@@ -55,7 +55,7 @@ class Trunk(nn.Module):
 
     @property
     def depth(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self.blocks)
 
     @property

@@ -1,1 +1,1 @@
-"""What reads the maps: losses by name in training, predictions otherwise."""
+"""Heads on the feature maps: losses by name in training, predictions otherwise."""

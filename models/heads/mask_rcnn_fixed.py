@@ -96,7 +96,8 @@ class FixedMaskRCNN(nn.Module):
     def _suppress(
         self, boxes: Tensor, scores: Tensor, usable: Tensor, group: Tensor, groups: int, threshold: float
     ) -> Tensor:
-        """Which of (B, N) usable boxes remain, each image and each ``group`` (B, N) of it on its own: (B, N) bool."""
+        """Return the mask (B, N) bool of the valid boxes (B, N) kept by NMS, for each image and ``group`` (B, N)
+        separately."""
         batch = scores.shape[0]
         image = torch.arange(batch, device=boxes.device)[:, None]
         # In float64 boxes of other images and groups lie apart without losing a digit.

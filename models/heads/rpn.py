@@ -142,7 +142,7 @@ class RegionProposalNetwork(nn.Module):
 
 
 class Level(NamedTuple):
-    """Where a pyramid's RoIs are read: the thresholds on the square root of their area, for any strides."""
+    """Assignment of RoIs to pyramid levels: the thresholds on the square root of their area, for any strides."""
 
     strides: list[int]
 
