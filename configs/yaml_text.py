@@ -46,6 +46,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = str(error.problem or error.context)[:300]
+        if problem.startswith("found character '\\t'"):
+            problem = "a tab where YAML takes spaces only"
         said = problem if isinstance(error, _Refused) else f"not valid YAML: {problem}; fix the syntax"
         raise ConfigError(f"{where}{line}: {said}") from None
     except yaml.YAMLError as error:  # a character that no YAML may have

@@ -30,6 +30,7 @@ REFUSED = [
     ("x:\n  b: {c: 1,\n      c: 2}", "f.yaml:3: the key 'c' is given twice, in line 2 and in line 3"),
     ("x: &x {a: 1}\ny:\n  <<: *x\n  <<: *x", "f.yaml:4: the key '<<' is given twice, in line 3 and in line 4"),
     ("x: &x {a: 1, a: 2}\ny: {<<: *x}", "in line 1 and in line 1"),
+    ("a:\n\tb: 1", "f.yaml:2: not valid YAML: a tab where YAML takes spaces only; fix the syntax"),
     ("a: {!!seq b: 1}", "f.yaml:1: a key that is a list or a mapping"),
     ("!!map a: 1", "f.yaml:1: a key that is a list or a mapping"),
     ("a: 012", "f.yaml:1: '012' begins with a zero, which some read as octal; write it without"),
