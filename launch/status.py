@@ -131,7 +131,8 @@ def _look_at(run: Path, now: float) -> Status:
     before = [row for row in rows if (_whole(row, "step") or math.inf) <= begin]
     row: dict[str, Any] = next(reversed(own or before), {})
     step, pace = _whole(row, "step") or begin, pace_of(own)
-    steps = _whole(row, "steps") or _whole(config.get("train"), "steps")
+    # A row may be from before stages were added to the run.
+    steps = _length(_tree(config.get("train")), "steps") or _whole(row, "steps")
     written = _time(row, "time")
     checkpoint, result = _newest_json(run, "checkpoints/step-*/manifest.json"), _newest_json(run, "results/step-*.json")
     made, metrics = _time(checkpoint, "created"), _tree((result or {}).get("metrics"))
@@ -150,7 +151,7 @@ def _look_at(run: Path, now: float) -> Status:
         step=step,
         steps=steps,
         epoch=_whole(row, "epoch"),
-        epochs=_epochs(_tree(config.get("train"))),
+        epochs=_length(_tree(config.get("train")), "epochs"),
         samples=_whole(row, "samples"),
         eta_s=eta(step, steps, pace, None if written is None else now - written) if state == "running" else None,
         row_age_s=None if written is None else max(0.0, now - written),
@@ -243,10 +244,10 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _epochs(train: dict[str, Any]) -> int | None:
-    """Return the epochs of all stages of the run."""
-    first, more = _whole(train, "epochs"), train.get("extend")
-    return first and first + sum(_whole(stage, "epochs") or 0 for stage in (more if isinstance(more, list) else []))
+def _length(train: dict[str, Any], unit: str) -> int | None:
+    """Return the length of all stages of the run together; ``None`` where it is not given in this unit."""
+    first, more = _whole(train, unit), train.get("extend")
+    return first and first + sum(_whole(stage, unit) or 0 for stage in (more if isinstance(more, list) else []))
 
 
 def _newest_json(run: Path, pattern: str) -> dict[str, Any] | None:

@@ -253,6 +253,12 @@ def test_a_restart_counts_from_its_checkpoint_until_it_has_rows(run: Path) -> No
     assert "1 restarts" in "\n".join(lines(status))
 
 
+def test_stages_that_were_added_count_before_their_first_row(run: Path) -> None:
+    assert read_status(run, NOW).steps == 100
+    (run / "config.yaml").write_text("name: digits\ntrain:\n  steps: 100\n  extend:\n  - steps: 50\n")
+    assert read_status(run, NOW).steps == 150
+
+
 def test_a_start_that_has_not_been_recorded_yet(run: Path) -> None:
     write_rows(run / "events.jsonl", [start(1, NOW - 600), end(1, NOW - 10, 5)])
     (run / "attempt").write_text("2\n")
