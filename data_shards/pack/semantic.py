@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +26,7 @@ from vitgraft.data_shards.pack.label_ids import (
     packed_ids,
     read_colours,
 )
-from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, SIZES, LabelFault, LabelReport
+from vitgraft.data_shards.pack.label_report import NOTHING_TO_LEARN, SIZES, UNKNOWN, LabelFault, LabelReport
 from vitgraft.data_shards.pack.pairs import Pairing, find_pairs
 
 EVERYTHING = Pairing()
@@ -151,18 +152,30 @@ def pack_label_maps(
         DataError: a label map that cannot be read, or of another size than its image; nothing was written.
     """
     _check_names(report.classes)
-    taken = []
+    taken, with_ignored, only_classes = [], Counter[int](), 0
     counted = checked(partial(_pixels, reading_of(options)), items, report, options)
     for item, found in zip(items, counted, strict=True):
         if found is not None:
             pixels, opened = found
-            report.unlabelled += pixels.pop(IGNORE, 0)
+            unlabelled = pixels.pop(IGNORE, 0)
+            report.unlabelled += unlabelled
+            if unlabelled:
+                with_ignored[max(pixels, default=0)] += 1
+            else:
+                only_classes += max(pixels, default=0) > 0
             report.counts.update(pixels)
             report.samples += 1
             taken.append(replace(item, opened=opened))
     settle([(item.opened, item.metadata) for item in taken if item.opened is not None], report, options.get("say"))
     if taken and not report.faults and (message := missing_class(report, ignored)) is not None:
         report.doubt(message, NOTHING_TO_LEARN)
+    # Of two tools: one writes the classes as 0 and 1, the other as 0 and 255.
+    elif list(ignored) == [IGNORE] and len(report.classes) == 2 and only_classes and set(with_ignored) == {0}:
+        maps = f"{with_ignored[0]} label maps hold {IGNORE}, which is ignored, and never 1"
+        others = f"{only_classes} hold 1 and never {IGNORE}"
+        both = f"if both mean {report.classes[1]!r}, write 1 everywhere"
+        message = f"labels: {maps}, and {others}: {both}; if {IGNORE} means unlabelled, pass --ignore {IGNORE}"
+        report.doubt(message, UNKNOWN)
     report.close(options.get("say"))
     settings = [source, report.classes]
     return pack_items(taken, out, "semantic", report, source=source, settings=settings, **options)

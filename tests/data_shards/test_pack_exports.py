@@ -185,3 +185,17 @@ def test_tars_without_any_annotation_are_a_fault(tmp_path: Path) -> None:
     words = ["shards", "index", str(tmp_path / "tars"), "--kind", "detection", "--classes", "cat"]
     assert "no annotations, so there is nothing to learn" in str(CliRunner().invoke(app, words).exception)
     assert CliRunner().invoke(app, [*words, "--on-error", "skip"]).exit_code == 0
+
+
+def test_masks_of_two_tools_are_doubted(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 255), ("c", 1)):
+        photo(tmp_path / "photos" / f"{name}.jpg")
+        label_map(tmp_path / "maps" / f"{name}.png", value)
+    given = tmp_path / "photos", tmp_path / "maps", tmp_path / "set", ["ground", "object"]
+    with pytest.raises(DataError, match="1 label maps hold 255, which is ignored, and never 1, and 2 hold 1"):
+        pack_semantic(*given)
+    assert pack_semantic(*given, ignore=[255]).samples == 3
+    Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40) % 2).save(tmp_path / "maps" / "b.png")
+    maps = np.arange(1200).reshape(30, 40) % 3
+    Image.fromarray(np.where(maps == 2, 255, maps).astype(np.uint8)).save(tmp_path / "maps" / "c.png")
+    assert pack_semantic(*given, overwrite=True).samples == 3
