@@ -76,7 +76,18 @@ def _content(stream: BinaryIO, path: Path) -> Content:
     stream.seek(0)
     if _is_safetensors(head, size):
         return Content(load_file(path), _no_storage)
-    return read_archive(stream) if head.startswith(b"PK\x03\x04") else read_stream(stream)
+    if head.startswith(b"PK\x03\x04"):
+        return read_archive(stream)
+    try:
+        return read_stream(stream)
+    except ProgramError:
+        raise
+    except PickleError:
+        if head.startswith(b"\x80"):  # as pickles do but for the oldest, which begin in many ways
+            raise
+        raise UnreadableError(
+            "no file of weights (neither .safetensors nor what torch.save or pickle write); check what it is"
+        ) from None
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

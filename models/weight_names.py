@@ -88,8 +88,15 @@ def metadata_of(name: str, where: str) -> dict[str, str]:
 
 
 def shown(value: object, limit: int = 160) -> str:
-    """Return a text for a message: one line of at most ``limit`` characters, unprintable ones as question marks."""
-    return printable(" ".join(str(value)[: 4 * limit].split())[:limit])
+    """Return a text for a message: one line of at most ``limit`` characters, unprintable ones as question marks.
+
+    What is longer ends at a word, with "…".
+    """
+    line = " ".join(str(value)[: 4 * limit].split())
+    if len(line) > limit:
+        kept = line[: limit - 1]
+        line = (kept.rpartition(" ")[0] or kept) + "…"
+    return printable(line)
 
 
 def numbers_of(metadata: dict[str, str], key: str, count: int) -> list[float] | None:

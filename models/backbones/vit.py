@@ -28,6 +28,7 @@ from vitgraft.models.backbones.trunk import Grid, Trunk, whole_patches
 from vitgraft.models.backbones.windows import join_windows, split_windows
 from vitgraft.models.grafting import GraftableBlock
 from vitgraft.models.registry import register
+from vitgraft.models.weight_names import shown
 from vitgraft.models.weights import Layout, load_trunk
 
 
@@ -198,7 +199,7 @@ def _by_name(config: ViTConfig, image_size: tuple[int, int]) -> Any:
         if pretrained:
             raise ConfigError(
                 f"model.backbone.weights: timm's pretrained weights of {name!r} could not be fetched "
-                f"({type(error).__name__}: {str(error)[:160]}); check the network, or name a local .safetensors file"
+                f"({type(error).__name__}: {shown(error)}); check the network, or name a local .safetensors file"
             ) from error
         raise ConfigError(
             f"model.backbone.timm: {name!r} cannot be built for images of {image_size} ({error}); "

@@ -167,6 +167,8 @@ CASES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: archive(tensor(0, "4", "1").replace(b"FloatStorage", b"\x07loatStorage"), {"0": bytes(16)}),
         "a storage of the unknown type torch.?loatStorage",
     ),
+    "a text": (lambda: b"these are no weights\n", "weights.pth is no file of weights (neither .safetensors nor"),
+    "zeros": (lambda: bytes(1000), "weights.pth is no file of weights (neither .safetensors nor"),
     "a name with a newline": (lambda: b"\x80\x02}" + text("a.\nb") + b"Ns.", "holds no tensors"),
 }
 
