@@ -243,7 +243,10 @@ def doctor(
 @app.command(epilog="Example: vitgraft demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the three runs.")] = Path("runs/demo"),
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task (repeatable).")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="TASK", help="Only detection, semantic or video; may be given several times."),
+    ] = None,
 ) -> None:
     """Pack, train, evaluate and draw detection, segmentation and video on the built-in digits."""
     from vitgraft.launch import demonstration

@@ -95,7 +95,7 @@ def predict(
     if predictions.undrawn:
         screen.note(
             f"nothing is drawn on {predictions.undrawn} of {predictions.done} pictures: no detection of score "
-            f"{predictor.task.threshold:g} or more; --threshold draws and lists others"
+            f"{predictor.task.threshold:g} or more; a lower --threshold draws more"
         )
     for line in predictions.broken:
         screen.note(line)

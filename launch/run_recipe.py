@@ -110,7 +110,7 @@ def _longer(run: Path, old: Recipe, new: Recipe, key: str, command: Sequence[str
     if not ends_at:
         stage["schedule"] = {"name": "cosine"}
     changes = {key: before, "train.extend": [*stages, stage]}
-    return f"the schedule covers what it was; add a stage ({how}): {same_run(run, changes, command)}"
+    return f"its schedule ends there; add a stage ({how}): {same_run(run, changes, command)}"
 
 
 def _schedules(train: TrainConfig) -> list[ScheduleConfig]:
@@ -178,13 +178,21 @@ def _unit(train: TrainConfig) -> str:
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """Return the first key in which two trees differ, with both values."""
+    """Return the first key in which two trees differ, with both values; in a list of sections, the key in its entry."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:
             found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
             if found is not None:
                 return found
         return None
+    if (
+        isinstance(old, list)
+        and isinstance(new, list)
+        and len(old) == len(new)
+        and isinstance((old or [None])[0], dict)
+    ):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+        return first_difference(old, new, key)
     return None if old == new else (key, old, new)
 
 

@@ -21,7 +21,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a data set
 PerShard = Annotated[int, typer.Option("--samples-per-shard", min=1, help="Samples in one tar file.")]
 Jobs = Annotated[
     int | None,
-    typer.Option("--jobs", min=1, help="Processes; they change no byte [default: one for each core, up to 8]."),
+    typer.Option(
+        "--jobs", min=1, help="Processes; the result is the same at every number [default: one for each core, up to 8]."
+    ),
 ]
 OnErrorChoice = Annotated[
     Literal["raise", "skip"],
@@ -37,7 +39,9 @@ ClassesNeeded = Annotated[str, _CLASSES]
 DropFaulty = Annotated[bool, typer.Option("--drop-faulty", help="The same as --on-error skip.")]
 Exif = Annotated[
     Literal["auto", "apply", "ignore"],
-    typer.Option("--exif", help="Turn images by their EXIF orientation; auto: unless the annotations' sizes deny it."),
+    typer.Option(
+        "--exif", help="Turn images by their EXIF orientation; auto: unless the labels are of the unturned size."
+    ),
 ]
 Decode = Annotated[bool, typer.Option("--decode", help="Decode every image first, so that damaged ones are found.")]
 ValueRange = Annotated[
@@ -53,7 +57,10 @@ def coco(
     classes: Classes = None,
     crowds: Annotated[
         Literal["keep", "objects"] | None,
-        typer.Option("--crowds", help="iscrowd 1 means a crowd (keep), or an object like any, drawn with a brush."),
+        typer.Option(
+            "--crowds",
+            help="iscrowd 1 means a crowd (keep) or one object [default: a crowd; a class of crowds alone is a fault].",
+        ),
     ] = None,
     on_error: OnErrorChoice = "raise",
     drop_faulty: DropFaulty = False,

@@ -78,6 +78,17 @@ def test_what_was_committed_binds(tmp_path: Path, trace: str) -> None:
     assert not (run / "attempt").exists()
 
 
+def test_a_change_inside_a_list_is_named_by_its_key(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", recipe_of(), 3)
+    other = tiny_recipe("semantic", "nowhere", None)
+    before, other["model"]["adapter"]["channels"] = other["model"]["adapter"]["channels"], 24
+    with pytest.raises(ConfigError, match=rf"model\.adapter\.0\.channels was {before}, now 24; once"):
+        open_run(run, validate_recipe(other, "test"), "auto")
+    other["model"]["adapter"] = [{"name": "adaptformer", "bottleneck": 8}, other["model"]["adapter"]]
+    with pytest.raises(ConfigError, match=r"model\.adapter was \[\{.*\}\], now \[\{.*\}\]; once"):
+        open_run(run, validate_recipe(other, "test"), "auto")
+
+
 def test_starting_afresh_forgets_the_order_of_another_recipe(tmp_path: Path) -> None:
     """Entries are left out by their place in an order, which the seed decides."""
     run = run_of(tmp_path / "run", recipe_of(), 3)
@@ -124,7 +135,7 @@ def test_a_longer_run_is_told_how_to_add_a_stage(tmp_path: Path, ends_at: float)
     schedule = {"name": "cosine", "final": ends_at}
     run = run_of(tmp_path / "run", recipe_of(train__steps=6, train__schedule=schedule), 6)
     longer = recipe_of(train__steps=9, train__schedule=schedule)
-    with pytest.raises(ConfigError, match=r"train\.steps was 6, now 9; the schedule covers what it was") as caught:
+    with pytest.raises(ConfigError, match=r"train\.steps was 6, now 9; its schedule ends there") as caught:
         open_run(run, longer, "auto", WORDS)
     stage = '{"steps": 3}' if ends_at else '{"steps": 3, "schedule": {"name": "cosine"}}'
     assert command_in(caught.value) == [
