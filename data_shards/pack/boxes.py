@@ -87,13 +87,17 @@ class BoxCheck:
         """Note what is wrong with the boxes as a whole."""
         expected = f"expected {self.form} in pixels of the image"
         if self.boxes >= _FEW and self.below_one == self.boxes:
-            self.report.doubt(f"all {self.boxes} boxes have numbers below 1, as shares of the image; {expected}", BOXES)
+            self.report.doubt(
+                f"all {self.boxes} boxes have numbers below 1, as shares of the image; {expected}", BOXES, explains=True
+            )
         elif self.far and self.boxes >= _FEW and self.as_corners == self.boxes and self.form != CORNERS:
             wrong = f"{self.first}: boxes reach out of their images, and all {self.boxes} fit when read as {CORNERS}"
-            self.report.doubt(f"{wrong}; {expected}", BOXES)
+            self.report.doubt(f"{wrong}; {expected}", BOXES, explains=True)
         elif self.boxes >= _MANY and self.far > _MOST * self.boxes:
             wrong = f"{self.first}: {self.far} of {self.boxes} boxes reach out of their images"
-            self.report.doubt(f"{wrong}: another version of them may have been labelled; {expected}", BOXES)
+            self.report.doubt(
+                f"{wrong}: another version of them may have been labelled; {expected}", BOXES, explains=True
+            )
 
 
 def _text(written: Corners) -> str:

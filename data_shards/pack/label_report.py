@@ -116,10 +116,16 @@ class LabelReport:
         else:
             self._fault(kind, str(error))
 
-    def doubt(self, message: str, kind: str) -> None:
-        """Note a fault of the set as a whole, of which nothing can be left out; under ``skip`` it is only said."""
+    def doubt(self, message: str, kind: str, *, explains: bool = False) -> None:
+        """Note a fault of the set as a whole, of which nothing can be left out; under ``skip`` it is only said.
+
+        Args:
+            explains: it is the cause of the faults of its kind, named before them and not counted beside them.
+        """
         if self.on_error == "skip":
             self._accepted.append(message)
+        elif explains and self.faults[kind]:
+            self._messages[kind].insert(0, message)
         else:
             self._fault(kind, message)
 

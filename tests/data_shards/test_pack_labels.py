@@ -265,6 +265,8 @@ def boxes(tree: dict[str, Any], made: list[list[float]]) -> None:
     [
         ([[0.1, 0.2, 0.3, 0.01 * n + 0.1] for n in range(10)], "all 10 boxes have numbers below 1, as shares"),
         ([[5, 5, 30, 28], [20, 15, 38, 29], [10, 2, 35, 30]], r"all 3 fit when read as \[left, top, right, bottom\]"),
+        # Each a fault by itself, too: the cause comes first, and is not counted beside them.
+        ([[24, 20, 36, 28]] * 3, r"^[^(]*all 3 fit when read as \[left.* \(3 faults in all: 3 wrong boxes\)$"),
         ([[10, 10, 20, 10]] * 6 + [[30, 20, 14, 8]] * 4, "4 of 10 boxes reach out of their images: another version"),
     ],
 )
