@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from vitgraft.configs.errors import ConfigError, InterruptedRun, PreemptedRun, TrainingError, VitgraftError
+from vitgraft.configs.files import open_regular
 from vitgraft.launch import deepspeed_launch, ending
 from vitgraft.launch.admission import Admission
 from vitgraft.launch.agent import Agent
@@ -34,6 +35,7 @@ from vitgraft.launch.wire import Wire
 from vitgraft.trainer.monitor_files import read_rows
 
 SECRET = "leader.secret"
+_MAX_SECRET = 1024
 WAIT_S = 600.0
 """Seconds in all that nodes wait for each other at the start of a run: a scheduler may start them minutes apart."""
 REJOIN_S = 30.0
@@ -210,7 +212,7 @@ def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEn
     deadline, reason = time.monotonic() + WAIT_S, "nobody listens there"
     while True:
         try:
-            return introduce((place.host, place.port), (run / SECRET).read_bytes(), place.rank)
+            return introduce((place.host, place.port), _read_secret(run / SECRET), place.rank)
         except FileNotFoundError:
             reason = f"{run / SECRET} is not there; --run-dir must lie on storage that all nodes share"
         except (OSError, HandshakeError) as error:
@@ -225,6 +227,19 @@ def _connect(place: NodePlace, run: Path, earlier: RunEnd | None) -> int | RunEn
                 raise TrainingError(f"{text}, though SLURM started all nodes together; see what the first node says")
             raise PreemptedRun(f"{text}; start it, and this again")
         time.sleep(1.0)
+
+
+def _read_secret(path: Path) -> bytes:
+    """Read the secret of the run without following a link.
+
+    Raises:
+        OSError: missing, or no regular file.
+    """
+    descriptor = open_regular(path, follow=False)
+    try:
+        return os.read(descriptor, _MAX_SECRET)
+    finally:
+        os.close(descriptor)
 
 
 def _write_secret(path: Path, secret: bytes) -> None:
