@@ -162,7 +162,7 @@ def test_damaged_checkpoints(unbroken: Path, detection_recipe: Path, tmp_path: P
 def test_missing_and_empty_runs(tmp_path: Path) -> None:
     assert_refused(vitgraft("checkpoints", "list", tmp_path / "none"), 4, "no such run")
     assert_refused(vitgraft("checkpoints", "verify", tmp_path), 4, "no checkpoints yet")
-    assert_refused(vitgraft("evaluate", tmp_path), 4, "no valid checkpoint")
+    assert_refused(vitgraft("evaluate", tmp_path), 4, "no checkpoints/ in it; name a run")
 
 
 def test_predict_on_bad_inputs(unbroken: Path, tmp_path: Path) -> None:

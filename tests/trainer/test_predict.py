@@ -332,3 +332,10 @@ def test_out_that_is_a_file_is_refused_before_the_first_prediction(run: Path, tm
     assert code == 2
     assert str(done.exception).endswith("notes.txt: a file; name a folder, which may be new")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:
+    photo(tmp_path / "in" / "a.png")
+    code, done = command("predict", tmp_path / "in", tmp_path / "in", "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 4
+    assert "in: no checkpoints/ in it; name a run that has committed one" in str(done.exception)

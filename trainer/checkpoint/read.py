@@ -247,6 +247,8 @@ def resolve_checkpoint(path: Path) -> Checkpoint:
         return checkpoint
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such run or checkpoint")
+    if not (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path}: no checkpoints/ in it; name a run that has committed one, or a checkpoint")
     found, invalid = newest_valid(path)
     if found is None:
         why = f"; the newest: {invalid[0][1]}" if invalid else ""
