@@ -66,5 +66,9 @@ def prune_checkpoints(
 
     wanted = pruning.Wanted(keep_last, keep_every, keep_best)
     with Screen() as screen:
+        said = False
         for line in pruning.prune(run, wanted, dry_run=dry_run, progress=screen.callback("bytes hashed")):
             typer.echo(line)
+            said = True
+        if not said:
+            screen.note("nothing to delete: the policy keeps every checkpoint")

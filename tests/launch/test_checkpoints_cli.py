@@ -133,6 +133,12 @@ def test_prune_by_options(run: Path) -> None:
     assert vitgraft("checkpoints", "prune", run, "--keep-last", "0").returncode == 2
 
 
+def test_prune_says_that_nothing_is_to_be_deleted(run: Path) -> None:
+    done = vitgraft("checkpoints", "prune", run, "--keep-last", "9", "--dry-run")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "nothing to delete: the policy keeps every checkpoint" in done.stderr
+
+
 def test_an_invalid_one_is_not_counted_and_not_deleted(run: Path) -> None:
     """Complete but damaged: the last valid one stays although newer files lie there."""
     for step in (6, 8):
