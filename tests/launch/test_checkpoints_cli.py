@@ -134,6 +134,8 @@ def test_prune_by_options(run: Path) -> None:
 
 
 def test_prune_says_that_nothing_is_to_be_deleted(run: Path) -> None:
+    """The first takes a blob that no checkpoint names."""
+    assert vitgraft("checkpoints", "prune", run, "--keep-last", "9").stdout != ""
     done = vitgraft("checkpoints", "prune", run, "--keep-last", "9", "--dry-run")
     assert (done.returncode, done.stdout) == (0, "")
     assert "nothing to delete: the policy keeps every checkpoint" in done.stderr
