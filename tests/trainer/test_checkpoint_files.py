@@ -153,3 +153,15 @@ def test_a_checkpoint_that_goes_while_it_is_opened_is_none(
     with contextlib.suppress(CheckpointError):
         open_checkpoint(path)
     assert seen
+
+
+def test_a_folder_in_the_place_of_a_run_is_not_marked_as_committed(tmp_path: Path) -> None:
+    """The run is moved away between the rename of its first checkpoint and the mark; the attempt is the same."""
+    run = tmp_path / "run"
+    final = write(run, 1)
+    run.rename(tmp_path / "elsewhere")
+    run.mkdir()
+    (run / "attempt").write_text("1\n")
+    with pytest.raises(CheckpointError, match="the run was removed or moved"):
+        commit.point_to(final, 1)
+    assert {path.name for path in run.iterdir()} == {"attempt"}

@@ -213,19 +213,22 @@ def point_to(final: Path, attempt: int) -> None:
     """
     pointer, line, run = final.parent / POINTER, final.name + "\n", final.parent.parent
     if not (run / COMMITTED).exists():
-        _replace_as_owner(run / COMMITTED, line, run, attempt)
+        _replace_as_owner(run / COMMITTED, final, attempt)
     with contextlib.suppress(CheckpointError):
         if read_text(pointer, 1000, CheckpointError) == line:
             return
-    _replace_as_owner(pointer, line, run, attempt)
+    _replace_as_owner(pointer, final, attempt)
 
 
-def _replace_as_owner(path: Path, line: str, run: Path, attempt: int) -> None:
+def _replace_as_owner(path: Path, final: Path, attempt: int) -> None:
     # Of this attempt alone, and swept by the next, like its shards: whenever this one sleeps, it does no harm.
     temporary = path.with_name(f"{path.name}.{attempt}{TEMPORARY}")
-    write_text_durably(temporary, line)
+    write_text_durably(temporary, final.name + "\n")
     try:
-        check_owner(run, attempt)
+        check_owner(final.parent.parent, attempt)
+        # The run may have been moved away, and another folder with the same attempt put in its place, since the rename.
+        if not final.is_dir():
+            raise CheckpointError(f"{final}: is gone; the run was removed or moved while it ran")
     except CheckpointError:
         remove_file(temporary)
         raise
