@@ -209,7 +209,7 @@ def point_to(final: Path, attempt: int) -> None:
     """Set the pointer to this checkpoint, unless it is set, and mark the run as one with a checkpoint.
 
     Raises:
-        CheckpointError: a newer attempt owns the run; what they say is its own matter.
+        CheckpointError: a newer attempt owns the run, whose pointer then stays, or the checkpoint is gone from it.
     """
     pointer, line, run = final.parent / POINTER, final.name + "\n", final.parent.parent
     if not (run / COMMITTED).exists():
